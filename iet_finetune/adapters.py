@@ -1,0 +1,50 @@
+"""What is trained, seen as one ordered set of named tensors that can be read and loaded in place."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Trainable:
+    """The tensors of a module that differ from clone to clone: its trainable parameters and its buffers.
+
+    Attributes:
+        parameters: name -> parameter, in the module's order, each fp32 on the training device.
+        buffers: name -> buffer, taken along unchanged by the optimizer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
+        }
+        self.buffers: dict[str, Tensor] = dict(module.named_buffers())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, detached and live: they change with the next step."""
+        return {name: tensor.detach() for name, tensor in (*self.parameters.items(), *self.buffers.items())}
+
+    def read(self) -> dict[str, Tensor]:
+        """A copy of all tensors on the host."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Copies values into the live tensors; those not in `values` stay as they are."""
+        live = self.tensors
+        for name, value in values.items():
+            live[name].copy_(value, non_blocking=True)
+
+
+def weights_fingerprint(tensors: Mapping[str, Tensor], samples: int = 4096) -> str:
+    """A hash over names, shapes and up to `samples` evenly spaced values of each tensor: two models hardly ever share
+    it, and it takes no time where a hash over gigabytes would."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        flat = tensor.detach().flatten()
+        chosen = flat[:: max(1, flat.numel() // samples)].cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(chosen.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Anti-gradient control: a bank of usual losses by timestep, and the decision which samples give no gradient.
+
+Source: Liu, Guan, Wu, Miao, "Iterative Ensemble Training with Anti-Gradient Control for Mitigating Memorization in
+Diffusion Models", ECCV 2024, section 3.3. The authors' `mem_ratio` is 1/threshold.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class AntiGradientControl(nn.Module):
+    """Skips the samples of a batch whose loss is suspiciously low for their timestep.
+
+    keep_i = l_i ≥ threshold · bank[t_i], and afterwards bank[t] ← d · bank[t] + (1 − d) · l_i for every sample in
+    order, skipped ones too. The bank starts at 0 and so keeps everything at first.
+
+    Args:
+        num_train_timesteps: length T of the noise schedule, or the number of noise-level bins.
+        threshold: in [0, 1); 0 keeps every sample. The paper's are 0.8 (Stable Diffusion) and 0.5 (CIFAR-10).
+        decay: d, in [0, 1).
+
+    Attributes:
+        bank: (T,) fp32, the moving average of per-sample losses.
+        count: (T,) fp32, how many losses entered each entry.
+    """
+
+    bank: Tensor
+    count: Tensor
+
+    def __init__(self, num_train_timesteps: int, threshold: float = 0.8, decay: float = 0.8) -> None:
+        super().__init__()
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold must be in [0, 1), not {threshold}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must be in [0, 1), not {decay}")
+        self.threshold = threshold
+        self.decay = decay
+        self.register_buffer("bank", torch.zeros(num_train_timesteps))
+        self.register_buffer("count", torch.zeros(num_train_timesteps))
+
+    def forward(self, per_sample_loss: Tensor, timesteps: Tensor) -> Tensor:
+        """The loss of one whole batch: mean over the kept samples, 0 if none is kept; updates the bank.
+
+        Args:
+            per_sample_loss: (B,), each the mean of a sample's squared errors, with gradient.
+            timesteps: (B,) integers in [0, T).
+        """
+        keep = self.keep_mask(per_sample_loss, timesteps)
+        self.update(per_sample_loss, timesteps)
+        kept_loss = torch.where(keep, per_sample_loss, torch.zeros_like(per_sample_loss))
+        return kept_loss.sum() / keep.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def keep_mask(self, per_sample_loss: Tensor, timesteps: Tensor) -> Tensor:
+        """(B,) bool, False for a sample to be skipped; compares with the bank as it stands."""
+        self._follow(per_sample_loss)
+        return per_sample_loss >= self.threshold * self.bank[timesteps]
+
+    @torch.no_grad()
+    def update(self, per_sample_loss: Tensor, timesteps: Tensor) -> None:
+        """Enters a step's losses into the bank as if one after the other; losses that are not finite stay out.
+
+        With m losses at a timestep, the j-th of them has weight (1 − d) d^(m−j) and the old value d^m. All samples
+        of a timestep compute the same new value, so that the order of the writes cannot matter.
+        """
+        self._follow(per_sample_loss)
+        finite = per_sample_loss.isfinite()
+        loss = torch.where(finite, per_sample_loss, torch.zeros_like(per_sample_loss)).to(self.bank.dtype)
+        same = (timesteps[:, None] == timesteps[None, :]) & finite[None, :]
+        later = same.triu(diagonal=1).sum(dim=1)
+        occurrences = same.sum(dim=1)
+        decay = torch.full_like(loss, self.decay)
+        # A masked sum and not a matrix product, which might be rounded to TF32.
+        entered = (same * ((1 - self.decay) * decay.pow(later) * loss)).sum(dim=1)
+        self.bank[timesteps] = decay.pow(occurrences) * self.bank[timesteps] + entered
+        self.count[timesteps] = self.count[timesteps] + occurrences
+
+    @torch.no_grad()
+    def expected_loss(self, timesteps: Tensor) -> Tensor:
+        """(B,) the bank's value freed of its start at 0, bank / (1 − d^count); NaN where no loss has entered yet."""
+        count = self.count[timesteps]
+        return self.bank[timesteps] / (1 - torch.full_like(count, self.decay).pow(count))
+
+    def _follow(self, tensor: Tensor) -> None:
+        if self.bank.device != tensor.device:
+            self.to(tensor.device)

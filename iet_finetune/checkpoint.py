@@ -1,0 +1,220 @@
+"""Checkpoints that are complete or absent: written beside their place, renamed last, checked before they are used."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import UserError, one_line
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One file of a checkpoint.
+
+    Attributes:
+        version: changes whenever the content does; a file of the same version is linked, not written again.
+        write: writes the content to a path.
+    """
+
+    version: str
+    write: Callable[[Path], None]
+
+
+def tensors_piece(version: str, tensors: Mapping[str, Tensor]) -> Piece:
+    """A piece holding named tensors, as safetensors."""
+    return Piece(version, lambda path: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path))
+
+
+def state_piece(version: str, state: Any) -> Piece:
+    """A piece holding nested dicts and lists of tensors and numbers, loadable without pickle's dangers."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as stream:
+            torch.save(state, stream)
+
+    return Piece(version, write)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a piece."""
+        return name in self.manifest["pieces"]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The named tensors of a piece, on the host."""
+        return load_file(self.path / name)
+
+    def state(self, name: str) -> Any:
+        """The state of a piece, on the host."""
+        return torch.load(self.path / name, map_location="cpu", weights_only=True)
+
+
+class CheckpointStore:
+    """The checkpoints `checkpoint-N` of one output folder; N counts the steps of all clones together.
+
+    Args:
+        folder: the run's output folder.
+        limit: how many to keep; None keeps all.
+    """
+
+    def __init__(self, folder: Path, limit: int | None = None) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._previous: Checkpoint | None = None
+        self._superseded: list[Path] = []
+
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        found = [path for path in self._folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+        return sorted((path for path in found if (path / MANIFEST).is_file()), key=_number)
+
+    def find(self, wanted: str) -> Checkpoint | None:
+        """The checkpoint to resume from: a path, or "latest", which is None where there is none yet.
+
+        Raises:
+            UserError: the path is no complete checkpoint, or one of another format.
+        """
+        if wanted == "latest":
+            found = self.all()
+            return self._open(found[-1]) if found else None
+        path = Path(wanted)
+        path = path if path.exists() else self._folder / wanted
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"`--resume_from_checkpoint {wanted}`: there is no complete checkpoint of that name.")
+        return self._open(path)
+
+    def _open(self, path: Path) -> Checkpoint:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            missing = [name for name in manifest["pieces"] if not (path / name).is_file()]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"checkpoint {path} is damaged: {one_line(error)}. Remove it to use an older one."
+            ) from None
+        if missing:
+            raise UserError(f"checkpoint {path} is damaged: {missing[0]} is missing. Remove it to use an older one.")
+        if manifest.get("format") != _FORMAT:
+            raise UserError(f"checkpoint {path} has format {manifest.get('format')}; this version reads {_FORMAT}.")
+        self._previous = Checkpoint(path, manifest)
+        # After going back to an older checkpoint the later ones belong to a course that is given up.
+        self._superseded = [later for later in self.all() if _number(later) > _number(path)]
+        return self._previous
+
+    def save(self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any]) -> Path:
+        """Writes `checkpoint-{step}` and then removes the oldest ones beyond the limit.
+
+        Args:
+            pieces: relative file name -> piece.
+            facts: what the manifest says besides.
+
+        Raises:
+            UserError: no space left on the device; what was there before is untouched.
+        """
+        final = self._folder / f"checkpoint-{step}"
+        partial = self._folder / f".{final.name}.partial"
+        manifest = {"format": _FORMAT, **facts, "pieces": {name: piece.version for name, piece in pieces.items()}}
+        with no_space_named(final):
+            self._write(partial, pieces, manifest)
+        with replaced_folder(final):
+            partial.rename(final)
+        self._previous = Checkpoint(final, manifest)
+        self._remove_old(final)
+        return final
+
+    def _write(self, partial: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            for name, piece in pieces.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                if not self._link(partial / name, name, piece.version):
+                    piece.write(partial / name)
+                    _to_disk(partial / name)
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _to_disk(partial / MANIFEST)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _link(self, target: Path, name: str, version: str) -> bool:
+        if self._previous is None or self._previous.manifest["pieces"].get(name) != version:
+            return False
+        try:
+            os.link(self._previous.path / name, target)
+        except OSError:
+            return False
+        return True
+
+    def _remove_old(self, newest: Path) -> None:
+        for path in self._superseded:
+            if path != newest:
+                shutil.rmtree(path)
+        self._superseded = []
+        if self._limit is not None:
+            for path in [path for path in self.all() if path != newest][: -self._limit + 1 or None]:
+                shutil.rmtree(path)
+
+    def clean(self) -> None:
+        """Removes what an interrupted write left behind, after putting back what it had moved aside."""
+        for aside in self._folder.glob(".checkpoint-*.replaced"):
+            original = self._folder / aside.name.removeprefix(".").removesuffix(".replaced")
+            if original.exists():
+                shutil.rmtree(aside)
+            else:
+                aside.rename(original)
+        for partial in self._folder.rglob(".*.partial"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _number(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found else -1
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[None]:
+    """Makes room for a folder of the same name: the old one is moved aside, and removed once the new one stands."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(aside)
+    yield
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def no_space_named(target: Path) -> Iterator[None]:
+    """Turns a full disk, in whatever words a library reports it, into the one clear line."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).lower()
+        if "space left" in text or "os error 28" in text or "quota exceeded" in text:
+            raise UserError(
+                f"no space left on the device while writing {target}. What was saved before is complete: free some "
+                "space, or lower `--checkpoints_total_limit`, and resume."
+            ) from None
+        raise

@@ -1,0 +1,142 @@
+"""The console command `iet-finetune`: its subcommands, and how a run ends for the person at the terminal."""
+
+import errno
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from .config import Config
+from .errors import UserError, one_line
+from .flags import nearest
+
+PROGRAM = "iet-finetune"
+HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
+DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded"}
+
+
+class Command(NamedTuple):
+    """One subcommand: its line in `--help`, what it does with its arguments, and what helps after Ctrl-C."""
+
+    help: str
+    function: Callable[[list[str]], None]
+    after_interrupt: str
+
+
+def train(argv: list[str]) -> None:
+    """Train as the flags in `argv` say; they are checked before torch is imported.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    config = Config.from_command_line(argv)
+    from .trainer import Trainer
+
+    Trainer(config).train()
+
+
+def push(argv: list[str]) -> None:
+    """Upload the finished pipeline that the arguments name, and print where it is now.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .hub import push_command
+
+    print(push_command(argv))
+
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py", train, HOW_TO_GO_ON
+    ),
+    "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand in `argv` (default: the command line) and return the exit code, as `run` gives it.
+
+    `--help` ends with `SystemExit(0)`, as argparse does.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
+        return run(lambda: _without_command(arguments))
+    return run(lambda: command.function(arguments[1:]), command.after_interrupt)
+
+
+def _without_command(arguments: list[str]) -> None:
+    first = arguments[0] if arguments else None
+    if first in ("-h", "--help"):
+        print(_usage())
+    elif first == "--version":
+        from . import __version__
+
+        print(f"{PROGRAM} {__version__}")
+    elif first is None or first.startswith("-"):
+        raise UserError(
+            f"a command comes first, as in `{PROGRAM} train --config FILE` (`{PROGRAM} --help` lists them)."
+        )
+    else:
+        raise UserError(f"unknown command `{first}`.{nearest(first, COMMANDS)} (`{PROGRAM} --help` lists them.)")
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} COMMAND ...",
+            "",
+            "Fine-tune diffusers pipelines with IET-AGC, so that they do not repeat their training images.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"`{PROGRAM} COMMAND --help` lists the flags of a command, `{PROGRAM} --version` prints the version.",
+        ]
+    )
+
+
+def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> int:
+    """Call `function` and return the exit code: 0, 2 after an error of the user, 130 after Ctrl-C.
+
+    An error that the user can mend (`UserError`, a full disk) and Ctrl-C end in one line on stderr. Any other
+    exception is a bug of ours and keeps its traceback.
+    """
+    try:
+        function()
+    except UserError as error:
+        return _stop(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        return _stop(f"interrupted; {after_interrupt}.", 130)
+    except Exception as error:
+        full = _disk_full(error)
+        if full is None:
+            raise
+        return _stop(f"error: {full}; free some and try again ({after_interrupt}).", 2)
+    return 0
+
+
+def _stop(message: str, exit_code: int) -> int:
+    # A file name may hold a line break; the promise is one line.
+    print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr)
+    return exit_code
+
+
+def _disk_full(error: BaseException) -> str | None:
+    """What says that a disk is full, and for which file if that is known; None if `error` has another cause."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            # Of two names, as after a copy or a rename, the second is the one that was to be written.
+            name = cause.filename2 or cause.filename
+            return DISK_FULL[cause.errno] + (f" for {name!r}" if name else "")
+        if "No space left on device" in str(cause):
+            # safetensors and torch pass the system's error on as text, in exceptions of their own.
+            return f"{DISK_FULL[errno.ENOSPC]} ({one_line(cause)})"
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

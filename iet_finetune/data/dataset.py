@@ -1,0 +1,188 @@
+"""The images of a run: their captions, content hashes and pixels, and which of them are trained on."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+
+from ..config import DataConfig
+from ..errors import UserError
+from .image_folder import find_files, read_image_folder
+from .images import check_image, decode_rgb
+from .samples import Columns, Samples
+from .table import read_named_dataset
+
+_HASH_BYTES = 16
+_THREADS = 8
+_BLOCK = 512  # images whose hashing is queued at a time; only those being hashed are in memory
+_HOLD_OUT, _SUBSET = 1, 2  # keep the draws of the two selections apart
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images in a fixed order, each with one or several captions; picklable, pixels are read when asked for.
+
+    `content_hashes` are hexadecimal blake2b digests (16 bytes) of the encoded images, whatever their names or dates;
+    `names` is what errors call them; `shard_labels` are the texts of `--shard_by_column`, or None.
+    """
+
+    captions: tuple[tuple[str, ...], ...]
+    content_hashes: tuple[str, ...]
+    names: tuple[str, ...]
+    shard_labels: tuple[str, ...] | None
+    _read: Callable[[int], bytes]
+    _rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.content_hashes)
+
+    def load(self, index: int) -> PIL.Image.Image:
+        """The picture in mode RGB, upright and on white (see `images.decode_rgb`).
+
+        Raises:
+            UserError: it cannot be read, or its contents are no longer those that were hashed; names it.
+        """
+        data, name = self._read(self._rows[index]), self.names[index]
+        if content_hash(data) != self.content_hashes[index]:
+            raise UserError(f"`{name}` changed since the data was loaded. Leave the images alone during a run.")
+        return decode_rgb(data, name)
+
+    def subset(self, indices: Sequence[int]) -> "TrainingImages":
+        """The images at `indices`, in that order."""
+        labels = self.shard_labels
+        return TrainingImages(
+            captions=tuple(self.captions[i] for i in indices),
+            content_hashes=tuple(self.content_hashes[i] for i in indices),
+            names=tuple(self.names[i] for i in indices),
+            shard_labels=None if labels is None else tuple(labels[i] for i in indices),
+            _read=self._read,
+            _rows=tuple(self._rows[i] for i in indices),
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of contents, captions and labels in order: it changes when anything of them does."""
+        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        labels = self.shard_labels or (None,) * len(self)
+        for row in zip(self.content_hashes, self.captions, labels, strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+        return digest.hexdigest()
+
+    @property
+    def num_duplicates(self) -> int:
+        """How many images have the contents of one before them."""
+        return len(self) - len(set(self.content_hashes))
+
+
+def content_hash(data: bytes) -> str:
+    """Hexadecimal blake2b digest of 16 bytes."""
+    return hashlib.blake2b(data, digest_size=_HASH_BYTES).hexdigest()
+
+
+def load_images(
+    data: DataConfig,
+    *,
+    cache_dir: str | None,
+    seed: int,
+    shard_by_column: str | None = None,
+    needs_captions: bool = True,
+) -> tuple[TrainingImages, TrainingImages]:
+    """The images to train on and those held out, from `--train_data_dir` or `--dataset_name`.
+
+    Every image is read once, to hash it and to check its header. The held-out images are drawn first and by content,
+    so that duplicates stand on one side; then `max_train_samples` of the rest are drawn, if there are more. Both
+    draws depend on the seed and the images' contents alone, and keep the order of the data.
+
+    Args:
+        data: the source and the selection.
+        cache_dir: where `datasets` keeps what it downloads and converts; its own place if None.
+        seed: seed of both draws.
+        shard_by_column: column whose values become `shard_labels`.
+        needs_captions: if False the caption column is not read, and every caption is empty.
+
+    Raises:
+        UserError: what is missing or wrong, by flag, column, file or row.
+    """
+    images = _hashed(_read_source(data, cache_dir, shard_by_column, needs_captions))
+    held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
+    training = images.subset([i for i in range(len(images)) if i not in held_out])
+    if data.max_train_samples is not None:
+        training = training.subset(_draw_subset(training.content_hashes, data.max_train_samples, seed))
+    return training, images.subset(sorted(held_out))
+
+
+def _read_source(
+    data: DataConfig, cache_dir: str | None, shard_by_column: str | None, needs_captions: bool
+) -> Samples:
+    columns = Columns(data.image_column, data.caption_column if needs_captions else None, shard_by_column)
+    if data.train_data_dir is None:
+        if data.dataset_name is None:
+            raise UserError("no images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.")
+        return read_named_dataset(data, columns, cache_dir)
+    source = f"`--train_data_dir {data.train_data_dir}`"
+    if not os.path.isdir(data.train_data_dir):
+        raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
+    if data.dataset_split != "train":
+        raise UserError(
+            f"`--dataset_split {data.dataset_split}` goes with `--dataset_name`: all of {source} is the split train."
+        )
+    return read_image_folder(source, find_files(data.train_data_dir), columns, cache_dir)
+
+
+def _hashed(samples: Samples) -> TrainingImages:
+    count = len(samples.names)
+    if count == 0:
+        raise UserError("the data set has no rows: give one with images.")
+    PIL.Image.init()  # load the decoders once, before threads ask for them together
+
+    def hash_one(index: int) -> str:
+        data = samples.read(index)
+        check_image(data, samples.names[index])
+        return content_hash(data)
+
+    hashes: list[str] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, count, _BLOCK):
+            hashes.extend(pool.map(hash_one, range(start, min(start + _BLOCK, count))))
+    return TrainingImages(
+        samples.captions, tuple(hashes), samples.names, samples.labels, samples.read, tuple(range(count))
+    )
+
+
+def _priority(seed: int, purpose: int, content: str, occurrence: int = 0) -> int:
+    words = np.random.SeedSequence([seed, purpose, occurrence, int(content, 16)]).generate_state(2, np.uint64)
+    return int(words[0]) << 64 | int(words[1])
+
+
+def _draw_held_out(hashes: tuple[str, ...], fraction: float, seed: int) -> set[int]:
+    """Indices of the held-out images: contents in random order, each with all its copies, as long as they fit."""
+    if fraction == 0:
+        return set()
+    target = int(fraction * len(hashes) + 0.5)
+    copies, chosen, taken = Counter(hashes), set(), 0
+    for content in sorted(copies, key=lambda content: _priority(seed, _HOLD_OUT, content)):
+        if taken + copies[content] <= target:
+            chosen.add(content)
+            taken += copies[content]
+    if taken in (0, len(hashes)):
+        raise UserError(
+            f"`--holdout_fraction {fraction}` of {len(hashes)} images ({len(copies)} distinct) holds out {taken} "
+            f"and leaves {len(hashes) - taken} to train on: choose another share or add images."
+        )
+    return {index for index, content in enumerate(hashes) if content in chosen}
+
+
+def _draw_subset(hashes: tuple[str, ...], size: int, seed: int) -> list[int]:
+    """Indices, ascending, of a random subset; with the same seed a smaller one is part of a larger one."""
+    seen: Counter[str] = Counter()
+    priorities = []
+    for index, content in enumerate(hashes):
+        priorities.append((_priority(seed, _SUBSET, content, seen[content]), index))
+        seen[content] += 1
+    return sorted(index for _, index in sorted(priorities)[:size])

@@ -1,0 +1,162 @@
+"""Folders of image files with metadata.jsonl, .csv or .parquet, read so that no image goes missing silently."""
+
+import glob
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from ..errors import UserError, one_line
+from .quiet import quiet_datasets
+from .samples import Columns, FileReader, Samples, text_columns
+
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a sofa"}'
+
+
+def is_metadata(path: str) -> bool:
+    """Whether a file holds captions, by its name."""
+    return os.path.basename(path) in METADATA_NAMES
+
+
+def is_image(path: str) -> bool:
+    """Whether `datasets` takes a file for an image, by its extension."""
+    return os.path.splitext(path)[1].lower() in ImageFolder.EXTENSIONS
+
+
+def find_files(folder: str) -> list[str]:
+    """Every file below a folder in a fixed order, without hidden ones (those that `datasets` passes over, too)."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        found += [os.path.join(parent, name) for name in sorted(files) if not name.startswith((".", "__"))]
+    return found
+
+
+def read_image_folder(source: str, files: list[str], columns: Columns, cache_dir: str | None) -> Samples:
+    """One sample for each row of the metadata files among `files`, or for each image if captions are not wanted.
+
+    `datasets` alone would drop images that have no row, guess splits from file names ("train-station.png" would be
+    the only training image), and go through several metadata files in the order of a set; so each is loaded alone.
+
+    Args:
+        source: what errors call the folder, such as "`--train_data_dir data/cats`".
+        files: the folder's files; metadata files name images relative to themselves.
+        columns: which columns to read.
+        cache_dir: where `datasets` puts its lock files.
+
+    Raises:
+        UserError: no images, no metadata, an unknown column, an image without a row, or a caption that is not text.
+    """
+    images, metadata = [path for path in files if is_image(path)], [path for path in files if is_metadata(path)]
+    if not images:
+        raise UserError(f"{source} has no images. Give a folder with image files (archives must be unpacked).")
+    if not metadata and columns.caption is None:
+        return _without_metadata(source, images, columns)
+    if not metadata:
+        raise UserError(f"{source} has no captions: add a metadata.jsonl with lines such as {_EXAMPLE}.")
+    _refuse_two_in_one_folder(source, metadata)
+    paths: list[str] = []
+    captions: list[tuple[str, ...]] = []
+    labels: list[str] = []
+    for path in metadata:
+        part = _read_metadata(path, columns, cache_dir)
+        paths += part.names
+        captions += part.captions
+        labels += part.labels or ()
+    _refuse_images_without_row(source, images, paths)
+    return _samples(paths, captions, None if columns.label is None else labels)
+
+
+def _samples(paths: list[str], captions: list[tuple[str, ...]], labels: list[str] | None) -> Samples:
+    # Absolute, so that a change of the working directory does not matter; the names stay as the user wrote them.
+    reader = FileReader(tuple(os.path.abspath(path) for path in paths))
+    return Samples(reader, tuple(paths), tuple(captions), None if labels is None else tuple(labels))
+
+
+def _without_metadata(source: str, images: list[str], columns: Columns) -> Samples:
+    columns.check(["image", "label"], f"{source} (without metadata)")  # as `datasets`: the label is the folder's name
+    labels = None if columns.label is None else [os.path.basename(os.path.dirname(path)) for path in images]
+    return _samples(images, [("",)] * len(images), labels)
+
+
+def _refuse_two_in_one_folder(source: str, metadata: list[str]) -> None:
+    for folder, count in Counter(os.path.dirname(path) for path in metadata).items():
+        if count > 1:
+            names = " and ".join(os.path.basename(path) for path in metadata if os.path.dirname(path) == folder)
+            raise UserError(f"{source} has {names} in the folder `{folder}`: keep one, or images count twice.")
+
+
+def _refuse_images_without_row(source: str, images: list[str], rows: list[str]) -> None:
+    known = {os.path.normpath(path) for path in rows}
+    missing = [path for path in images if os.path.normpath(path) not in known]
+    if missing:
+        raise UserError(
+            f"{source} has {len(missing)} of {len(images)} images without a row in a metadata file, the first is "
+            f"`{missing[0]}`. Add their rows or move them away."
+        )
+
+
+def _read_metadata(path: str, columns: Columns, cache_dir: str | None) -> Samples:
+    rows, features = _stream_rows(path, columns, cache_dir)
+    names = []
+    for number, row in enumerate(rows):
+        if row[columns.image] is None or not row[columns.image].get("path"):
+            raise UserError(f"row {number} of `{path}` names no image file: give it a `file_name`.")
+        inside = os.path.relpath(row[columns.image]["path"], os.path.abspath(os.path.dirname(path)))
+        names.append(os.path.join(os.path.dirname(path), inside))
+    where = [f"row {number} of `{path}` (`{os.path.basename(name)}`)" for number, name in enumerate(names)]
+    values = {column: [row[column] for row in rows] for column in features}
+    captions, labels = text_columns(columns, values, features, where)
+    return Samples(FileReader(()), tuple(names), captions, labels)
+
+
+def _stream_rows(path: str, columns: Columns, cache_dir: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    pattern = glob.escape(os.path.abspath(path))
+    try:
+        with quiet_datasets():
+            # Streaming writes no table into the cache, whose key is path and modification time: nothing can be stale.
+            stream = datasets.load_dataset(
+                "imagefolder", data_files={"train": [pattern]}, split="train", streaming=True, cache_dir=cache_dir
+            )
+            features = dict(stream.features)
+            columns.check(list(features), f"`{path}`")
+            wanted = {c for c in (columns.image, columns.caption, columns.label) if c is not None}
+            if not isinstance(features[columns.image], datasets.Image):
+                raise UserError(
+                    f"`--image_column {columns.image}` holds no images in `{path}` (`image` usually does)."
+                )
+            stream = stream.select_columns(sorted(wanted)).cast_column(columns.image, datasets.Image(decode=False))
+            return list(stream), {column: features[column] for column in sorted(wanted)}
+    except UserError:
+        raise
+    except Exception as error:  # whatever pandas, pyarrow or datasets find wrong with the file
+        raise UserError(f"`{path}` cannot be read: {_why(path, columns, error)}.") from error
+
+
+def _why(path: str, columns: Columns, error: Exception) -> str:
+    """A metadata file's first bad line, where it can be found, or the library's own words."""
+    if os.path.getsize(path) == 0:
+        return "it is empty"
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path.endswith(".jsonl") else []
+    kinds = set()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as bad:
+            return f"line {number} is not JSON ({bad.msg}); a line looks like {_EXAMPLE}"
+        if not isinstance(row, dict) or "file_name" not in row:
+            return f"line {number} has no `file_name`; a line looks like {_EXAMPLE}"
+        caption = row.get(columns.caption, "") if columns.caption else ""
+        if not isinstance(caption, str | list):
+            return f"line {number} has {caption!r} in `--caption_column {columns.caption}`, which is not text"
+        kinds.add(type(caption))
+        if len(kinds) > 1:
+            return f"line {number} mixes texts and lists in `--caption_column {columns.caption}`; write all as lists"
+    return one_line(error).rstrip(".")

@@ -1,0 +1,148 @@
+"""The micro-batches of a shard: images, captions and random draws of each visit, read ahead of the device."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config import DataConfig
+from ..errors import UserError
+from ..seeding import SampleDraws, pass_order, sample_draws
+from .dataset import TrainingImages
+from .transforms import ImageTransform
+
+
+class Visit(NamedTuple):
+    """One visit of one sample: a pass over the shard and a position in it."""
+
+    pass_: int
+    position: int
+
+
+class MicroBatch(NamedTuple):
+    """What a clone is given at once.
+
+    Attributes:
+        pixel_values: (B, 3, R, R) fp32 in [-1, 1].
+        captions: B texts, "" where the caption was dropped.
+        noise, posterior_noise: (B, C, H, W) fp32.
+        uniform: (B,) float64 in [0, 1), from which the timestep follows.
+        members: (B,) int64, indices in the shard.
+    """
+
+    pixel_values: Tensor
+    captions: list[str]
+    noise: Tensor
+    posterior_noise: Tensor
+    uniform: Tensor
+    members: Tensor
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch on the device, copied without waiting."""
+        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self))
+
+
+class Shard(Dataset):
+    """One shard's samples by visit; everything random about a visit is a function of (seed, shard, visit).
+
+    Args:
+        images: the whole training data.
+        indices: which of them are in the shard.
+        latent_shape: (C, H, W) of the noise.
+        noise_offset: scale of a noise that is constant over each channel.
+    """
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        indices: np.ndarray,
+        transform: ImageTransform,
+        data: DataConfig,
+        *,
+        number: int,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        noise_offset: float,
+    ) -> None:
+        self._images = images
+        self._indices = indices
+        self._transform = transform
+        self._data = data
+        self._number = number
+        self._seed = seed
+        self._latent_shape = latent_shape
+        self._noise_offset = noise_offset
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, visit: Visit) -> "MicroBatch | UserError":
+        member = int(self._pass_order(visit.pass_)[visit.position])
+        draws = sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
+        try:
+            pixel_values = self._pixel_values(int(self._indices[member]), draws)
+        except UserError as error:
+            # Handed on as a value: a worker process would wrap an exception in its own traceback.
+            return error
+        noise = draws.noise + self._noise_offset * draws.offset if self._noise_offset else draws.noise
+        return MicroBatch(
+            pixel_values,
+            [self._caption(int(self._indices[member]), draws)],
+            torch.from_numpy(noise),
+            torch.from_numpy(draws.posterior),
+            torch.tensor(draws.timestep, dtype=torch.float64),
+            torch.tensor(member),
+        )
+
+    def _pass_order(self, pass_: int) -> np.ndarray:
+        if self._order is None or self._order[0] != pass_:
+            self._order = (pass_, pass_order(self._seed, self._number, pass_, len(self)))
+        return self._order[1]
+
+    def _pixel_values(self, index: int, draws: SampleDraws) -> Tensor:
+        flip = self._data.random_flip and draws.flip < 0.5
+        return self._transform(self._images.load(index), self._images.content_hashes[index], flip)
+
+    def _caption(self, index: int, draws: SampleDraws) -> str:
+        if draws.caption_dropout < self._data.caption_dropout:
+            return ""
+        captions = self._images.captions[index]
+        return captions[int(draws.caption * len(captions))]
+
+
+def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError":
+    """One micro-batch out of samples, or the first error among them."""
+    good: list[MicroBatch] = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        good.append(sample)
+    captions = [caption for sample in good for caption in sample.captions]
+    return MicroBatch(*(captions if k == 1 else torch.stack(list(field)) for k, field in enumerate(zip(*good, strict=True))))
+
+
+def micro_batches(
+    shard: Shard, visits: Iterable[list[Visit]], *, num_workers: int, pin_memory: bool
+) -> Iterator[MicroBatch]:
+    """The micro-batches of a list of visits, in order, read ahead by `num_workers` processes.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    loader = DataLoader(
+        shard,
+        batch_sampler=visits,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without a generator of its own, the loader would take a number from torch's global one.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -1,0 +1,22 @@
+"""Keeping `datasets` from drawing progress bars and logging while it loads for us."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """No bars and no log lines of `datasets` inside; its settings are as before afterwards."""
+    bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    if bars:
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if bars:
+            datasets.enable_progress_bars()

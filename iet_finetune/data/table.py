@@ -1,0 +1,197 @@
+"""Data sets that are tables: from the Hub, or a local folder of parquet, arrow, json, webdataset or `save_to_disk`."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from ..config import DataConfig
+from ..errors import UserError, one_line
+from .image_folder import METADATA_NAMES, find_files, is_image, read_image_folder
+from .quiet import quiet_datasets
+from .samples import Columns, Samples, read_file, text_columns
+
+
+@dataclass(frozen=True)
+class TableReader:
+    """Reads the encoded bytes of one column of a `datasets` table; pickled by its files' paths, where it has files.
+
+    A row holds the bytes, a path, or the `datasets` image of both. Relative paths count from `folder`, if there is one.
+    """
+
+    table: datasets.Dataset
+    column: str
+    folder: str | None
+    source: str
+
+    def __call__(self, index: int) -> bytes:
+        value = self.table[index][self.column]
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if not value:
+            raise UserError(f"row {index} of {self.source} has no image in `--image_column {self.column}`.")
+        if "://" in value or not (self.folder or os.path.isabs(value)):
+            raise UserError(
+                f"row {index} of {self.source} points to `{value}`, which is not a file of this machine: "
+                "download or unpack the images first, and give their folder."
+            )
+        return read_file(os.path.join(self.folder or "", value))
+
+
+def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None) -> Samples:
+    """The samples of `--dataset_name`: a local folder in any format that `datasets` reads, or a Hub id.
+
+    Raises:
+        UserError: it is not found or cannot be read; no such split, configuration or column; captions are not text.
+    """
+    name = str(data.dataset_name)
+    source = f"`--dataset_name {name}`"
+    if os.path.isfile(name):
+        raise UserError(f"{source} is a file: give the folder that holds it.")
+    if not os.path.isdir(name):
+        return _table_samples(_load(data, name, cache_dir), columns, name, source, folder=None)
+    if any((Path(name) / metadata).is_file() for metadata in METADATA_NAMES):
+        if data.dataset_split != "train":
+            raise _unknown_split(data, source, ["train"])
+        return read_image_folder(source, find_files(name), columns, cache_dir)
+    if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        return _table_samples(_load_saved(data, name, source), columns, name, source, folder=os.path.abspath(name))
+    return _local_folder(data, name, source, columns, cache_dir)
+
+
+def _local_folder(data: DataConfig, name: str, source: str, columns: Columns, cache_dir: str | None) -> Samples:
+    splits, is_image_folder = _local_files(data, name, cache_dir)
+    if is_image_folder:
+        if data.dataset_split not in splits:
+            raise _unknown_split(data, source, list(splits))
+        _refuse_images_without_split(name, source, splits)
+        return read_image_folder(source, splits[data.dataset_split], columns, cache_dir)
+    # The key of the cache of `datasets` is path and modification time. A folder named by the contents is never stale.
+    contents = _hash_files([os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)])
+    base = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
+    table = _load(data, name, os.path.join(base, f"contents-{contents}"))
+    return _table_samples(table, columns, name, source, folder=os.path.abspath(name))
+
+
+def _local_files(data: DataConfig, name: str, cache_dir: str | None) -> tuple[dict[str, list[str]], bool]:
+    try:
+        with quiet_datasets():
+            builder = datasets.load_dataset_builder(name, data.dataset_config_name, cache_dir=cache_dir)
+    except Exception as error:
+        raise _not_loaded(data, error) from error
+    found = builder.config.data_files or {}
+    root = os.path.abspath(name)
+    splits = {
+        str(split): sorted(p if "://" in p else os.path.join(name, os.path.relpath(p, root)) for p in files)
+        for split, files in found.items()
+    }
+    return splits, isinstance(builder, ImageFolder)
+
+
+def _refuse_images_without_split(name: str, source: str, splits: dict[str, list[str]]) -> None:
+    # Of a folder with "train-station.png" and "cat.png", `datasets` guesses a split of one image and forgets the other.
+    if os.path.exists(os.path.join(name, "README.md")):
+        return  # which may choose the files of each split on purpose
+    known = {path for files in splits.values() for path in files}
+    strays = [path for path in find_files(name) if is_image(path) and path not in known]
+    if strays:
+        raise UserError(
+            f"{source} has {len(strays)} images outside its splits ({', '.join(splits)}), the first is `{strays[0]}`. "
+            "Move them, or give a folder without splits as `--train_data_dir`."
+        )
+
+
+def _hash_files(paths: list[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _load(data: DataConfig, name: str, cache_dir: str | None) -> datasets.Dataset:
+    try:
+        with quiet_datasets():
+            return datasets.load_dataset(name, data.dataset_config_name, split=data.dataset_split, cache_dir=cache_dir)
+    except Exception as error:  # network, format, split, disk: the library raises whatever comes
+        raise _not_loaded(data, error) from error
+
+
+def _load_saved(data: DataConfig, name: str, source: str) -> datasets.Dataset:
+    try:
+        with quiet_datasets():
+            saved = datasets.load_from_disk(name)
+    except Exception as error:
+        raise _not_loaded(data, error) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if data.dataset_split not in saved:
+            raise _unknown_split(data, source, list(saved))
+        return saved[data.dataset_split]
+    if data.dataset_split != str(saved.split or "train"):
+        raise _unknown_split(data, source, [str(saved.split or "train")])
+    return saved
+
+
+def _unknown_split(data: DataConfig, source: str, splits: list[str]) -> UserError:
+    return UserError(
+        f"`--dataset_split {data.dataset_split}` is no split of {source}, which has: {', '.join(splits)}."
+    )
+
+
+def _not_loaded(data: DataConfig, error: Exception) -> UserError:
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    source, text = f"`--dataset_name {data.dataset_name}`", " ".join(str(error).split()) or type(error).__name__
+    if "Unknown split" in text:
+        return UserError(f"`--dataset_split {data.dataset_split}` does not fit {source}: {text}")
+    if "Config name is missing" in text:
+        choices = text.partition("configs: ")[2].partition(" Example")[0]
+        return UserError(
+            f"{source} has several configurations: choose one with `--dataset_config_name`, of {choices}."
+        )
+    if "BuilderConfig" in text:
+        return UserError(f"`--dataset_config_name {data.dataset_config_name}` does not fit {source}: {text}.")
+    if not os.path.isdir(str(data.dataset_name)):
+        hint = "it is no folder here, and the Hub did not give it"
+        return UserError(f"{source} cannot be loaded: {hint} ({one_line(error)}). Check the name and the network.")
+    return UserError(f"{source} cannot be read: {one_line(error).rstrip('.')}.")
+
+
+def _table_samples(table: datasets.Dataset, columns: Columns, name: str, source: str, folder: str | None) -> Samples:
+    features = table.features
+    _check_columns(columns, features, source)
+    if isinstance(features[columns.image], datasets.Image):
+        table = table.cast_column(columns.image, datasets.Image(decode=False))
+    if table.info.builder_name == "imagefolder":
+        # `datasets` goes through several metadata files in the order of a set, which differs between processes.
+        table = table.select(sorted(range(len(table)), key=[repr(sorted(row.items())) for row in table].__getitem__))
+    wanted = [column for column in (columns.caption, columns.label) if column is not None]
+    values = {column: table.select_columns([column])[:][column] for column in wanted}
+    names = [f"row {row} of {name}" for row in range(len(table))]
+    captions, labels = text_columns(columns, values, features, names)
+    reader = TableReader(table.select_columns([columns.image]), columns.image, folder, source)
+    return Samples(reader, tuple(names), captions, labels)
+
+
+def _check_columns(columns: Columns, features: datasets.Features, source: str) -> None:
+    columns.check(list(features), source)
+    if not _may_hold_images(features[columns.image]):
+        raise UserError(f"`--image_column {columns.image}` of {source} holds {features[columns.image]}, not images.")
+    texts = datasets.Value | datasets.List | datasets.LargeList
+    if columns.caption is not None and not isinstance(features[columns.caption], texts):
+        raise UserError(f"`--caption_column {columns.caption}` of {source} holds no text: choose another column.")
+
+
+def _may_hold_images(feature: Any) -> bool:
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("string", "large_string", "binary", "large_binary")
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, dict) and bool({"bytes", "path"} & set(feature))
+    )

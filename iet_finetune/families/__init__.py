@@ -1,0 +1,30 @@
+"""One file a pipeline family, and the table that says which pipeline belongs to which."""
+
+import importlib
+
+from ..config import ModelConfig
+from ..errors import UserError
+from .base import Conditions, Family, in_chunks
+from .loading import PipelineSource, find_pipeline, load_pipeline, save_pipeline
+
+__all__ = ["FAMILIES", "Conditions", "Family", "PipelineSource", "find_pipeline", "in_chunks", "load_family"]
+__all__ += ["save_pipeline"]
+
+# Pipeline class in model_index.json -> module and class of its family.
+FAMILIES = {"StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion")}
+
+
+def load_family(source: PipelineSource, model: ModelConfig) -> Family:
+    """Loads the pipeline and puts it behind its family.
+
+    Raises:
+        UserError: no family knows this pipeline, or it cannot be loaded.
+    """
+    if source.class_name not in FAMILIES:
+        raise UserError(
+            f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` is a {source.class_name}; "
+            f"the families that can be trained are {', '.join(sorted(FAMILIES))}."
+        )
+    module, name = FAMILIES[source.class_name]
+    family: type[Family] = getattr(importlib.import_module(f".{module}", __name__), name)
+    return family(load_pipeline(source, model), model.prediction_type)

@@ -1,0 +1,106 @@
+"""What differs between pipelines: how images and prompts are encoded, and how the denoiser is called."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..objective import NoiseSchedule
+
+Conditions = dict[str, Tensor]
+
+
+class Family(ABC):
+    """One kind of pipeline. A new one is one file: a subclass, named in `families.FAMILIES`.
+
+    Args:
+        pipeline: the loaded pipeline, all its models in fp32.
+        prediction_type: overrides the scheduler's own if given; it is then also written into the saved scheduler.
+
+    Attributes:
+        schedule: the noise schedule that the denoiser is trained on.
+    """
+
+    denoiser_name: ClassVar[str] = "unet"
+    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+
+    def __init__(self, pipeline: DiffusionPipeline, prediction_type: str | None = None) -> None:
+        if prediction_type is not None:
+            pipeline.scheduler = type(pipeline.scheduler).from_config(
+                pipeline.scheduler.config, prediction_type=prediction_type
+            )
+        self.pipeline: Any = pipeline
+        training = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.schedule = NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that is trained."""
+        return getattr(self.pipeline, self.denoiser_name)
+
+    def place(self, device: torch.device) -> None:
+        """Freezes everything but the denoiser and moves what training needs to the device."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(component is self.denoiser).eval()
+        for name in self.encoder_names:
+            getattr(self.pipeline, name).to(device)
+        self.schedule = self.schedule.to(device)
+
+    def sample_timesteps(self, uniform: Tensor) -> Tensor:
+        """Timesteps (B,) int64 from numbers (B,) float64 that are uniform in [0, 1)."""
+        return (uniform * len(self.schedule)).long()
+
+    @abstractmethod
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of a square image; a `UserError` where the model cannot take that size."""
+
+    @abstractmethod
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, H, W) of the latents of images (B, 3, R, R) in [-1, 1]; both scaled."""
+
+    @abstractmethod
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """What the denoiser is told about each caption: tensors whose first dimension is the batch."""
+
+    @abstractmethod
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The denoiser's prediction (B, C, H, W)."""
+
+    def sampling_pipeline(self) -> Any:
+        """The pipeline as it stands, for drawing images while training: without safety checker or progress bar."""
+        components = dict(self.pipeline.components)
+        if "safety_checker" in components:
+            components |= {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = type(self.pipeline)(**components)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def in_chunks(encode: Callable[[Any], tuple[Tensor, ...]], items: Any, size: int) -> tuple[Tensor, ...]:
+    """`encode` over a tensor or list in chunks of exactly `size`, the last one padded with its last item.
+
+    An encoder's bits may depend on its batch size; with one size they do not depend on how images are batched.
+    """
+    chunks = []
+    for start in range(0, len(items), size):
+        chunk = items[start : start + size]
+        missing = size - len(chunk)
+        if isinstance(chunk, Tensor):
+            chunk = torch.cat([chunk, chunk[-1:].expand(missing, *chunk.shape[1:])])
+        else:
+            chunk = [*chunk, *[chunk[-1]] * missing]
+        chunks.append(encode(chunk))
+    return tuple(torch.cat(parts)[: len(items)] for parts in zip(*chunks, strict=True))
+
+
+def check_resolution(resolution: int, multiple: int) -> None:
+    """Raises a `UserError` unless the resolution is a multiple of what the model works on."""
+    if resolution % multiple:
+        lower, upper = resolution // multiple * multiple, -(-resolution // multiple) * multiple
+        nearest = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(f"`--resolution {resolution}` must be a multiple of {multiple} for this model: try {nearest}.")

@@ -1,0 +1,41 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a VAE, and a UNet with cross-attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Conditions, Family, check_resolution
+
+
+class StableDiffusion(Family):
+    """`StableDiffusionPipeline`, predicting the noise (1.x, 2.x-base) or v (2.x at 768 pixels)."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, R/f, R/f); the resolution must suit the VAE and the UNet's downsampling."""
+        unet = self.pipeline.unet.config
+        factor = self.pipeline.vae_scale_factor
+        check_resolution(resolution, factor * 2 ** (len(unet.block_out_channels) - 1))
+        return unet.in_channels, resolution // factor, resolution // factor
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The VAE's posterior in fp32, times its scaling factor."""
+        vae = self.pipeline.vae
+        posterior = vae.encode(pixel_values).latent_dist
+        return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """The text encoder's last hidden state, as the pipeline itself computes it for a prompt."""
+        embeds, _ = self.pipeline.encode_prompt(
+            list(captions),
+            self.pipeline.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return {"encoder_hidden_states": embeds}
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The UNet's output for (x_t, t, text)."""
+        return self.pipeline.unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]

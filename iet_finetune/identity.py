@@ -1,0 +1,97 @@
+"""What makes a run the same run: the settings that a resumed run must share with its checkpoint."""
+
+import dataclasses
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__
+from .config import Config
+from .errors import UserError
+from .schedule import DEFAULT_MERGE_EPOCHS
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+
+
+def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict[str, Any]:
+    """Name -> value of everything that decides which weights come out; a name is a flag where one says it all.
+
+    Args:
+        data_fingerprint: of the training images and captions.
+        base_model: fingerprint of the denoiser's weights before training.
+    """
+    training, ensemble = config.training, config.ensemble
+    every_epochs = None if ensemble.merge_every_steps else ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS
+    return {
+        "the training data": data_fingerprint,
+        "the base model": base_model,
+        "`--num_shards`": ensemble.num_shards,
+        "`--seed`": training.seed,
+        "`--shard_strategy`": ensemble.shard_strategy,
+        "`--shard_by_column`": ensemble.shard_by_column,
+        "`--train_batch_size` times `--gradient_accumulation_steps`": (
+            training.train_batch_size * training.gradient_accumulation_steps
+        ),
+        "`--merge_every_epochs`": every_epochs,
+        "`--merge_every_steps`": ensemble.merge_every_steps,
+        "`--merge_weighting`": ensemble.merge_weighting,
+        "`--agc_threshold`": config.agc.agc_threshold,
+        "`--agc_decay`": config.agc.agc_decay,
+        "`--resolution`": config.data.resolution,
+        "`--prediction_type`": config.model.prediction_type,
+        "`--use_ema`": config.optimizer.use_ema,
+        "`--use_8bit_adam`": config.optimizer.use_8bit_adam,
+    }
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: str) -> None:
+    """Raises a `UserError` that names the first thing that changed since the checkpoint."""
+    for name, value in current.items():
+        before = saved.get(name)
+        if before != value:
+            shown = "" if name.startswith("the ") else f" ({before} then, {value} now)"
+            raise UserError(
+                f"cannot resume from {checkpoint}: {name} has changed{shown}. Put it back, or start anew in another "
+                "`--output_dir`."
+            )
+
+
+def environment() -> dict[str, Any]:
+    """What the bits of a run depend on besides its settings."""
+    return {
+        "versions": {
+            "iet_finetune": __version__,
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """One line for each entry that differs, in words for a warning."""
+    flat_saved, flat_current = _flat(saved), _flat(current)
+    return [
+        f"{name} was {flat_saved.get(name)}, is {value}"
+        for name, value in flat_current.items()
+        if flat_saved.get(name) != value
+    ]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    nested = values.get("versions", {})
+    return {**{k: v for k, v in values.items() if k != "versions"}, **nested}
+
+
+def free_settings(config: Config) -> dict[str, Any]:
+    """The settings of training that a resumed run may change, at the price of other weights than without a stop."""
+    return {**dataclasses.asdict(config.optimizer), **_without_place(dataclasses.asdict(config.training))}
+
+
+def _without_place(training: dict[str, Any]) -> dict[str, Any]:
+    fixed = ("output_dir", "seed", "train_batch_size", "gradient_accumulation_steps")
+    return {name: value for name, value in training.items() if name not in fixed}

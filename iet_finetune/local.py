@@ -1,0 +1,166 @@
+"""One clone's local training: batch, noise, loss, anti-gradient control, step."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import Trainable
+from .config import Config
+from .data.loader import MicroBatch, Shard, Visit, micro_batches
+from .ema import EMA
+from .ensemble import Clone
+from .families.base import Conditions, Family, in_chunks
+from .objective import per_sample_loss
+from .optimizers import masked_step
+from .schedule import Step
+from .tracking import NOISE_LEVELS
+
+# Images encoded at once: always exactly as many, so that a latent's bits do not depend on the batch it is in.
+ENCODE_CHUNK = 8
+
+
+class LocalTraining:
+    """Trains whichever clone is live in the trainable.
+
+    Args:
+        family: the pipeline, on the device.
+        trainable: the live tensors of the denoiser.
+        optimizer: works on them.
+        ema: their live moving average, or None.
+        config: the run's settings.
+        device: where the denoiser is.
+        scaler: the gradient scaler of fp16 training, or None.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        trainable: Trainable,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA | None,
+        config: Config,
+        device: torch.device,
+        scaler: Any = None,
+    ) -> None:
+        self._family = family
+        self._parameters = list(trainable.parameters.values())
+        self._optimizer = optimizer
+        self._ema = ema
+        self._config = config
+        self._device = device
+        self._scaler = scaler
+        self._encode_chunk = min(ENCODE_CHUNK, config.training.train_batch_size)
+
+    def run(
+        self, clone: Clone, shard: Shard, steps: Iterable[Step], learning_rate: Callable[[int], float]
+    ) -> Iterator[Step]:
+        """Takes the steps one after the other; yields each when it is done.
+
+        Raises:
+            UserError: an image cannot be read.
+        """
+        steps = list(steps)
+        size = self._config.training.train_batch_size
+        visits = [[Visit(step.pass_, i) for i in part] for step in steps for part in step.micro_batches(size)]
+        batches = micro_batches(
+            shard,
+            visits,
+            num_workers=self._config.data.dataloader_num_workers,
+            pin_memory=self._device.type == "cuda",
+        )
+        for step in steps:
+            self._set_learning_rate(learning_rate(step.number))
+            self._step(clone, step, islice(batches, len(step.micro_batches(size))))
+            yield step
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def _step(self, clone: Clone, step: Step, batches: Iterator[MicroBatch]) -> None:
+        """One optimizer step; the loss bank stands still until all micro-batches have been judged."""
+        parts = [self._backward(clone, batch.to(self._device), step.stop - step.start) for batch in batches]
+        loss, timesteps, keep, members = (torch.cat(part) for part in zip(*parts, strict=True))
+        masked, broken = self._prepare_gradients(clone, loss, keep)
+        masked_step(self._optimizer, masked)
+        if self._scaler is not None:
+            self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        clone.step += 1
+        if self._ema is not None:
+            self._ema.update(clone.step, masked)
+        clone.ledger.record(members, keep, loss, clone.agc.expected_loss(timesteps))
+        clone.agc.update(loss, timesteps)
+        levels = timesteps * NOISE_LEVELS // len(self._family.schedule)
+        clone.meter.record(step.number, loss, levels, keep, broken)
+
+    def _backward(self, clone: Clone, batch: MicroBatch, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Adds Σ keep_i l_i / (samples of the step) to the gradient; returns l, t, keep and members."""
+        latents, conditions = self._encode(batch)
+        timesteps = self._family.sample_timesteps(batch.uniform)
+        schedule = self._family.schedule
+        noisy_latents = schedule.add_noise(latents, batch.noise, timesteps)
+        target = schedule.target(latents, batch.noise, timesteps)
+        loss = per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target)
+        keep = self._keep(clone, loss, timesteps)
+        weighted = loss * self._weights(timesteps)
+        total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
+        (total if self._scaler is None else self._scaler.scale(total)).backward()
+        return loss.detach(), timesteps, keep, batch.members
+
+    def _keep(self, clone: Clone, loss: Tensor, timesteps: Tensor) -> Tensor:
+        if self._config.agc.agc_threshold == 0:
+            return torch.ones_like(loss, dtype=torch.bool)
+        return clone.agc.keep_mask(loss, timesteps)
+
+    def _weights(self, timesteps: Tensor) -> Tensor | float:
+        gamma = self._config.training.snr_gamma
+        return 1.0 if gamma is None else self._family.schedule.min_snr_weights(timesteps, gamma)
+
+    def _encode(self, batch: MicroBatch) -> tuple[Tensor, Conditions]:
+        mean, std = in_chunks(self._family.encode_images, batch.pixel_values, self._encode_chunk)
+        return mean + std * batch.posterior_noise, self._encode_captions(batch.captions)
+
+    def _encode_captions(self, captions: list[str]) -> Conditions:
+        names: list[str] = []
+
+        def encode(chunk: list[str]) -> tuple[Tensor, ...]:
+            conditions = self._family.encode_captions(chunk)
+            names[:] = conditions
+            return tuple(conditions.values())
+
+        tensors = in_chunks(encode, captions, self._encode_chunk)
+        return dict(zip(names, tensors, strict=True))
+
+    def _prepare_gradients(self, clone: Clone, loss: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalises by the kept samples and clips.
+
+        Returns:
+            masked: scalar fp32, 1 where the step must change nothing: nothing was kept, or it is not finite.
+            broken: scalar bool, whether the run has gone wrong; a gradient that overflowed in fp16 has not.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale_(self._optimizer)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if self._config.agc.agc_threshold > 0:
+            torch._foreach_mul_(gradients, keep.numel() / keep.sum().clamp(min=1))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._config.optimizer.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.optimizer.max_grad_norm, norm)
+        loss_is_finite = loss.isfinite().all()
+        finite = loss_is_finite & norm.isfinite()
+        broken = ~(loss_is_finite if self._scaler is not None else finite)
+        masked = (~finite | ~keep.any()).to(torch.float32)
+        return masked, broken
+
+    def state(self) -> Mapping[str, Any]:
+        """What the live clone needs besides weights and moments to go on: the gradient scaler's state."""
+        return {} if self._scaler is None else dict(self._scaler.state_dict())
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        if self._scaler is not None and state:
+            self._scaler.load_state_dict(dict(state))

@@ -1,0 +1,62 @@
+"""The optimizer, and the course of the learning rate as a function of a clone's step."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from .config import OptimizerConfig, TrainingConfig
+from .errors import UserError
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], optimizer: OptimizerConfig, training: TrainingConfig
+) -> torch.optim.Optimizer:
+    """AdamW with the flags' values; fused, or in 8 bits.
+
+    Raises:
+        UserError: `--use_8bit_adam` without the package bitsandbytes.
+    """
+    learning_rate = optimizer.learning_rate
+    if optimizer.scale_lr:
+        learning_rate *= training.train_batch_size * training.gradient_accumulation_steps
+    settings = {
+        "lr": learning_rate,
+        "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
+        "weight_decay": optimizer.adam_weight_decay,
+        "eps": optimizer.adam_epsilon,
+    }
+    if not optimizer.use_8bit_adam:
+        return torch.optim.AdamW(list(parameters), fused=True, **settings)
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UserError("`--use_8bit_adam` needs bitsandbytes: `pip install bitsandbytes`.") from None
+    return bitsandbytes.optim.AdamW8bit(list(parameters), **settings)
+
+
+def masked_step(optimizer: torch.optim.Optimizer, masked: Tensor) -> None:
+    """One optimizer step that changes neither weights nor moments where `masked` (scalar fp32) is 1.
+
+    torch's fused optimizers read the mask on the device, as they do for gradient scalers; others have to be asked
+    from the host, which waits for the device.
+    """
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = masked  # type: ignore[attr-defined]  # set from outside by GradScaler too
+        optimizer.step()
+    elif not masked.item():
+        optimizer.step()
+
+
+def learning_rate_course(optimizer: OptimizerConfig, total_steps: int, base: float) -> Callable[[int], float]:
+    """Learning rate of a clone's step, from diffusers' schedule of that name over its `total_steps`."""
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=base)
+    scheduler = get_scheduler(
+        optimizer.lr_scheduler,
+        stand_in,
+        num_warmup_steps=optimizer.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: base * factor(step)

@@ -1,0 +1,68 @@
+"""When each clone takes its steps, in which pass they fall, and after which of them the clones are merged."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .config import EnsembleConfig, TrainingConfig
+
+DEFAULT_MERGE_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of a clone: the samples at positions [start, stop) of a pass."""
+
+    number: int
+    pass_: int
+    start: int
+    stop: int
+
+    def micro_batches(self, size: int) -> list[range]:
+        """The step's positions cut into micro-batches of `size`, the last one shorter if need be."""
+        return [range(i, min(i + size, self.stop)) for i in range(self.start, self.stop, size)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of all clones over the whole run; everything here is counted in steps of one clone.
+
+    Attributes:
+        shard_sizes: n_k, images in each shard.
+        samples_per_step: B·A; the last step of a pass is shorter.
+        total_steps: steps of each clone over the run.
+        round_steps: steps of each clone between two merges.
+    """
+
+    shard_sizes: tuple[int, ...]
+    samples_per_step: int
+    total_steps: tuple[int, ...]
+    round_steps: tuple[int, ...]
+
+    @classmethod
+    def plan(cls, shard_sizes: tuple[int, ...], training: TrainingConfig, ensemble: EnsembleConfig) -> "Schedule":
+        """The schedule that the flags ask for."""
+        samples = training.train_batch_size * training.gradient_accumulation_steps
+        passes = [-(-size // samples) for size in shard_sizes]
+        total = [training.max_train_steps or training.num_train_epochs * steps for steps in passes]
+        epochs = ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS
+        merge = [ensemble.merge_every_steps or epochs * steps for steps in passes]
+        return cls(shard_sizes, samples, tuple(total), tuple(merge))
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds; the last may be shorter."""
+        return max(-(-total // steps) for total, steps in zip(self.total_steps, self.round_steps, strict=True))
+
+    def span(self, shard: int, round_: int) -> tuple[int, int]:
+        """First step of a clone in a round, and the one after its last."""
+        total, steps = self.total_steps[shard], self.round_steps[shard]
+        return min(round_ * steps, total), min((round_ + 1) * steps, total)
+
+    def steps(self, shard: int, start: int, stop: int) -> Iterator[Step]:
+        """A clone's steps number `start` up to `stop`; no step spans two passes."""
+        size = self.shard_sizes[shard]
+        steps_per_pass = -(-size // self.samples_per_step)
+        for number in range(start, stop):
+            pass_, index = divmod(number, steps_per_pass)
+            first = index * self.samples_per_step
+            yield Step(number, pass_, first, min(first + self.samples_per_step, size))

@@ -1,0 +1,65 @@
+"""Every random draw of a run as a function of (seed, shard, pass, position), so that no split or stop changes it.
+
+Each draw comes from `numpy.random.SeedSequence(seed, spawn_key=(purpose, ...))`; numpy pads the seed before it appends
+the key, so different keys never give the same stream.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_SPLIT, _ORDER, _SAMPLE, _NETWORK = range(4)
+
+
+def _generator(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def split_order(seed: int, num_samples: int) -> np.ndarray:
+    """The permutation of all samples from which shards are dealt."""
+    return _generator(seed, _SPLIT).permutation(num_samples)
+
+
+def pass_order(seed: int, shard: int, pass_: int, num_samples: int) -> np.ndarray:
+    """The order in which a clone visits its shard's samples in one pass: position -> index in the shard."""
+    return _generator(seed, _ORDER, shard, pass_).permutation(num_samples)
+
+
+def network_seed(seed: int, shard: int, round_: int) -> int:
+    """The seed (63 bits) of torch's global generators while a clone trains in a round: dropout uses those."""
+    state = np.random.SeedSequence(seed, spawn_key=(_NETWORK, shard, round_)).generate_state(1, np.uint64)[0]
+    return int(state >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class SampleDraws:
+    """What chance decides for one visit of one sample.
+
+    Attributes:
+        flip, caption, caption_dropout, timestep: uniform in [0, 1).
+        noise, posterior: standard normal, shape (C, H, W), fp32: the diffusion noise, and the draw from the VAE's
+            posterior.
+        offset: standard normal, shape (C, 1, 1), fp32, for `noise_offset`.
+    """
+
+    flip: float
+    caption: float
+    caption_dropout: float
+    timestep: float
+    noise: np.ndarray
+    posterior: np.ndarray
+    offset: np.ndarray
+
+
+def sample_draws(seed: int, shard: int, pass_: int, position: int, shape: tuple[int, ...]) -> SampleDraws:
+    """The draws of the sample at a position of a pass; all are always drawn, whatever of them a run uses.
+
+    Args:
+        shape: (C, H, W) of a latent.
+    """
+    rng = _generator(seed, _SAMPLE, shard, pass_, position)
+    flip, caption, caption_dropout, timestep = rng.random(4).tolist()
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    posterior = rng.standard_normal(shape, dtype=np.float32)
+    offset = rng.standard_normal((shape[0], *[1] * (len(shape) - 1)), dtype=np.float32)
+    return SampleDraws(flip, caption, caption_dropout, timestep, noise, posterior, offset)

@@ -1,0 +1,90 @@
+"""Pictures drawn while training, always from the same prompts and seeds, and put side by side."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+from .config import ValidationConfig
+from .families.base import Family
+
+FOLDER = "validation"
+BEFORE_AFTER = f"{FOLDER}/before_after.png"
+
+
+def draw_images(family: Family, validation: ValidationConfig, seed: int, resolution: int) -> list[list[Image.Image]]:
+    """`num_validation_images` pictures for each prompt, from the denoiser as it stands.
+
+    Image i of every prompt starts from the noise of seed + i; torch's global generators are left alone.
+    """
+    pipeline = family.sampling_pipeline()
+    device = next(family.denoiser.parameters()).device
+    rows = []
+    with _evaluating(family.denoiser), torch.no_grad():
+        for prompt in validation.validation_prompts:
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
+            result = pipeline.to(device)(
+                [prompt] * len(generators),
+                height=resolution,
+                width=resolution,
+                num_inference_steps=validation.validation_inference_steps,
+                guidance_scale=validation.validation_guidance_scale,
+                generator=generators,
+            )
+            rows.append(result.images)
+    return rows
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
+    """One row of pictures for each label, with the label above it."""
+    width, height = rows[0][0].size
+    band = 16
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (max(columns * width, 160), len(rows) * (height + band)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        pen.text((2, y * (height + band) + 2), label, fill="black")
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * width, y * (height + band) + band))
+    return sheet
+
+
+def round_file(output: Path, round_: int) -> Path:
+    """Where the pictures drawn after a round are kept; round 0 is before training."""
+    return output / FOLDER / f"round-{round_:04d}.png"
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG beside its place and moves it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    picture.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def save_before_after(output: Path, last_round: int) -> Path | None:
+    """`validation/before_after.png`: the pictures of round 0 beside those of the last round; None without them."""
+    files = [round_file(output, 0), round_file(output, last_round)]
+    if not all(file.is_file() for file in files):
+        return None
+    before, after = (Image.open(file).convert("RGB") for file in files)
+    gap, band = 24, 20
+    sheet = Image.new("RGB", (before.width + gap + after.width, max(before.height, after.height) + band), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, title, picture in ((0, "before", before), (before.width + gap, f"after {last_round} rounds", after)):
+        pen.text((x + 2, 4), title, fill="black")
+        sheet.paste(picture, (x, band))
+    save_picture(sheet, output / BEFORE_AFTER)
+    return output / BEFORE_AFTER
