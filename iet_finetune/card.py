@@ -186,6 +186,8 @@ def _recipe_rows(facts: CardFacts) -> list[tuple[str, object]]:
     merge_steps, threshold = flags["merge_every_steps"], flags["agc_threshold"]
     passes = flags["merge_every_epochs"] or DEFAULT_MERGE_EPOCHS
     batch, accumulation = flags["train_batch_size"], flags["gradient_accumulation_steps"]
+    # diffusers' plain "constant" has no warm-up, whatever the flag says.
+    warm_up = "" if flags["lr_scheduler"] == "constant" else f", {flags['lr_warmup_steps']} warm-up steps"
     rows: list[tuple[str, object]] = [
         ("shards (K)", f"{flags['num_shards']} ({flags['shard_strategy']})"),
         ("local training between merges", f"{merge_steps} steps" if merge_steps else f"{passes} passes"),
@@ -195,8 +197,8 @@ def _recipe_rows(facts: CardFacts) -> list[tuple[str, object]]:
         ("AGC threshold", f"{threshold:g}" if threshold else "0 (off)"),
         ("AGC decay (d)", f"{flags['agc_decay']:g}"),
         ("steps of all clones together", facts.steps),
-        ("learning rate", f"{flags['learning_rate']:g}" + (", times the batch" if flags["scale_lr"] else "")),
-        ("learning rate schedule", f"{flags['lr_scheduler']}, {flags['lr_warmup_steps']} warm-up steps"),
+        ("learning rate", f"{flags['learning_rate']:g}" + (f" x {batch * accumulation}" if flags["scale_lr"] else "")),
+        ("learning rate schedule", flags["lr_scheduler"] + warm_up),
         ("AdamW", f"beta {flags['adam_beta1']:g} and {flags['adam_beta2']:g}, decay {flags['adam_weight_decay']:g}"),
         ("images in a clone's step", f"{batch} x {accumulation} = {batch * accumulation}"),
         ("moving average of the weights", f"up to {flags['ema_max_decay']:g}" if flags["use_ema"] else "no"),
@@ -215,8 +217,8 @@ def _data(facts: CardFacts) -> str:
     dataset = facts.flags.get("dataset_name")
     source = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if is_hub_id(dataset) else "a local data set"
     return (
-        f"## Data\n\nTrained on {facts.num_images} images from {source}, {facts.num_distinct_images} of them with "
-        f"different contents. {facts.num_heldout} images were held out of training."
+        f"## Data\n\nTrained on {facts.num_images} images ({facts.num_distinct_images} distinct) from {source}. "
+        f"{facts.num_heldout} images were held out of training."
     )
 
 

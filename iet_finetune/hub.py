@@ -169,7 +169,8 @@ def _reason(error: Exception) -> str:
         return "the Hub refused the token (401): give a valid `--hub_token`, or log in with `hf auth login`."
     if status == 403:
         return "the token may not write there (403): use one with write access, or another `--hub_model_id`."
-    text = " ".join(str(cause).split())[:300].rstrip(".") or type(cause).__name__
+    text = str(cause) if status is None else f"{status}, {getattr(cause, 'server_message', None) or 'no reason given'}"
+    text = " ".join(text.split())[:300].rstrip(".") or type(cause).__name__
     if cause is not error:
         text = f"{one_line(error).rstrip('.')}: {text}"
     if isinstance(cause, HTTPError) and status is None:

@@ -122,7 +122,8 @@ class LocalTraining:
 
     def _encode(self, batch: MicroBatch) -> tuple[Tensor, Conditions]:
         mean, std = in_chunks(self._family.encode_images, batch.pixel_values, self._encode_chunk)
-        return mean + std * batch.posterior_noise, self._encode_captions(batch.captions)
+        latents = self._family.latents(mean, std, batch.posterior_noise)
+        return latents, self._encode_captions(batch.captions)
 
     def _encode_captions(self, captions: list[str]) -> Conditions:
         names: list[str] = []

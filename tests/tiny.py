@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=12)
 
 
-def tiny_sd(prediction_type: str = "epsilon", dropout: float = 0.0) -> StableDiffusionPipeline:
+def tiny_sd(prediction_type: str = "epsilon", dropout: float = 0.0, timesteps: int = 1000) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline with random weights, the same in every call; 16-pixel images, 8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -56,6 +57,7 @@ def tiny_sd(prediction_type: str = "epsilon", dropout: float = 0.0) -> StableDif
             dropout=dropout,
         )
     scheduler = DDIMScheduler(
+        num_train_timesteps=timesteps,
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -75,9 +77,9 @@ def tiny_sd(prediction_type: str = "epsilon", dropout: float = 0.0) -> StableDif
     )
 
 
-def save_tiny_sd(folder: Path, prediction_type: str = "epsilon", dropout: float = 0.0) -> Path:
-    """Saves `tiny_sd(...)` for `from_pretrained` and returns the folder."""
-    tiny_sd(prediction_type, dropout).save_pretrained(folder)
+def save_tiny_sd(folder: Path, **settings: Any) -> Path:
+    """Saves `tiny_sd(**settings)` for `from_pretrained` and returns the folder."""
+    tiny_sd(**settings).save_pretrained(folder)
     return folder
 
 
@@ -89,6 +91,8 @@ def save_images(folder: Path, count: int, size: int = RESOLUTION, seed: int = 0)
     for i in range(count):
         pixels = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((size // 4, size // 4, 1))).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"thing {i}", "kind": "even odd".split()[i % 2]}))
+        lines.append(
+            json.dumps({"file_name": f"{i:03d}.png", "text": f"thing {i}", "kind": "even odd".split()[i % 2]})
+        )
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder

@@ -140,8 +140,8 @@ def _stream_rows(path: str, columns: Columns, cache_dir: str | None) -> tuple[li
 
 def _why(path: str, columns: Columns, error: Exception) -> str:
     """A metadata file's first bad line, where it can be found, or the library's own words."""
-    if os.path.getsize(path) == 0:
-        return "it is empty"
+    if isinstance(error, IndexError):  # what `datasets` raises for a table without rows
+        return "it has no rows"
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path.endswith(".jsonl") else []
     kinds = set()
     for number, line in enumerate(lines, start=1):

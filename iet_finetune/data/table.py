@@ -20,7 +20,7 @@ from .samples import Columns, Samples, read_file, text_columns
 class TableReader:
     """Reads the encoded bytes of one column of a `datasets` table; pickled by its files' paths, where it has files.
 
-    A row holds the bytes, a path, or the `datasets` image of both. Relative paths count from `folder`, if there is one.
+    A row holds the bytes, a path, or the `datasets` image of both. Relative paths count from `folder`, if any.
     """
 
     table: datasets.Dataset
@@ -55,13 +55,13 @@ def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None
     if os.path.isfile(name):
         raise UserError(f"{source} is a file: give the folder that holds it.")
     if not os.path.isdir(name):
-        return _table_samples(_load(data, name, cache_dir), columns, name, source, folder=None)
+        return table_samples(_load(data, name, cache_dir), columns, name, source, folder=None)
     if any((Path(name) / metadata).is_file() for metadata in METADATA_NAMES):
         if data.dataset_split != "train":
             raise _unknown_split(data, source, ["train"])
         return read_image_folder(source, find_files(name), columns, cache_dir)
     if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        return _table_samples(_load_saved(data, name, source), columns, name, source, folder=os.path.abspath(name))
+        return table_samples(_load_saved(data, name, source), columns, name, source, folder=os.path.abspath(name))
     return _local_folder(data, name, source, columns, cache_dir)
 
 
@@ -76,7 +76,7 @@ def _local_folder(data: DataConfig, name: str, source: str, columns: Columns, ca
     contents = _hash_files([os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)])
     base = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
     table = _load(data, name, os.path.join(base, f"contents-{contents}"))
-    return _table_samples(table, columns, name, source, folder=os.path.abspath(name))
+    return table_samples(table, columns, name, source, folder=os.path.abspath(name))
 
 
 def _local_files(data: DataConfig, name: str, cache_dir: str | None) -> tuple[dict[str, list[str]], bool]:
@@ -95,7 +95,7 @@ def _local_files(data: DataConfig, name: str, cache_dir: str | None) -> tuple[di
 
 
 def _refuse_images_without_split(name: str, source: str, splits: dict[str, list[str]]) -> None:
-    # Of a folder with "train-station.png" and "cat.png", `datasets` guesses a split of one image and forgets the other.
+    # Of "train-station.png" and "cat.png" `datasets` guesses a split of one image and forgets the other.
     if os.path.exists(os.path.join(name, "README.md")):
         return  # which may choose the files of each split on purpose
     known = {path for files in splits.values() for path in files}
@@ -151,6 +151,8 @@ def _not_loaded(data: DataConfig, error: Exception) -> UserError:
     source, text = f"`--dataset_name {data.dataset_name}`", " ".join(str(error).split()) or type(error).__name__
     if "Unknown split" in text:
         return UserError(f"`--dataset_split {data.dataset_split}` does not fit {source}: {text}")
+    if "corresponds to no data" in text or isinstance(error, IndexError):  # the latter from `load_from_disk`
+        return UserError(f"`--dataset_split {data.dataset_split}` of {source} has no rows.")
     if "Config name is missing" in text:
         choices = text.partition("configs: ")[2].partition(" Example")[0]
         return UserError(
@@ -164,7 +166,7 @@ def _not_loaded(data: DataConfig, error: Exception) -> UserError:
     return UserError(f"{source} cannot be read: {one_line(error).rstrip('.')}.")
 
 
-def _table_samples(table: datasets.Dataset, columns: Columns, name: str, source: str, folder: str | None) -> Samples:
+def table_samples(table: datasets.Dataset, columns: Columns, name: str, source: str, folder: str | None) -> Samples:
     features = table.features
     _check_columns(columns, features, source)
     if isinstance(features[columns.image], datasets.Image):

@@ -61,7 +61,11 @@ class Family(ABC):
 
     @abstractmethod
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, H, W) of the latents of images (B, 3, R, R) in [-1, 1]; both scaled."""
+        """Mean and standard deviation (B, C, H, W) of the posterior of images (B, 3, R, R) in [-1, 1]."""
+
+    @abstractmethod
+    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """What the denoiser sees of an image: a draw from its posterior, scaled; all (B, C, H, W)."""
 
     @abstractmethod
     def encode_captions(self, captions: Sequence[str]) -> Conditions:

@@ -20,10 +20,13 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """The VAE's posterior in fp32, times its scaling factor."""
-        vae = self.pipeline.vae
-        posterior = vae.encode(pixel_values).latent_dist
-        return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+        """The VAE's posterior, in fp32."""
+        posterior = self.pipeline.vae.encode(pixel_values).latent_dist
+        return posterior.mean, posterior.std
+
+    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """(mean + std · noise) times the VAE's scaling factor."""
+        return (mean + std * noise) * self.pipeline.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:

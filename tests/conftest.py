@@ -1,0 +1,31 @@
+"""What holds for every test: no network, folders of its own for Hugging Face's libraries, one thread, repeatable draws.
+
+The environment is set before anything imports torch, datasets or huggingface_hub, which read it at import.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# One folder a process, and so one for each worker of pytest-xdist.
+_SCRATCH = Path(tempfile.mkdtemp(prefix="iet_finetune-tests-"))
+atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = str(_SCRATCH / "hf")
+os.environ["HF_DATASETS_CACHE"] = str(_SCRATCH / "datasets")
+# Two threads on a busy machine are many times slower than one, and give other bits.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch  # noqa: E402 - it reads the environment above
+from hypothesis import settings  # noqa: E402 - as above: conftest's imports follow the environment
+
+torch.set_num_threads(1)
+
+# The first example of a test that imports a library takes as long as the import: no deadline.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable" if os.environ.get("CI") else "explore")

@@ -1,0 +1,135 @@
+"""IET-AGC written a second time, slowly and from the formulas of the paper, to check the package against.
+
+It shares nothing with the package but the loaded pipeline, the pictures as tensors and the documented random streams.
+"""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+
+
+def rng(seed, *key):
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+class Reference:
+    """Trains `pipeline.unet` on (image tensor, caption) pairs.
+
+    The arguments are those of the flags; `passes` and `passes_per_round` count passes of each clone.
+    """
+
+    def __init__(self, pipeline, samples, *, shards=1, batch=4, accumulate=1, lr=1e-4, warmup=0, seed=0, threshold=0.0,
+                 decay=0.8, clip=1.0, ema_decay=None, eps=1e-8):  # fmt: skip
+        self.pipeline, self.samples, self.seed, self.batch, self.accumulate = (
+            pipeline,
+            samples,
+            seed,
+            batch,
+            accumulate,
+        )
+        self.lr, self.warmup, self.threshold, self.decay, self.clip = lr, warmup, threshold, decay, clip
+        self.ema_decay, self.eps = ema_decay, eps
+        order = rng(seed, 0).permutation(len(samples))
+        self.shards = [sorted(order[k::shards].tolist()) for k in range(shards)]
+        self.noise_scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.skipped: list[tuple[int, int, int]] = []
+
+    def train(self, passes, passes_per_round):
+        unet = self.pipeline.unet.train()
+        self.pipeline.vae.requires_grad_(False)
+        self.pipeline.text_encoder.requires_grad_(False)
+        merged, average = copy.deepcopy(unet.state_dict()), copy.deepcopy(unet.state_dict())
+        clones = [self.new_clone(k, passes) for k in range(len(self.shards))]
+        for first in range(0, passes, passes_per_round):
+            results, averages = [], []
+            for k, (clone_unet, *rest) in enumerate(clones):
+                clone_unet.load_state_dict(merged)
+                ema = copy.deepcopy(average)
+                for pass_ in range(first, min(first + passes_per_round, passes)):
+                    self.one_pass(k, pass_, clone_unet, ema, *rest)
+                results.append(copy.deepcopy(clone_unet.state_dict()))
+                averages.append(ema)
+            sizes = [len(shard) for shard in self.shards]
+            merged, average = self.merge(results, sizes), self.merge(averages, sizes)
+        return average if self.ema_decay is not None else merged
+
+    def new_clone(self, k, passes):
+        unet = copy.deepcopy(self.pipeline.unet)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=self.lr, weight_decay=1e-2, eps=self.eps, fused=True)
+        steps = passes * -(-len(self.shards[k]) // (self.batch * self.accumulate))
+        schedule = get_scheduler(
+            "constant_with_warmup", optimizer, num_warmup_steps=self.warmup, num_training_steps=steps
+        )
+        return unet, optimizer, schedule, [0.0] * len(self.noise_scheduler), [0]
+
+    def merge(self, states, sizes):
+        return {
+            name: (sum(n * state[name].double() for n, state in zip(sizes, states, strict=True)) / sum(sizes)).float()
+            for name in states[0]
+        }
+
+    def one_pass(self, k, pass_, unet, ema, optimizer, schedule, bank, counter):
+        shard = self.shards[k]
+        order = rng(self.seed, 1, k, pass_).permutation(len(shard))
+        size = self.batch * self.accumulate
+        for start in range(0, len(shard), size):
+            positions = range(start, min(start + size, len(shard)))
+            seen = []
+            for i in range(0, len(positions), self.batch):
+                loss, timesteps = self.losses(k, pass_, positions[i : i + self.batch], shard, order, unet)
+                keep = [
+                    value >= self.threshold * bank[t]
+                    for value, t in zip(loss.tolist(), timesteps.tolist(), strict=True)
+                ]
+                (loss * torch.tensor(keep)).sum().div(len(positions)).backward()
+                seen += zip(loss.tolist(), timesteps.tolist(), keep, positions[i : i + self.batch], strict=True)
+            kept = sum(keep for _, _, keep, _ in seen)
+            for loss, t, keep, position in seen:
+                bank[t] = self.decay * bank[t] + (1 - self.decay) * loss
+                if not keep:
+                    self.skipped.append((k, pass_, position))
+            counter[0] += 1
+            if kept:
+                for parameter in unet.parameters():
+                    parameter.grad *= len(positions) / kept
+                torch.nn.utils.clip_grad_norm_(unet.parameters(), self.clip)
+                optimizer.step()
+                self.update_average(ema, unet, counter[0])
+            optimizer.zero_grad()
+            schedule.step()
+
+    def update_average(self, ema, unet, step):
+        decay = 0.0 if step <= 1 else min(self.ema_decay or 0.0, step / (9 + step))
+        for name, value in unet.state_dict().items():
+            ema[name] = decay * ema[name] + (1 - decay) * value
+
+    def losses(self, k, pass_, positions, shard, order, unet):
+        pixels, captions, noise, posterior, timesteps = [], [], [], [], []
+        for position in positions:
+            image, caption = self.samples[shard[order[position]]]
+            stream = rng(self.seed, 2, k, pass_, position)
+            uniform = stream.random(4)
+            shape = (unet.config.in_channels, image.shape[1] // 2, image.shape[2] // 2)
+            noise.append(torch.from_numpy(stream.standard_normal(shape, dtype=np.float32)))
+            posterior.append(torch.from_numpy(stream.standard_normal(shape, dtype=np.float32)))
+            timesteps.append(int(uniform[3] * len(self.noise_scheduler)))
+            pixels.append(image)
+            captions.append(caption)
+        noise, timesteps = torch.stack(noise), torch.tensor(timesteps)
+        distribution = self.pipeline.vae.encode(torch.stack(pixels)).latent_dist
+        latents = distribution.mean + distribution.std * torch.stack(posterior)
+        latents = latents * self.pipeline.vae.config.scaling_factor
+        tokens = self.pipeline.tokenizer(
+            captions, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+        )
+        hidden = self.pipeline.text_encoder(tokens.input_ids)[0]
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        target = noise
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        prediction = unet(noisy, timesteps, hidden).sample
+        return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)), timesteps

@@ -1,0 +1,65 @@
+"""Steps cover every pass exactly, and rounds cover every step exactly."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iet_finetune.config import EnsembleConfig, TrainingConfig
+from iet_finetune.schedule import Schedule
+
+sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
+count = st.integers(1, 7)
+
+
+@st.composite
+def schedules(draw):
+    batch, accumulation = draw(count), draw(count)
+    steps = draw(st.none() | st.integers(1, 60))
+    training = TrainingConfig(
+        train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=draw(count),
+        max_train_steps=steps,
+    )
+    by_steps = draw(st.booleans())
+    interval = {"merge_every_steps" if by_steps else "merge_every_epochs": draw(count)}
+    return Schedule.plan(draw(sizes), training, EnsembleConfig(**interval)), training
+
+
+@given(schedules())
+def test_the_rounds_of_a_clone_are_its_steps_in_order_without_gap(case):
+    schedule, _ = case
+    for shard, total in enumerate(schedule.total_steps):
+        spans = [schedule.span(shard, round_) for round_ in range(schedule.rounds)]
+        assert [step for span in spans for step in range(*span)] == list(range(total))
+    assert any(
+        schedule.span(shard, schedule.rounds - 1)[0] < total for shard, total in enumerate(schedule.total_steps)
+    )
+
+
+@given(schedules())
+def test_each_pass_visits_every_position_once_and_no_step_spans_two(case):
+    schedule, training = case
+    for shard, (size, total) in enumerate(zip(schedule.shard_sizes, schedule.total_steps, strict=True)):
+        visits: dict[int, list[int]] = {}
+        for step in schedule.steps(shard, 0, total):
+            parts = step.micro_batches(training.train_batch_size)
+            assert 1 <= len(parts) <= training.gradient_accumulation_steps
+            assert all(1 <= len(part) <= training.train_batch_size for part in parts)
+            visits.setdefault(step.pass_, []).extend(position for part in parts for position in part)
+        complete = list(visits.values()) if training.max_train_steps is None else list(visits.values())[:-1]
+        assert all(positions == list(range(size)) for positions in complete)
+        if training.max_train_steps is None:
+            assert len(visits) == training.num_train_epochs
+
+
+def test_the_clones_merge_every_five_passes_unless_told_otherwise():
+    schedule = Schedule.plan((10, 11), TrainingConfig(train_batch_size=5, num_train_epochs=12), EnsembleConfig())
+    assert schedule.round_steps == (10, 15)
+    assert schedule.total_steps == (24, 36)
+    assert schedule.rounds == 3
+
+
+def test_merge_steps_are_counted_per_clone():
+    training = TrainingConfig(train_batch_size=5, max_train_steps=20)
+    schedule = Schedule.plan((10, 100), training, EnsembleConfig(merge_every_steps=8))
+    assert [schedule.span(shard, 2) for shard in range(2)] == [(16, 20), (16, 20)]
