@@ -287,9 +287,7 @@ class Config:
             UserError: what is wrong, naming the flag, or the key and the file.
         """
         known = flag_names()
-        parser = build_parser(
-            "Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values())
-        )
+        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values()))
         given = parse_arguments(parser, argv, known)
         path = given.pop("config", None)
         file_values = read_yaml(path, known) if path is not None else {}

@@ -96,15 +96,25 @@ class Ensemble:
         self._take_up: Callable[[], None] | None = None
 
     @property
+    def steps(self) -> list[int]:
+        """Steps that each clone has taken."""
+        return [clone.step for clone in self.clones]
+
+    @property
     def step(self) -> int:
         """Steps of all clones together."""
-        return sum(clone.step for clone in self.clones)
+        return sum(self.steps)
 
     @property
     def pending_shards(self) -> Iterator[int]:
         """The shards still to be trained in this round, in order."""
         while self._finished < len(self.clones):
             yield self._finished
+
+    @property
+    def in_midst_of_round(self) -> bool:
+        """Whether some of this round is done and some is not."""
+        return self._take_up is not None or 0 < self._finished < len(self.clones)
 
     def checkout(self, shard: int) -> Clone:
         """Makes a shard's clone live: the denoiser's weights, its own moments, dropout seeded for the round.
@@ -241,11 +251,13 @@ class Ensemble:
 def relative_distance(tensors: Tensors, reference: Tensors) -> float:
     """‖tensors − reference‖ / ‖reference‖ over all floating-point tensors, in fp32; a host number."""
     moved, norm = [], []
-    for name, theirs in reference.items():
+    # A sum's bits depend on its order, and a file's tensors come in another order than the module's.
+    for name, theirs in sorted(reference.items()):
         if theirs.is_floating_point():
             ours = tensors[name].detach()
-            moved.append(torch.linalg.vector_norm(ours - theirs.to(ours.device)))
-            norm.append(torch.linalg.vector_norm(theirs).to(ours.device))
+            theirs = theirs.to(ours.device)
+            moved.append(torch.linalg.vector_norm(ours - theirs))
+            norm.append(torch.linalg.vector_norm(theirs))
     total = torch.linalg.vector_norm(torch.stack(norm)).clamp(min=torch.finfo(torch.float32).tiny)
     return float(torch.linalg.vector_norm(torch.stack(moved)) / total)
 

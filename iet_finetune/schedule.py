@@ -1,6 +1,6 @@
 """When each clone takes its steps, in which pass they fall, and after which of them the clones are merged."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .config import EnsembleConfig, TrainingConfig
@@ -48,15 +48,15 @@ class Schedule:
         merge = [ensemble.merge_every_steps or epochs * steps for steps in passes]
         return cls(shard_sizes, samples, tuple(total), tuple(merge))
 
-    @property
-    def rounds(self) -> int:
-        """Number of rounds; the last may be shorter."""
-        return max(-(-total // steps) for total, steps in zip(self.total_steps, self.round_steps, strict=True))
+    def round_end(self, shard: int, step: int) -> int:
+        """Where the round ends in which a clone takes its step number `step`; the last round may be shorter."""
+        round_steps = self.round_steps[shard]
+        return min((step // round_steps + 1) * round_steps, self.total_steps[shard])
 
-    def span(self, shard: int, round_: int) -> tuple[int, int]:
-        """First step of a clone in a round, and the one after its last."""
-        total, steps = self.total_steps[shard], self.round_steps[shard]
-        return min(round_ * steps, total), min((round_ + 1) * steps, total)
+    def remaining_rounds(self, steps: Sequence[int]) -> int:
+        """Merges still to come when the clones have taken so many steps each; a round that is under way counts."""
+        pairs = zip(steps, self.total_steps, self.round_steps, strict=True)
+        return max(-(-total // size) - step // size if step < total else 0 for step, total, size in pairs)
 
     def steps(self, shard: int, start: int, stop: int) -> Iterator[Step]:
         """A clone's steps number `start` up to `stop`; no step spans two passes."""

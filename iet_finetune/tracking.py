@@ -76,6 +76,11 @@ class RoundSums:
         self.seen = seen
         self.skipped = skipped
 
+    @classmethod
+    def nothing(cls) -> "RoundSums":
+        """The sums of no steps."""
+        return cls(0.0, -1, [0.0] * NOISE_LEVELS, [0.0] * NOISE_LEVELS)
+
     def combined(self, other: "RoundSums", sign: int = 1) -> "RoundSums":
         """Element-wise self + sign · other."""
         return RoundSums(

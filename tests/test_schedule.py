@@ -25,15 +25,23 @@ def schedules(draw):
     return Schedule.plan(draw(sizes), training, EnsembleConfig(**interval)), training
 
 
+def rounds(schedule, steps):
+    """The steps that each clone takes in each round, until nothing is left."""
+    while schedule.remaining_rounds(steps):
+        ends = [schedule.round_end(shard, step) if step < schedule.total_steps[shard] else step
+                for shard, step in enumerate(steps)]  # fmt: skip
+        yield list(zip(steps, ends, strict=True))
+        steps = ends
+
+
 @given(schedules())
 def test_the_rounds_of_a_clone_are_its_steps_in_order_without_gap(case):
     schedule, _ = case
+    spans = list(rounds(schedule, [0] * len(schedule.total_steps)))
+    assert len(spans) == schedule.remaining_rounds([0] * len(schedule.total_steps))
     for shard, total in enumerate(schedule.total_steps):
-        spans = [schedule.span(shard, round_) for round_ in range(schedule.rounds)]
-        assert [step for span in spans for step in range(*span)] == list(range(total))
-    assert any(
-        schedule.span(shard, schedule.rounds - 1)[0] < total for shard, total in enumerate(schedule.total_steps)
-    )
+        assert [step for span in spans for step in range(*span[shard])] == list(range(total))
+        assert all(stop - start <= schedule.round_steps[shard] for start, stop in (span[shard] for span in spans))
 
 
 @given(schedules())
@@ -56,10 +64,12 @@ def test_the_clones_merge_every_five_passes_unless_told_otherwise():
     schedule = Schedule.plan((10, 11), TrainingConfig(train_batch_size=5, num_train_epochs=12), EnsembleConfig())
     assert schedule.round_steps == (10, 15)
     assert schedule.total_steps == (24, 36)
-    assert schedule.rounds == 3
+    assert schedule.remaining_rounds([0, 0]) == 3
+    assert schedule.remaining_rounds([10, 7]) == 3
+    assert schedule.remaining_rounds([24, 36]) == 0
 
 
 def test_merge_steps_are_counted_per_clone():
     training = TrainingConfig(train_batch_size=5, max_train_steps=20)
     schedule = Schedule.plan((10, 100), training, EnsembleConfig(merge_every_steps=8))
-    assert [schedule.span(shard, 2) for shard in range(2)] == [(16, 20), (16, 20)]
+    assert list(rounds(schedule, [0, 0])) == [[(0, 8)] * 2, [(8, 16)] * 2, [(16, 20)] * 2]

@@ -256,23 +256,23 @@ def test_validation_draws_the_same_noise_before_and_after(world, tmp_path):
 
 def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "out", use_ema=True))
-    ensemble, local = trainer.ensemble, trainer.local
+    ensemble, local = trainer.ensemble, trainer.parts.local
     clone = ensemble.checkout(0)
     steps = list(trainer.schedule.steps(0, 0, 3))
-    run = local.run(clone, trainer.shards[0], steps, trainer.courses[0])
+    run = local.run(clone, trainer.parts.shards[0], steps, trainer.parts.courses[0])
     next(run)
-    before = {name: tensor.clone() for name, tensor in trainer.trainable.tensors.items()}
+    before = {name: tensor.clone() for name, tensor in trainer.parts.trainable.tensors.items()}
     average = ensemble._ema.read()
     moments = {i: {k: v.clone() for k, v in s.items()} for i, s in ensemble._optimizer.state_dict()["state"].items()}
     bank = clone.agc.bank.clone()
     clone.agc.bank.fill_(1e9)
     next(run)
     clone.agc.bank.copy_(bank)
-    trainer.family.schedule.alphas_cumprod.fill_(float("nan"))
+    trainer.parts.family.schedule.alphas_cumprod.fill_(float("nan"))
     next(run)
     assert clone.step == 3
     assert clone.meter.read().broken_step == 2
-    assert_equal(before, trainer.trainable.tensors)
+    assert_equal(before, trainer.parts.trainable.tensors)
     assert_equal(average, ensemble._ema.read())
     for i, state in ensemble._optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[i][name]) for name, value in state.items())

@@ -21,10 +21,12 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=12)
 
 
-def tiny_sd(prediction_type: str = "epsilon", dropout: float = 0.0, timesteps: int = 1000) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline with random weights, the same in every call; 16-pixel images, 8x8 latents."""
+def tiny_sd(
+    prediction_type: str = "epsilon", dropout: float = 0.0, timesteps: int = 1000, seed: int = 0
+) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline with random weights that follow from the seed; 16-pixel images, 8x8 latents."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         tokenizer = tiny_tokenizer()
         text_encoder = CLIPTextModel(
             CLIPTextConfig(

@@ -121,8 +121,10 @@ def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError"
         if isinstance(sample, UserError):
             return sample
         good.append(sample)
-    captions = [caption for sample in good for caption in sample.captions]
-    return MicroBatch(*(captions if k == 1 else torch.stack(list(field)) for k, field in enumerate(zip(*good, strict=True))))
+    fields = MicroBatch(*zip(*good, strict=True))  # type: ignore[arg-type]  # each field a tuple over the samples
+    captions = [caption for captions in fields.captions for caption in captions]
+    stacked = {name: torch.stack(field) for name, field in fields._asdict().items() if name != "captions"}
+    return MicroBatch(captions=captions, **stacked)
 
 
 def micro_batches(

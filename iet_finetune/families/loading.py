@@ -1,10 +1,10 @@
 """From a Hub id or folder to a pipeline in memory, and back to disk with every component as it came."""
 
+import contextlib
 import json
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -21,7 +23,7 @@ from ..errors import UserError, one_line
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
     """No progress bars of diffusers and transformers inside; they are as they were afterwards."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
@@ -77,7 +79,14 @@ def _download(name: str, model: ModelConfig) -> Path:
             f"`--pretrained_model_name_or_path {name}` is no folder here and could not be had from the Hub: "
             f"{one_line(error)}"
         ) from None
+    _fetch_card(name, model)
     return Path(path)
+
+
+def _fetch_card(name: str, model: ModelConfig) -> None:
+    """Puts the repository's README.md, which names the licence, beside the files that diffusers fetches."""
+    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        hf_hub_download(name, "README.md", revision=model.revision, cache_dir=model.cache_dir)
 
 
 def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeline:

@@ -180,7 +180,11 @@ def test_labels_are_the_texts_of_the_column(tmp_path):
 def test_progress_bars_and_logging_of_datasets_are_as_before(tmp_path, capfd):
     datasets.enable_progress_bars()
     verbosity = datasets.logging.get_verbosity()
-    load(simple_folder(tmp_path))
+    (tmp_path / "table").mkdir()
+    table().to_parquet(tmp_path / "table" / "a.parquet")
+    capfd.readouterr()
+    load(simple_folder(tmp_path / "folder"))
+    load(dataset_name=str(tmp_path / "table"))
     assert not datasets.are_progress_bars_disabled()
     assert datasets.logging.get_verbosity() == verbosity
     assert capfd.readouterr() == ("", "")

@@ -1,0 +1,57 @@
+# One command each for what is done often. Each of them sets up .venv first if it is not there.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Written at the end of a complete installation, so that an interrupted one is done again.
+INSTALLED := $(VENV)/.installed
+# PYTHON=/path/to/python chooses the Python of .venv; otherwise the first of these that is recent enough.
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
+# More for pytest, such as ARGS="tests/test_agc.py -k bank".
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## List these commands.
+	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+# accelerate gives a process one thread unless told otherwise; the demo is one process and may have them all.
+# --quiet: an error of the demo ends with the demo's own line, not with accelerate's traceback as well.
+demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/; goes on where an interrupted run stopped.
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process "$${OMP_NUM_THREADS:-$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
+		train_iet_agc.py --config configs/demo.yaml --resume_from_checkpoint latest
+
+# Two files at a time with one thread each: more threads than cores make torch many times slower.
+test: $(INSTALLED) ## Run the tests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(INSTALLED) ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Put the code into shape.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and the tools' caches; what runs wrote stays.
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): setup.py constraints.txt
+	@for python in $(CANDIDATES); do \
+		"$$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+			2>/dev/null && break; \
+		python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "No Python 3.11, 3.12 or 3.13 with the module venv among: $(CANDIDATES)." >&2; \
+		echo "Install one (on Debian with its package python3-venv) or name it: make PYTHON=/path/to/python ..." >&2; \
+		exit 1; \
+	fi; \
+	echo "Setting up $(VENV) with $$python; this is done once and takes a minute or more." && \
+	"$$python" -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test,dev]' -c constraints.txt
+	@touch $@

@@ -1,0 +1,132 @@
+"""What a run tells while it goes on: progress, metrics by round, validation pictures, trackers."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from . import validation
+from .assembly import Parts
+from .config import Config
+from .ensemble import Clone
+from .tracking import Progress, RoundSums, Trackers, append_line, cut_back, read_lines
+
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+
+
+def warn(text: str) -> None:
+    """One line of warning on the terminal."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Reporter:
+    """Keeps the records of a run; begins with those of the rounds that are already done.
+
+    Args:
+        config: the run's settings.
+        parts: what it works with; read, and for pictures the merged weights are put into the live denoiser.
+    """
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        self._config = config
+        self._parts = parts
+        self._output = config.output_path
+        self._resumed = parts.ensemble.step > 0
+        for name in (METRICS, TIMINGS):
+            cut_back(self._output / name, parts.ensemble.round)
+        self._trackers = Trackers(parts.accelerator, config.logging.tracker_project_name, config.to_flags())
+        self._progress = Progress(sum(parts.schedule.total_steps), parts.ensemble.step)
+        self._round_began = time.perf_counter()
+        self._last = RoundSums.nothing()
+        self._rounds = parts.ensemble.round + parts.schedule.remaining_rounds(parts.ensemble.steps)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics of the rounds done so far."""
+        return read_lines(self._output / METRICS)
+
+    def begin_clone(self, clone: Clone) -> None:
+        """A clone starts or goes on: what its meter holds has been told already."""
+        self._last = clone.meter.read()
+
+    def step(self, samples: int) -> None:
+        """One step of `samples` images is done."""
+        self._progress.advance(samples)
+
+    def log(self, clone: Clone) -> RoundSums:
+        """Reads the device once and tells what came since the last time; returns the clone's sums of the round."""
+        sums = clone.meter.read()
+        since, self._last = sums.combined(self._last, -1), sums
+        ensemble = self._parts.ensemble
+        place = f"round {ensemble.round + 1}/{self._rounds} shard {clone.shard + 1}/{len(ensemble.clones)}"
+        self._progress.describe(place, since.loss, since.skip_rate)
+        rate = self._parts.courses[clone.shard](clone.step - 1)
+        self._trackers.log({"loss": since.loss, "skip_rate": since.skip_rate, "lr": rate}, ensemble.step)
+        return sums
+
+    def round(self, drift: float) -> None:
+        """A round is merged: its line of metrics; the clones' meters start again."""
+        ensemble = self._parts.ensemble
+        line = self._round_line(drift)
+        append_line(self._output / METRICS, line)
+        for clone in ensemble.clones:
+            clone.meter.clear()
+        numbers = {f"round/{name}": value for name, value in line.items() if isinstance(value, float)}
+        self._trackers.log(numbers, ensemble.step)
+        self._progress.say(
+            f"round {ensemble.round}/{self._rounds}: loss {line['loss']:.4f}, skipped {line['skip_rate']:.1%}"
+        )
+        now = time.perf_counter()
+        append_line(self._output / TIMINGS, {"round": ensemble.round, "seconds": round(now - self._round_began, 3)})
+        self._round_began = now
+
+    def _round_line(self, drift: float) -> dict[str, Any]:
+        clones = self._parts.ensemble.clones
+        sums = [clone.meter.read() for clone in clones]
+        total = sums[0]
+        for other in sums[1:]:
+            total = total.combined(other)
+        return {
+            "round": self._parts.ensemble.round,
+            "step": self._parts.ensemble.step,
+            "loss": total.loss,
+            "skip_rate": total.skip_rate,
+            "skip_rate_by_noise_level": total.skip_rate_by_level,
+            "merge_drift": drift,
+            "clone_drift": [clone.drift for clone in clones],
+            "shard_loss": [shard.loss for shard in sums],
+            "shard_skip_rate": [shard.skip_rate for shard in sums],
+            "lr": [self._parts.courses[clone.shard](max(clone.step - 1, 0)) for clone in clones],
+        }
+
+    def draw_images(self) -> None:
+        """Pictures from the merged denoiser of the round just done, when they are due and not there yet."""
+        settings, round_ = self._config.validation, self._parts.ensemble.round
+        due = round_ % settings.validation_rounds == 0 or round_ == self._rounds
+        path = validation.round_file(self._output, round_)
+        if not settings.validation_prompts or not due or (self._resumed and path.exists()):
+            return
+        self.load_result()
+        rows = validation.draw_images(
+            self._parts.family, settings, self._config.training.seed, self._config.data.resolution
+        )
+        prompts = list(settings.validation_prompts)
+        validation.save_picture(validation.grid(rows, prompts), path)
+        flat = [(picture, prompt) for row, prompt in zip(rows, prompts, strict=True) for picture in row]
+        step = self._parts.ensemble.step
+        self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], step)
+
+    def load_result(self) -> None:
+        """Puts the merged weights, or their moving average if there is one, into the live denoiser."""
+        self._parts.trainable.load(self._parts.ensemble.denoiser)
+        if self._parts.ensemble.average is not None:
+            self._parts.trainable.load(self._parts.ensemble.average)
+
+    def before_after(self) -> Path | None:
+        """The picture that shows the first drawing beside the last; None if nothing was drawn."""
+        return validation.save_before_after(self._output, self._rounds)
+
+    def close(self) -> None:
+        """Ends the progress bar and writes out what the trackers hold."""
+        self._progress.close()
+        self._trackers.close()

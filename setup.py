@@ -1,0 +1,52 @@
+"""Packaging: what is installed and what it needs; the settings of the tools are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def version() -> str:
+    """The package's `__version__`, read as text: importing a package in order to install it is a trap."""
+    text = (HERE / "iet_finetune" / "__init__.py").read_text(encoding="utf-8")
+    return re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)[0]
+
+
+# Nothing here may want torchvision: it brings a second torch of several gigabytes.
+REQUIRED = [
+    "accelerate>=1.15",
+    "datasets>=5",
+    "diffusers>=0.42",
+    "huggingface_hub>=2",
+    "numpy>=2",
+    "peft>=0.21",
+    "pillow>=11",
+    "pyarrow>=21",
+    "pyyaml>=6",
+    "safetensors>=0.6",
+    "tensorboard>=2.19",
+    "torch>=2.9",
+    "tqdm>=4.67",
+    "transformers>=5",
+]
+AUDIT = ["scipy>=1.15", "torchmetrics>=1.9"]
+TEST = [*AUDIT, "hypothesis>=6.130", "pytest>=8.4", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
+DEV = [*TEST, "mypy>=1.18", "ruff>=0.14", "types-PyYAML", "types-tqdm"]
+
+setup(
+    name="iet_finetune",
+    version=version(),
+    description="Fine-tune diffusers pipelines with IET-AGC, so that they do not repeat their training images.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["iet_finetune", "iet_finetune.*"]),
+    package_data={"iet_finetune": ["py.typed"]},
+    install_requires=REQUIRED,
+    extras_require={"audit": AUDIT, "test": TEST, "dev": DEV},
+    entry_points={"console_scripts": ["iet-finetune = iet_finetune.cli:main"]},
+)

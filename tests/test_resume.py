@@ -1,0 +1,225 @@
+"""An interrupted run that is resumed leaves the same behind as one that was not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny import RESOLUTION, save_images, save_tiny_sd
+
+from iet_finetune import Config, Trainer, UserError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A pipeline with dropout, 12 images, and `whole`: what a run leaves that was never interrupted."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_sd(folder / "base", dropout=0.3, timesteps=10)
+    save_images(folder / "data", 12)
+    Trainer(config(folder, folder / "whole")).train()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps the precision of a process's first run; every test is a first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def config(world: Path, output: Path, **flags) -> Config:
+    defaults = {
+        "pretrained_model_name_or_path": str(world / "base"),
+        "train_data_dir": str(world / "data"),
+        "output_dir": str(output),
+        "resolution": RESOLUTION,
+        "train_batch_size": 2,
+        "num_shards": 3,
+        "num_train_epochs": 5,
+        "merge_every_epochs": 2,
+        "lr_warmup_steps": 2,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "agc_threshold": 0.99,
+        "agc_decay": 0.1,
+        "use_ema": True,
+        "random_flip": True,
+        "checkpointing_steps": 3,
+        "checkpoints_total_limit": 2,
+        "logging_steps": 2,
+        "validation_prompts": ["a"],
+        "num_validation_images": 1,
+        "validation_inference_steps": 1,
+        "report_to": "none",
+    }
+    return Config.from_flags(**{**defaults, **flags})
+
+
+class Killed(BaseException):
+    """Stands for a process that is gone."""
+
+
+def run_until(trainer: Trainer, steps: int) -> None:
+    """Trains until the run has taken `steps` more steps, and then is gone without cleaning up."""
+    taken = 0
+
+    def step(samples: int) -> None:
+        nonlocal taken
+        if taken == steps:
+            raise Killed
+        taken += 1
+
+    trainer.reporter.step = step
+    with pytest.raises(Killed):
+        trainer.train()
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def assert_same_outcome(ours: Path, theirs: Path) -> None:
+    for name in ("unet/diffusion_pytorch_model.safetensors",):
+        one, other = load_file(ours / name), load_file(theirs / name)
+        assert all(torch.equal(one[key], other[key]) for key in other)
+    assert (ours / "metrics.jsonl").read_text() == (theirs / "metrics.jsonl").read_text()
+    assert pq.read_table(ours / "ledger.parquet").equals(pq.read_table(theirs / "ledger.parquet"))
+    assert files(ours) == files(theirs)
+
+
+@pytest.mark.parametrize("stops", [(0,), (4,), (13, 1, 2), (12, 17), (7, 22), (29,)])
+def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_bits(world, tmp_path, stops):
+    output = tmp_path / "out"
+    resume = {"resume_from_checkpoint": "latest"}
+    for stop in stops:
+        run_until(Trainer(config(world, output, **resume)), stop)
+    Trainer(config(world, output, **resume)).train()
+    assert_same_outcome(output, world / "whole")
+
+
+def test_the_skip_decisions_of_the_whole_run_are_not_all_alike(world):
+    lines = [json.loads(line) for line in (world / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < sum(line["skip_rate"] for line in lines) < len(lines)
+
+
+def test_a_finished_run_resumed_changes_nothing_and_can_be_made_longer(world, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world / "whole", output)
+    Trainer(config(world, output, resume_from_checkpoint="latest")).train()
+    assert_same_outcome(output, world / "whole")
+    Trainer(config(world, output, resume_from_checkpoint="latest", num_train_epochs=6)).train()
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+    assert json.loads(lines[-1])["step"] == 36
+
+
+def test_an_older_checkpoint_can_be_chosen_and_later_ones_give_way(world, tmp_path):
+    output = tmp_path / "out"
+    run_until(Trainer(config(world, output, checkpoints_total_limit=None)), 14)
+    names = [path.name for path in sorted(output.glob("checkpoint-*"))]
+    assert names == ["checkpoint-12", "checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    older = {"resume_from_checkpoint": str(output / "checkpoint-6"), "checkpoints_total_limit": None}
+    run_until(Trainer(config(world, output, **older)), 4)
+    assert [path.name for path in sorted(output.glob("checkpoint-*"))] == [
+        "checkpoint-3",
+        "checkpoint-6",
+        "checkpoint-9",
+    ]
+    Trainer(config(world, output, resume_from_checkpoint="latest")).train()
+    assert_same_outcome(output, world / "whole")
+
+
+def test_no_more_checkpoints_are_kept_than_asked_for(world):
+    assert [path.name for path in sorted((world / "whole").glob("checkpoint-*"))] == ["checkpoint-27", "checkpoint-30"]
+
+
+def test_what_did_not_change_between_checkpoints_is_linked_and_not_written_again(world, tmp_path):
+    output = tmp_path / "out"
+    run_until(Trainer(config(world, output)), 10)
+    one, other = output / "checkpoint-6", output / "checkpoint-9"
+    same = [name for name in files(other) if (one / name).exists() and (one / name).samefile(other / name)]
+    assert "denoiser.safetensors" in same
+    assert "shard-00000/moments.pt" in same
+    assert "shard-00001/live.safetensors" not in same
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_shards": 2}, "`--num_shards` has changed (3 then, 2 now)"),
+        ({"seed": 1}, "the training data|`--seed`"),
+        ({"shard_strategy": "stratified", "shard_by_column": "kind"}, "the training data|`--shard_strategy`"),
+        ({"train_batch_size": 4}, "`--train_batch_size` times `--gradient_accumulation_steps`"),
+        ({"merge_every_epochs": 1}, "`--merge_every_epochs`"),
+        ({"agc_threshold": 0.5}, "`--agc_threshold`"),
+        ({"agc_decay": 0.5}, "`--agc_decay`"),
+        ({"use_ema": False}, "`--use_ema`"),
+        ({"max_train_samples": 9}, "the training data"),
+        ({"prediction_type": "v_prediction"}, "`--prediction_type`"),
+    ],
+)
+def test_resuming_with_another_setting_is_refused_by_name(world, tmp_path, change, named):
+    shutil.copytree(world / "whole", tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(UserError, match="cannot resume") as error:
+        Trainer(config(world, tmp_path / "out", resume_from_checkpoint="latest", **change))
+    assert any(name in str(error.value) for name in named.split("|"))
+    assert files(tmp_path / "out") == before
+
+
+def test_resuming_with_changed_images_or_another_base_model_is_refused(world, tmp_path):
+    for name in ("base", "data", "whole"):
+        shutil.copytree(world / name, tmp_path / name)
+    images = tmp_path / "data"
+    shutil.copy(images / "000.png", images / "001.png")
+    with pytest.raises(UserError, match="the training data has changed"):
+        Trainer(config(tmp_path, tmp_path / "whole", resume_from_checkpoint="latest"))
+    shutil.copy(world / "data" / "001.png", images / "001.png")
+    save_tiny_sd(tmp_path / "base", dropout=0.3, timesteps=10, seed=1)
+    with pytest.raises(UserError, match="the base model has changed"):
+        Trainer(config(tmp_path, tmp_path / "whole", resume_from_checkpoint="latest"))
+
+
+def test_a_learning_rate_may_change_with_a_warning(world, tmp_path, capsys):
+    output = tmp_path / "out"
+    run_until(Trainer(config(world, output)), 8)
+    Trainer(config(world, output, resume_from_checkpoint="latest", learning_rate=1e-4))
+    assert "learning_rate was 0.001, is 0.0001" in capsys.readouterr().err
+
+
+def test_latest_without_a_checkpoint_starts_anew_and_a_missing_path_is_an_error(world, tmp_path):
+    run_until(Trainer(config(world, tmp_path / "out", resume_from_checkpoint="latest")), 1)
+    with pytest.raises(UserError, match="checkpoint-7`: there is no complete checkpoint"):
+        Trainer(config(world, tmp_path / "out", resume_from_checkpoint="checkpoint-7"))
+
+
+def test_a_damaged_checkpoint_is_named(world, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world / "whole", output)
+    (output / "checkpoint-30" / "shard-00001" / "clone.pt").unlink()
+    with pytest.raises(UserError, match="checkpoint-30 is damaged: shard-00001/clone.pt is missing"):
+        Trainer(config(world, output, resume_from_checkpoint="latest"))
+
+
+def test_a_run_that_breaks_saves_its_last_good_weights_and_can_go_on(world, tmp_path):
+    output = tmp_path / "out"
+    trainer = Trainer(config(world, output))
+    weights = trainer.parts.family.denoiser.conv_in.weight
+
+    def poison(samples: int) -> None:
+        if trainer.ensemble.step == 13:
+            trainer.parts.family.schedule.alphas_cumprod.fill_(float("nan"))
+            poison.weights = weights.detach().clone()
+
+    trainer.reporter.step = poison
+    with pytest.raises(UserError, match="not finite in round 2, shard 1 of 3, step 6") as error:
+        trainer.train()
+    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert str(newest) in str(error.value)
+    live = load_file(newest / "shard-00000" / "live.safetensors")
+    assert torch.equal(live["conv_in.weight"], poison.weights)
+    Trainer(config(world, output, resume_from_checkpoint="latest")).train()
+    assert (output / "model_index.json").is_file()
