@@ -75,10 +75,10 @@ def _without_command(arguments: list[str]) -> None:
         print(f"{PROGRAM} {__version__}")
     elif first is None or first.startswith("-"):
         raise UserError(
-            f"a command comes first, as in `{PROGRAM} train --config FILE` (`{PROGRAM} --help` lists them)."
+            f"a command comes first, as in `{PROGRAM} train --config FILE`; `{PROGRAM} --help` lists them."
         )
     else:
-        raise UserError(f"unknown command `{first}`.{nearest(first, COMMANDS)} (`{PROGRAM} --help` lists them.)")
+        raise UserError(f"unknown command `{first}`.{nearest(first, COMMANDS)} `{PROGRAM} --help` lists them.")
 
 
 def _usage() -> str:

@@ -21,7 +21,7 @@ class EMA:
     def __init__(self, parameters: Mapping[str, Tensor], max_decay: float) -> None:
         self._parameters = list(parameters.values())
         self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        self._rule = EMAModel([torch.zeros(1)], decay=max_decay)
+        self._rule = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=max_decay)
 
     @torch.no_grad()
     def update(self, step: int, masked: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The optimizer, and the course of the learning rate as a function of a clone's step."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -21,7 +22,7 @@ def build_optimizer(
     learning_rate = optimizer.learning_rate
     if optimizer.scale_lr:
         learning_rate *= training.train_batch_size * training.gradient_accumulation_steps
-    settings = {
+    settings: dict[str, Any] = {
         "lr": learning_rate,
         "betas": (optimizer.adam_beta1, optimizer.adam_beta2),
         "weight_decay": optimizer.adam_weight_decay,

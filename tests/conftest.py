@@ -1,4 +1,4 @@
-"""What holds for every test: no network, folders of its own for Hugging Face's libraries, one thread, repeatable draws.
+"""What holds for every test: no network, caches in a temporary folder, one thread, repeatable draws.
 
 The environment is set before anything imports torch, datasets or huggingface_hub, which read it at import.
 """

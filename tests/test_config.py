@@ -29,7 +29,7 @@ def message_of(function, *arguments, **keywords) -> str:
 def write(folder: Path, **flags: Any) -> str:
     """The path of a YAML file with these keys."""
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(flags, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(flags), encoding="utf-8")
     return str(path)
 
 

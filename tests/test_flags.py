@@ -91,7 +91,7 @@ def test_a_value_becomes_the_type_of_its_flag(name, value, converted):
         ("hours", float("nan")),
         ("hours", "inf"),
         ("hours", "1e400"),
-        ("hours", 10**400),
+        pytest.param("hours", 10**400, id="hours-more than a float holds"),
         ("fan", "true"),
         ("fan", 1),
         ("fan", None),
@@ -126,12 +126,15 @@ def test_a_wrong_type_is_answered_with_the_right_one():
     ),
 )
 def test_whatever_yaml_holds_is_converted_or_refused_in_one_line(spec, value):
+    refusals = []
     try:
         converted = convert(spec, value, f"`{spec.name}`")
     except UserError as error:
-        assert len(str(error).splitlines()) == 1
-        assert f"`{spec.name}`" in str(error)
-    else:
+        refusals.append(str(error))
+    for message in refusals:
+        assert len(message.splitlines()) == 1
+        assert f"`{spec.name}`" in message
+    if not refusals:
         items = converted if spec.many else [converted]
         assert all(type(item) is spec.scalar or (item is None and spec.optional) for item in items)
 

@@ -93,8 +93,6 @@ def save_images(folder: Path, count: int, size: int = RESOLUTION, seed: int = 0)
     for i in range(count):
         pixels = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((size // 4, size // 4, 1))).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-        lines.append(
-            json.dumps({"file_name": f"{i:03d}.png", "text": f"thing {i}", "kind": "even odd".split()[i % 2]})
-        )
+        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"thing {i}", "kind": ["even", "odd"][i % 2]}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder

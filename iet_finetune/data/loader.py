@@ -42,7 +42,8 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on the device, copied without waiting."""
-        return MicroBatch(*(v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in self))
+        tensors = {name: value for name, value in self._asdict().items() if name != "captions"}
+        return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 class Shard(Dataset):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -18,7 +18,7 @@ class Family(ABC):
     """One kind of pipeline. A new one is one file: a subclass, named in `families.FAMILIES`.
 
     Args:
-        pipeline: the loaded pipeline, all its models in fp32.
+        pipeline: the loaded `DiffusionPipeline`, all its models in fp32.
         prediction_type: overrides the scheduler's own if given; it is then also written into the saved scheduler.
 
     Attributes:
@@ -28,12 +28,12 @@ class Family(ABC):
     denoiser_name: ClassVar[str] = "unet"
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
-    def __init__(self, pipeline: DiffusionPipeline, prediction_type: str | None = None) -> None:
+    def __init__(self, pipeline: Any, prediction_type: str | None = None) -> None:
         if prediction_type is not None:
             pipeline.scheduler = type(pipeline.scheduler).from_config(
                 pipeline.scheduler.config, prediction_type=prediction_type
             )
-        self.pipeline: Any = pipeline
+        self.pipeline = pipeline
         training = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.schedule = NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)
 

@@ -1,0 +1,225 @@
+"""Mistakes in flags, files, data and pipelines: each ends in one line that names it and says what to do."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from e2e.command import contents, flags, the_error, words
+
+from iet_finetune import cli
+
+Spoil = Callable[[Path], dict[str, Any]]
+MISSING_TRACKER = next((name for name in ("wandb", "trackio", "comet_ml", "mlflow") if not find_spec(name)), None)
+
+
+def changed(**changes: Any) -> Spoil:
+    """Only flags are wrong."""
+    return lambda _: changes
+
+
+def written(path: str, text: str, **changes: Any) -> Spoil:
+    """A file holds something else."""
+
+    def spoil(folder: Path) -> dict[str, Any]:
+        (folder / path).write_text(text)
+        return changes
+
+    return spoil
+
+
+def yaml_file(text: str) -> Spoil:
+    """`--config` names a file that holds `text`."""
+
+    def spoil(folder: Path) -> dict[str, Any]:
+        (folder / "run.yaml").write_text(text)
+        return {"config": folder / "run.yaml"}
+
+    return spoil
+
+
+def without(path: str, **changes: Any) -> Spoil:
+    """A file or folder is not there."""
+
+    def spoil(folder: Path) -> dict[str, Any]:
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+        return changes
+
+    return spoil
+
+
+def rows(edit: Callable[[list[dict[str, Any]]], object], **changes: Any) -> Spoil:
+    """The rows of metadata.jsonl are edited."""
+
+    def spoil(folder: Path) -> dict[str, Any]:
+        file = folder / "data" / "metadata.jsonl"
+        table = [json.loads(line) for line in file.read_text().splitlines()]
+        edit(table)
+        file.write_text("".join(json.dumps(row) + "\n" for row in table))
+        return changes
+
+    return spoil
+
+
+def weights(header: bytes) -> Spoil:
+    """The denoiser's weights begin with `header` and end there."""
+
+    def spoil(folder: Path) -> dict[str, Any]:
+        (folder / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(header)
+        return {}
+
+    return spoil
+
+
+def pixel_pipeline(folder: Path) -> dict[str, Any]:
+    """The pipeline is one that no family knows."""
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    DDPMPipeline(UNet2DModel(sample_size=8, norm_num_groups=2, **blocks), DDPMScheduler()).save_pretrained(
+        folder / "pixels"
+    )
+    return {"pretrained_model_name_or_path": folder / "pixels"}
+
+
+def empty_images(folder: Path) -> dict[str, Any]:
+    """`--train_data_dir` has no images."""
+    (folder / "empty").mkdir()
+    return {"train_data_dir": folder / "empty"}
+
+
+def occupied(folder: Path) -> dict[str, Any]:
+    """A file lies where the output folder is to be."""
+    (folder / "taken").write_text("mine")
+    return {"output_dir": folder / "taken"}
+
+
+def used(folder: Path) -> dict[str, Any]:
+    """The output folder holds something of the user's."""
+    (folder / "out").mkdir()
+    (folder / "out" / "notes.txt").write_text("mine")
+    return {}
+
+
+FLAGS = {
+    "an unknown flag": (changed(num_shard=2), ["`--num_shard`", "Did you mean `--num_shards`?"]),
+    "a word without a flag": (changed(train_batch_size=["2", "4"]), ["unexpected argument '4'"]),
+    "a wrong type": (changed(num_shards="many"), ["`--num_shards` must be of type int, not 'many'"]),
+    "a number that is not finite": (changed(learning_rate="nan"), ["`--learning_rate` must be a finite number"]),
+    "no shards": (changed(num_shards=0), ["`--num_shards` must be at least 1, not 0"]),
+    "a threshold of 1": (changed(agc_threshold=1.0), ["`--agc_threshold` must be in [0, 1), not 1.0"]),
+    "a negative learning rate": (changed(learning_rate=-1), ["`--learning_rate` must be 0 or more"]),
+    "a value that is none of the choices": (changed(lr_scheduler="cosin"), ["`--lr_scheduler`", "cosine", "'cosin'"]),
+    "an unknown tracker": (changed(report_to="tensorbord"), ["`--report_to`", "tensorboard", "'tensorbord'"]),
+    "both merge intervals": (changed(merge_every_steps=3), ["`--merge_every_epochs` and `--merge_every_steps`"]),
+    "stratified without a column": (changed(shard_strategy="stratified"), ["`--shard_by_column COLUMN`"]),
+    "no images at all": (changed(train_data_dir=None), ["`--train_data_dir FOLDER` or `--dataset_name NAME`"]),
+    "both sources of images": (changed(dataset_name="x/y"), ["`--train_data_dir` and `--dataset_name`", "choose one"]),
+    "no pipeline": (changed(pretrained_model_name_or_path=None), ["`--pretrained_model_name_or_path` is missing"]),
+    "an unknown YAML key": (yaml_file("num_shard: 2"), ["`num_shard`", "run.yaml", "Did you mean `num_shards`?"]),
+    "a wrong type in YAML": (yaml_file("seed: [1, 2]"), ["`seed` in `--config", "run.yaml", "must be of type int"]),
+    "a YAML file that is missing": (changed(config="nowhere.yaml"), ["`--config nowhere.yaml` cannot be read"]),
+    "a file that is not YAML": (yaml_file("seed: [1"), ["run.yaml` is not valid YAML"]),
+    "a YAML file that is no mapping": (yaml_file("- seed"), ["run.yaml` must hold `key: value` lines, not a list"]),
+}
+
+DATA = {
+    "an image folder that is missing": (without("data"), ["`--train_data_dir", "data` is not a folder"]),
+    "a folder without images": (empty_images, ["`--train_data_dir", "empty` has no images"]),
+    "no captions": (without("data/metadata.jsonl"), ["has no captions: add a metadata.jsonl with lines such as"]),
+    "a file that is no image": (written("data/004.png", "text"), ["data/004.png` is not an image"]),
+    "an empty file": (written("data/004.png", ""), ["data/004.png` is not an image"]),
+    "a missing caption column": (changed(caption_column="cap"), ["`--caption_column cap`", "image, text, kind"]),
+    "a missing image column": (changed(image_column="img"), ["`--image_column img`", "image, text, kind"]),
+    "a missing label column": (
+        changed(shard_strategy="stratified", shard_by_column="breed"),
+        ["`--shard_by_column breed`", "image, text, kind"],
+    ),
+    "an image without a row": (rows(lambda table: table.pop(3)), ["1 of 12 images without a row", "data/003.png"]),
+    "a row without a file": (without("data/003.png"), ["data/003.png` cannot be read", "remove its row"]),
+    "a caption that is not text": (rows(lambda table: table[2].update(text=5)), ["line 3 has 5", "not text"]),
+    "a caption that is missing": (rows(lambda table: table[2].update(text=None)), ["line 3 has None", "not text"]),
+    "metadata that is not JSON": (written("data/metadata.jsonl", "{"), ["metadata.jsonl", "line 1 is not JSON"]),
+    "more shards than images": (changed(num_shards=13), ["`--num_shards 13` needs at least 13 images", "are 12"]),
+    "a holdout of everything": (changed(holdout_fraction=0.99), ["`--holdout_fraction 0.99` of 12 images"]),
+    "a holdout of nothing": (changed(holdout_fraction=0.01), ["`--holdout_fraction 0.01` of 12 images"]),
+    "too few images after the holdout": (changed(holdout_fraction=0.9), ["`--num_shards 3` needs at least 3 images"]),
+    "a data set without network": (
+        changed(train_data_dir=None, dataset_name="nobody/cats"),
+        ["`--dataset_name nobody/cats`", "Check the name and the network"],
+    ),
+}
+
+BASE = "pretrained_model_name_or_path"
+PIPELINE = {
+    "a missing folder": (changed(**{BASE: "/nowhere/sd"}), [f"`--{BASE} /nowhere/sd`", "no such folder"]),
+    "a folder that is no pipeline": (without("base/model_index.json"), ["is not a diffusers pipeline"]),
+    "a damaged index": (written("base/model_index.json", '{"_cl'), ["base/model_index.json cannot be read"]),
+    "an index without a class": (written("base/model_index.json", "{}"), ["base/model_index.json cannot be read"]),
+    "an unknown family": (pixel_pipeline, ["is a DDPMPipeline", "can be trained", "StableDiffusionPipeline"]),
+    "no weights": (weights(b""), ["base/unet", "cannot be read"]),
+    "weights cut off": (weights(struct.pack("<Q", 10_000) + b'{"a'), ["base/unet", "cannot be read"]),
+    "weights that are none": (weights(b"<html>not found</html>"), ["base/unet", "cannot be read"]),
+    "weights that are missing": (without("base/unet/diffusion_pytorch_model.safetensors"), [f"--{BASE}", "base/unet"]),
+    "a component that is missing": (without("base/tokenizer"), [f"--{BASE}", "tokenizer"]),
+    "a Hub id without network": (changed(**{BASE: "nobody/sd"}), ["`--pretrained_model_name_or_path nobody/sd`"]),
+    "a resolution that does not fit": (changed(resolution=18), ["`--resolution 18`", "multiple of 4", "16 or 20"]),
+}
+
+OUTPUT = {
+    "a file in place of the folder": (occupied, ["`--output_dir", "taken` cannot be written"]),
+    "a place that cannot be written": (
+        changed(output_dir="/dev/null/out"),
+        ["`--output_dir /dev/null/out` cannot be"],
+    ),
+    "a folder that is not empty": (used, ["out` is not empty", "`--resume_from_checkpoint latest`"]),
+    "a checkpoint that is not there": (
+        changed(resume_from_checkpoint="checkpoint-7"),
+        ["`--resume_from_checkpoint checkpoint-7`", "no complete checkpoint"],
+    ),
+}
+
+MACHINE = {
+    "fp16 without a GPU": pytest.param(
+        changed(mixed_precision="fp16"),
+        ["`--mixed_precision fp16`", "GPU"],
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has fp16"),
+    ),
+    "a tracker that is not installed": pytest.param(
+        changed(report_to=MISSING_TRACKER),
+        [f"`--report_to {MISSING_TRACKER}` needs a package: `pip install"],
+        marks=pytest.mark.skipif(MISSING_TRACKER is None, reason="every tracker is installed"),
+    ),
+    "8-bit Adam that is not installed": pytest.param(
+        changed(use_8bit_adam=True),
+        ["`--use_8bit_adam` needs bitsandbytes: `pip install bitsandbytes`"],
+        marks=pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"),
+    ),
+}
+
+MISTAKES = {**FLAGS, **DATA, **PIPELINE, **OUTPUT, **MACHINE}
+
+
+@pytest.fixture
+def copy(world: Path, tmp_path: Path) -> Path:
+    """A copy of the pipeline and the images that a test may spoil."""
+    for name in ("base", "data"):
+        shutil.copytree(world / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("spoil", "named"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_every_file_as_it_was(copy, capfd, spoil, named):
+    settings = {**flags(copy, copy / "out"), **spoil(copy)}
+    before = contents(copy)
+    code = cli.main(["train", *words(settings)])
+    line = the_error(code, *capfd.readouterr())
+    for part in named:
+        assert part in line
+    print("LINE", line)
+    assert line.endswith((".", "?")), "a whole sentence"
+    assert contents(copy) == before

@@ -1,0 +1,44 @@
+"""Learning rates, and the step that a mask on the device holds back."""
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+
+from iet_finetune.config import SCHEDULES, OptimizerConfig, TrainingConfig
+from iet_finetune.optimizers import build_optimizer, learning_rate_course, masked_step
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_of_a_step_is_that_of_diffusers_scheduler(name):
+    course = learning_rate_course(OptimizerConfig(lr_scheduler=name, lr_warmup_steps=5), 40, 2e-3)
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
+    scheduler = get_scheduler(name, stand_in, num_warmup_steps=5, num_training_steps=40)
+    for step in range(40):
+        assert course(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        stand_in.step()
+        scheduler.step()
+
+
+def test_scale_lr_multiplies_by_the_samples_of_a_step():
+    training = TrainingConfig(train_batch_size=4, gradient_accumulation_steps=3)
+    optimizer = build_optimizer([torch.nn.Parameter(torch.ones(1))], OptimizerConfig(scale_lr=True), training)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 * 12)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_masked_step_changes_neither_weights_nor_moments(fused):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+
+    def step(masked):
+        parameter.grad = torch.tensor([1.0, float("nan") if masked else 2.0, 3.0])
+        masked_step(optimizer, torch.tensor(float(masked)))
+
+    step(False)
+    weights = parameter.detach().clone()
+    moments = {name: value.clone() for name, value in optimizer.state[parameter].items()}
+    step(True)
+    assert torch.equal(parameter, weights)
+    assert all(torch.equal(value, moments[name]) for name, value in optimizer.state[parameter].items())
+    step(False)
+    assert not torch.equal(parameter, weights)

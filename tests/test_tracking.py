@@ -1,0 +1,60 @@
+"""Sums by round, and files of lines that a killed process may leave half written."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from iet_finetune.tracking import RoundMeter, RoundSums, append_line, cut_back, read_lines
+
+
+def filled():
+    meter = RoundMeter(torch.device("cpu"))
+    good = torch.tensor(False)
+    meter.record(0, torch.tensor([1.0, 2.0]), torch.tensor([0, 9]), torch.tensor([True, False]), good)
+    meter.record(1, torch.tensor([3.0, math.nan]), torch.tensor([0, 0]), torch.tensor([True, False]), ~good)
+    meter.record(2, torch.tensor([math.inf]), torch.tensor([5]), torch.tensor([False]), ~good)
+    return meter
+
+
+def test_a_meter_tells_losses_skips_and_the_first_broken_step():
+    sums = filled().read()
+    assert sums.loss_sum == 6.0
+    assert sums.broken_step == 1
+    assert sums.skip_rate == 3 / 5
+    assert sums.skip_rate_by_level == [1 / 3, None, None, None, None, 1.0, None, None, None, 1.0]
+
+
+def test_a_cleared_meter_tells_nothing():
+    meter = filled()
+    meter.clear()
+    sums = meter.read()
+    assert math.isnan(sums.loss)
+    assert (sums.skip_rate, sums.broken_step) == (0.0, -1)
+
+
+def test_what_came_since_is_the_difference_and_a_whole_the_sum():
+    sums = filled().read()
+    assert sums.combined(sums, -1).seen == [0.0] * 10
+    assert sums.combined(RoundSums.nothing()).loss == sums.loss
+    assert sums.combined(sums).loss_sum == 12.0
+
+
+def test_a_half_written_line_does_not_count_and_later_rounds_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_lines(path) == []
+    for number in (1, 2, 3):
+        append_line(path, {"round": number})
+    with path.open("a") as stream:
+        stream.write('{"round": 4, "lo')
+    assert [line["round"] for line in read_lines(path)] == [1, 2, 3]
+    cut_back(path, 2)
+    assert path.read_text() == "".join(json.dumps({"round": number}) + "\n" for number in (1, 2))
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("rounds", [0, 5])
+def test_cutting_back_a_file_that_is_not_there_makes_an_empty_one(tmp_path, rounds):
+    cut_back(tmp_path / "metrics.jsonl", rounds)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
