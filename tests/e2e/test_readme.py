@@ -1,0 +1,85 @@
+"""What the README tells the reader to type works as it stands there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import save_images, save_tiny_sd, tiny_sd
+
+from iet_finetune import Config
+from iet_finetune.config import flag_names
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str, containing: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return [block for block in found if containing in block]
+
+
+def test_agc_fits_into_a_foreign_loop_in_the_lines_shown():
+    (block,) = blocks("python", "AntiGradientControl")
+    prediction = torch.randn(4, 3, 8, 8, requires_grad=True)
+    target, timesteps = torch.randn(4, 3, 8, 8), torch.tensor([1, 5, 5, 999])
+    scope = {"F": F, "prediction": prediction, "target": target, "timesteps": timesteps}
+    exec(block, scope)
+    expected = F.mse_loss(prediction, target)
+    assert scope["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert prediction.grad.abs().sum() > 0
+    assert scope["agc"].bank.count_nonzero() == 3
+
+
+def test_models_merge_with_the_line_shown():
+    (block,) = blocks("python", "merge_state_dicts")
+    unet, unet_a, unet_b = (tiny_sd(seed=seed).unet for seed in (0, 1, 2))
+    exec(block, {"unet": unet, "unet_a": unet_a, "unet_b": unet_b})
+    expected = 0.6 * unet_a.conv_in.weight + 0.4 * unet_b.conv_in.weight
+    torch.testing.assert_close(unet.conv_in.weight, expected)
+
+
+def test_the_whole_run_from_python_works_and_the_result_loads(tmp_path, monkeypatch):
+    save_tiny_sd(tmp_path / "base")
+    save_images(tmp_path / "my_photos", 8)
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("python", "Trainer(config)")
+    small = "num_shards=4, resolution=16, max_train_steps=1, report_to='none',"
+    block = block.replace("num_shards=4,", small).replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "base")
+    exec(block, {})
+    (block,) = blocks("python", "from_pretrained")
+    scope: dict = {}
+    exec(block.replace('asleep")', 'asleep", num_inference_steps=1)'), scope)
+    assert scope["image"].size == (16, 16)
+    tree = re.search(r"```\nmy_model/\n(.*?)```", README, flags=re.DOTALL)[1]
+    named = re.findall(r"^    ([\w.]+(?:, [\w.]+)*)", tree, flags=re.MULTILINE)
+    for name in [name for line in named for name in line.split(", ")]:
+        assert (tmp_path / "my_model" / name).exists() or name in ("validation", "checkpoint"), name
+
+
+def test_the_shell_command_has_only_flags_that_exist():
+    (block,) = blocks("bash", "train_iet_agc.py")
+    words = shlex.split(block.replace("\\\n", " ").split("train_iet_agc.py")[1])
+    config = Config.from_command_line(words)
+    assert config.ensemble.num_shards == 4
+    assert len(config.validation.validation_prompts) == 2
+
+
+def test_every_flag_named_in_the_text_exists_with_the_default_given():
+    for name in re.findall(r"`--(\w+)", README):
+        assert name in [*flag_names(), "config", "help"], name
+    defaults = Config().to_flags()
+    for name, default in re.findall(r"^\| `--(\w+)` \|.*\| (\w[\w.]*) \|$", README, flags=re.MULTILINE):
+        assert str(defaults[name]).removesuffix(".0") == default, name
+
+
+@pytest.mark.parametrize("command", re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+def test_the_makefile_has_the_commands(command):
+    assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+
+
+def test_files_the_readme_links_to_are_there():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
