@@ -19,7 +19,7 @@ from .data.transforms import ImageTransform
 from .ema import EMA
 from .ensemble import Clone, Ensemble
 from .errors import UserError
-from .families import Family, PipelineSource, find_pipeline, load_family
+from .families import Family, PipelineSource, family_class, find_pipeline, load_family
 from .identity import run_identity
 from .ledger import ShardLedger
 from .local import LocalTraining
@@ -65,6 +65,7 @@ def build_parts(config: Config) -> Parts:
     """
     accelerator = start_accelerator(config)
     source = find_pipeline(config.model)
+    family_class(source, config.model)
     images, heldout = load_images(
         config.data,
         cache_dir=config.model.cache_dir,

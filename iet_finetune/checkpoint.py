@@ -61,12 +61,26 @@ class Checkpoint:
         return name in self.manifest["pieces"]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The named tensors of a piece, on the host."""
-        return load_file(self.path / name)
+        """The named tensors of a piece, on the host; a `UserError` where it is damaged."""
+        with self._damage_named(name):
+            return load_file(self.path / name)
 
     def state(self, name: str) -> Any:
-        """The state of a piece, on the host."""
-        return torch.load(self.path / name, map_location="cpu", weights_only=True)
+        """The state of a piece, on the host; a `UserError` where it is damaged."""
+        with self._damage_named(name):
+            return torch.load(self.path / name, map_location="cpu", weights_only=True)
+
+    @contextlib.contextmanager
+    def _damage_named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # torch raises whatever comes, from EOFError to UnpicklingError
+            raise damaged(self.path, f"{name} cannot be read ({one_line(error).rstrip('.')})") from None
+
+
+def damaged(path: Path, fault: str) -> UserError:
+    """The error that a checkpoint cannot be used."""
+    return UserError(f"checkpoint {path} is damaged: {fault}. Remove it to use an older one.")
 
 
 class CheckpointStore:
@@ -100,21 +114,18 @@ class CheckpointStore:
         path = Path(wanted)
         path = path if path.exists() else self._folder / wanted
         if not (path / MANIFEST).is_file():
-            raise UserError(f"`--resume_from_checkpoint {wanted}`: there is no complete checkpoint of that name.")
+            present = ", ".join(checkpoint.name for checkpoint in self.all()) or "none"
+            raise UserError(
+                f"`--resume_from_checkpoint {wanted}`: there is no complete checkpoint of that name. "
+                f"`--output_dir` has: {present}."
+            )
         return self._open(path)
 
     def _open(self, path: Path) -> Checkpoint:
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            missing = [name for name in manifest["pieces"] if not (path / name).is_file()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"checkpoint {path} is damaged: {one_line(error)}. Remove it to use an older one."
-            ) from None
+        manifest = _read_manifest(path)
+        missing = [name for name in manifest["pieces"] if not (path / name).is_file()]
         if missing:
-            raise UserError(f"checkpoint {path} is damaged: {missing[0]} is missing. Remove it to use an older one.")
-        if manifest.get("format") != _FORMAT:
-            raise UserError(f"checkpoint {path} has format {manifest.get('format')}; this version reads {_FORMAT}.")
+            raise damaged(path, f"{missing[0]} is missing")
         self._previous = Checkpoint(path, manifest)
         # After going back to an older checkpoint the later ones belong to a course that is given up.
         self._superseded = [later for later in self.all() if _number(later) > _number(path)]
@@ -143,7 +154,7 @@ class CheckpointStore:
 
     def _write(self, partial: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        try:
+        with removed_on_error(partial):
             for name, piece in pieces.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 if not self._link(partial / name, name, piece.version):
@@ -151,9 +162,6 @@ class CheckpointStore:
                     _to_disk(partial / name)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             _to_disk(partial / MANIFEST)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def _link(self, target: Path, name: str, version: str) -> bool:
         if self._previous is None or self._previous.manifest["pieces"].get(name) != version:
@@ -175,7 +183,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Removes what an interrupted write left behind, after putting back what it had moved aside."""
-        for aside in self._folder.glob(".checkpoint-*.replaced"):
+        for aside in self._folder.glob(".*.replaced"):
             original = self._folder / aside.name.removeprefix(".").removesuffix(".replaced")
             if original.exists():
                 shutil.rmtree(aside)
@@ -183,6 +191,18 @@ class CheckpointStore:
                 aside.rename(original)
         for partial in self._folder.rglob(".*.partial"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"{MANIFEST} cannot be read ({one_line(error)})") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("pieces"), dict):
+        raise damaged(path, f"{MANIFEST} names no pieces")
+    if manifest.get("format") != _FORMAT:
+        raise UserError(f"checkpoint {path} has format {manifest.get('format')}; this version reads {_FORMAT}.")
+    return manifest
 
 
 def _number(path: Path) -> int:
@@ -203,6 +223,16 @@ def replaced_folder(folder: Path) -> Iterator[None]:
         folder.rename(aside)
     yield
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def removed_on_error(partial: Path) -> Iterator[None]:
+    """Leaves nothing half-written behind: the file or folder is removed where the block does not end well."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def _convert_scalar(spec: FlagSpec, value: Any, where: str) -> Any:
     try:
         # YAML 1.1 reads 1e-5 (no dot) as text, so text is converted too.
         converted = spec.scalar(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong_type from None
     if isinstance(converted, float) and not math.isfinite(converted):
         raise UserError(f"{where} must be a finite number, not {value!r}.")
@@ -148,15 +148,18 @@ def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
     """The mapping in a YAML configuration file.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping, or an unknown key (its nearest neighbour is named).
+        UserError: no such file, not YAML, not a mapping, a key that stands twice, or an unknown key (its nearest
+            neighbour is named).
     """
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`--config {path}` cannot be read: {one_line(error)}.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
+        # A date that does not exist, such as 2024-99-99, is a plain ValueError.
         raise UserError(f"`--config {path}` is not valid YAML: {' '.join(str(error).split())}.") from None
     if values is None:
         return {}
@@ -165,4 +168,9 @@ def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
     for key in values:
         if key not in known:
             raise UserError(f"unknown key `{key}` in `--config {path}`.{nearest(str(key), known)}")
+    keys = [key.value for key, _ in node.value]
+    for key in values:
+        # YAML itself would take the last one without a word.
+        if keys.count(key) > 1:
+            raise UserError(f"`{key}` stands twice in `--config {path}`: leave one.")
     return values

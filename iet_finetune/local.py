@@ -100,7 +100,7 @@ class LocalTraining:
     def _backward(self, clone: Clone, batch: MicroBatch, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Adds Σ keep_i l_i / (samples of the step) to the gradient; returns l, t, keep and members."""
         latents, conditions = self._encode(batch)
-        timesteps = self._family.sample_timesteps(batch.uniform)
+        timesteps = self._family.sample_timesteps(batch.uniform).to(self._device, non_blocking=True)
         schedule = self._family.schedule
         noisy_latents = schedule.add_noise(latents, batch.noise, timesteps)
         target = schedule.target(latents, batch.noise, timesteps)

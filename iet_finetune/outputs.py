@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from .checkpoint import no_space_named, replaced_folder
+from .checkpoint import no_space_named, removed_on_error, replaced_folder
 from .config import Config
 from .errors import UserError, one_line
 
@@ -25,7 +25,8 @@ def claim(folder: Path, resuming: bool) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"`--output_dir {folder}` cannot be written: {one_line(error)}.") from None
+        reason = error.strerror or one_line(error)
+        raise UserError(f"`--output_dir {folder}` cannot be written: {reason}. Choose another folder.") from None
     if not resuming and any(folder.iterdir()):
         raise UserError(
             f"`--output_dir {folder}` is not empty. Choose another, or go on from its newest checkpoint with "
@@ -51,7 +52,7 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
     """
     partial = folder / ".pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    with no_space_named(folder):
+    with no_space_named(folder), removed_on_error(partial):
         save(partial)
     (folder / INDEX).unlink(missing_ok=True)
     for entry in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):
@@ -66,5 +67,6 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
 def write_config(folder: Path, config: Config) -> None:
     """`training_config.yaml`: every effective flag, no token; `--config` reads it again."""
     partial = folder / ".training_config.yaml.partial"
-    partial.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with removed_on_error(partial):
+        partial.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False, allow_unicode=True), encoding="utf-8")
     partial.replace(folder / "training_config.yaml")

@@ -94,7 +94,7 @@ class Reporter:
             "skip_rate_by_noise_level": total.skip_rate_by_level,
             "merge_drift": drift,
             "clone_drift": [clone.drift for clone in clones],
-            "shard_loss": [shard.loss for shard in sums],
+            "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
             "shard_skip_rate": [shard.skip_rate for shard in sums],
             "lr": [self._parts.courses[clone.shard](max(clone.step - 1, 0)) for clone in clones],
         }

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True)
         self._images = 0
-        self._since = self._bar._time() if self._terminal else 0.0
+        self._since = time.perf_counter()
 
     def advance(self, samples: int) -> None:
         """One step of `samples` images is done."""
@@ -145,7 +146,7 @@ class Progress:
     def describe(self, place: str, loss: float, skip_rate: float) -> None:
         """Shows where the run stands and how fast it is."""
         if self._terminal:
-            now = self._bar._time()
+            now = time.perf_counter()
             speed, self._images, self._since = self._images / max(now - self._since, 1e-9), 0, now
             self._bar.set_description(place, refresh=False)
             self._bar.set_postfix_str(f"loss {loss:.4f}, skipped {skip_rate:.1%}, {speed:.1f} images/s")

@@ -13,6 +13,7 @@ from .config import Config
 from .ensemble import Clone
 from .errors import UserError
 from .families import save_pipeline
+from .hub import push
 from .identity import check_identity, differences, environment, free_settings
 from .ledger import write_ledger
 from .reporting import Reporter, warn
@@ -130,8 +131,6 @@ class Trainer:
         self.reporter.close()
         self._print_summary(picture)
         if self.config.hub.push_to_hub:
-            from .hub import push
-
             print(f"pushed to {push(self.output, self.config.hub)}")
         return self.output
 

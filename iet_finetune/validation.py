@@ -19,13 +19,12 @@ def draw_images(family: Family, validation: ValidationConfig, seed: int, resolut
 
     Image i of every prompt starts from the noise of seed + i; torch's global generators are left alone.
     """
-    pipeline = family.sampling_pipeline()
-    device = next(family.denoiser.parameters()).device
+    pipeline = family.sampling_pipeline().to(next(family.denoiser.parameters()).device)
     rows = []
     with _evaluating(family.denoiser), torch.no_grad():
         for prompt in validation.validation_prompts:
             generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
-            result = pipeline.to(device)(
+            result = pipeline(
                 [prompt] * len(generators),
                 height=resolution,
                 width=resolution,

@@ -32,6 +32,7 @@ def world(tmp_path_factory) -> Path:
     save_tiny_sd(folder / "epsilon")
     save_tiny_sd(folder / "v_prediction", prediction_type="v_prediction")
     save_tiny_sd(folder / "short", timesteps=10)
+    tiny_sd().to(torch.float16).save_pretrained(folder / "half")
     save_images(folder / "data", IMAGES)
     return folder
 
@@ -182,11 +183,11 @@ def test_gradient_checkpointing_changes_memory_and_not_the_weights(world, tmp_pa
     assert_close(plain, train(world, tmp_path / "less", gradient_checkpointing=True), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("base", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("base", ["epsilon", "v_prediction", "half"])
 def test_the_result_loads_and_draws(world, tmp_path, base):
     train(world, tmp_path / "out", base, num_shards=2)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert pipeline.scheduler.config.prediction_type == base
+    assert pipeline.scheduler.config.prediction_type == base.replace("half", "epsilon")
     image = pipeline("a thing", num_inference_steps=2, output_type="np").images[0]
     assert image.shape == (RESOLUTION, RESOLUTION, 3)
     assert image.std() > 0

@@ -29,7 +29,7 @@ class MicroBatch(NamedTuple):
         pixel_values: (B, 3, R, R) fp32 in [-1, 1].
         captions: B texts, "" where the caption was dropped.
         noise, posterior_noise: (B, C, H, W) fp32.
-        uniform: (B,) float64 in [0, 1), from which the timestep follows.
+        uniform: (B,) float64 in [0, 1) on the host, from which the timestep follows.
         members: (B,) int64, indices in the shard.
     """
 
@@ -41,8 +41,8 @@ class MicroBatch(NamedTuple):
     members: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on the device, copied without waiting."""
-        tensors = {name: value for name, value in self._asdict().items() if name != "captions"}
+        """The same batch on the device, copied without waiting; `uniform` stays, as not every device has float64."""
+        tensors = {name: value for name, value in self._asdict().items() if name not in ("captions", "uniform")}
         return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 

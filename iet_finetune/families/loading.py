@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-import struct
+import os
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +23,7 @@ from ..config import ModelConfig
 from ..errors import UserError, one_line
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
 @contextlib.contextmanager
@@ -52,19 +55,40 @@ def find_pipeline(model: ModelConfig) -> PipelineSource:
         UserError: no such folder or repository, no network, or not a pipeline.
     """
     name = str(model.pretrained_model_name_or_path)
-    folder = Path(name) if Path(name).exists() else _download(name, model)
+    # Unlike pathlib's, this `exists` takes a name that is too long for the system as one that is not there.
+    folder = Path(name) if os.path.exists(name) else _download(name, model)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise UserError(
             f"`--pretrained_model_name_or_path {name}` is not a diffusers pipeline: it has no model_index.json."
         )
+    index = _read_index(index_file)
+    components = _components(folder, index)
+    return PipelineSource(folder, str(index["_class_name"]), stored_dtypes(folder, components, model.variant))
+
+
+def _read_index(file: Path) -> dict[str, Any]:
     try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-        class_name = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{index_file} cannot be read as a pipeline's index: {one_line(error)}.") from None
-    components = [key for key in index if not key.startswith("_")]
-    return PipelineSource(folder, str(class_name), stored_dtypes(folder, components, model.variant))
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"`{file}` is damaged: {one_line(error)}. Get the pipeline anew.") from None
+    if not isinstance(index, dict) or "_class_name" not in index:
+        raise UserError(f"`{file}` is no index of a pipeline: it names no `_class_name`. Get the pipeline anew.")
+    return index
+
+
+def _components(folder: Path, index: dict[str, Any]) -> list[str]:
+    """The names of the pipeline's parts; each must have its folder, and a tokenizer its words."""
+    # A component is `[library, class]`; one that the pipeline does without is `[null, null]`.
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+    for name, (_, class_name) in parts.items():
+        part = folder / name
+        if not part.is_dir():
+            raise UserError(f"`{folder}` is not complete: model_index.json names {name}, but its folder is missing.")
+        # transformers makes a tokenizer without words of such a folder, and says nothing.
+        if "Tokenizer" in str(class_name) and not any((part / file).is_file() for file in _VOCABULARIES):
+            raise UserError(f"`{part}` has no vocabulary, such as a tokenizer.json. Get the pipeline anew.")
+    return list(parts)
 
 
 def _download(name: str, model: ModelConfig) -> Path:
@@ -75,9 +99,11 @@ def _download(name: str, model: ModelConfig) -> Path:
             name, revision=model.revision, variant=model.variant, cache_dir=model.cache_dir
         )
     except Exception as error:
+        # diffusers' own words point to a traceback that nobody is shown.
+        reason = one_line(error.__cause__ or error).rstrip(".")
         raise UserError(
-            f"`--pretrained_model_name_or_path {name}` is no folder here and could not be had from the Hub: "
-            f"{one_line(error)}"
+            f"`--pretrained_model_name_or_path {name}` is no folder here, and the Hub did not give it ({reason}). "
+            "Check the name, the network and, for a private or gated one, the login."
         ) from None
     _fetch_card(name, model)
     return Path(path)
@@ -101,12 +127,16 @@ def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeli
     except Exception as error:
         raise UserError(
             f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` could not be loaded: "
-            f"{one_line(error)}"
+            f"{one_line(error).rstrip('.')}. Get the pipeline anew, or check `--variant`."
         ) from None
 
 
 def stored_dtypes(folder: Path, components: list[str], variant: str | None) -> dict[str, torch.dtype]:
-    """The precision that most of each component's stored weights have; components without weights are left out."""
+    """The precision that most of each component's stored weights have; components without weights are left out.
+
+    Raises:
+        UserError: a file of weights is damaged; names it.
+    """
     found = {name: _stored_dtype(folder / name, variant) for name in components}
     return {name: dtype for name, dtype in found.items() if dtype is not None}
 
@@ -131,19 +161,30 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _count_dtypes(file: Path) -> Counter[torch.dtype]:
-    if file.suffix == ".bin":
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        return Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    named = (entry["dtype"] for name, entry in header.items() if name != "__metadata__")
-    return Counter(_SAFETENSORS_DTYPES[dtype] for dtype in named if dtype in _SAFETENSORS_DTYPES)
+    try:
+        return _count_pickled(file) if file.suffix == ".bin" else _count_safetensors(file)
+    except Exception as error:  # torch raises whatever comes, from EOFError to UnpicklingError
+        raise UserError(f"`{file}` is damaged: {one_line(error).rstrip('.')}. Get the pipeline anew.") from None
+
+
+def _count_pickled(file: Path) -> Counter[torch.dtype]:
+    # Files of before torch 1.6 are no archives, and cannot be mapped.
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+
+
+def _count_safetensors(file: Path) -> Counter[torch.dtype]:
+    with safe_open(file, framework="pt") as weights:
+        dtypes = Counter(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118 - no mapping
+    return Counter({_SAFETENSORS_DTYPES[name]: count for name, count in dtypes.items() if name in _SAFETENSORS_DTYPES})
 
 
 def save_pipeline(pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype]) -> None:
     """Saves the pipeline with each model in the precision given for it; its models keep that precision afterwards.
 
-    Local paths that diffusers and transformers note in configuration files are taken out.
+    Local paths that diffusers and transformers note in configuration files are taken out. A transformers model in
+    half precision is noted as fp32: without a `dtype`, `from_pretrained` takes that model's precision from the note and
+    fp32 for all others, and a pipeline of both cannot draw.
     """
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name in dtypes:
@@ -152,12 +193,15 @@ def save_pipeline(pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype]) -
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
     for file in folder.rglob("*.json"):
-        _remove_source_path(file)
+        _amend_config(file)
 
 
-def _remove_source_path(file: Path) -> None:
+def _amend_config(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and ("_name_or_path" in content or "name_or_path" in content):
-        content.pop("_name_or_path", None)
-        content.pop("name_or_path", None)
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not isinstance(content, dict):
+        return
+    amended = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+    if amended.get("dtype") in ("float16", "bfloat16"):
+        amended["dtype"] = "float32"
+    if amended != content:
+        file.write_text(json.dumps(amended, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from e2e.command import contents, flags, the_error, words
+from e2e.command import contents, flags, leftovers, run_script, the_error, words
 
 from iet_finetune import cli
 
@@ -142,7 +142,7 @@ DATA = {
     "an image without a row": (rows(lambda table: table.pop(3)), ["1 of 12 images without a row", "data/003.png"]),
     "a row without a file": (without("data/003.png"), ["data/003.png` cannot be read", "remove its row"]),
     "a caption that is not text": (rows(lambda table: table[2].update(text=5)), ["line 3 has 5", "not text"]),
-    "a caption that is missing": (rows(lambda table: table[2].update(text=None)), ["line 3 has None", "not text"]),
+    "a caption that is missing": (rows(lambda table: table[2].update(text=None)), ["row 2 of", "(`002.png`) has no caption"]),
     "metadata that is not JSON": (written("data/metadata.jsonl", "{"), ["metadata.jsonl", "line 1 is not JSON"]),
     "more shards than images": (changed(num_shards=13), ["`--num_shards 13` needs at least 13 images", "are 12"]),
     "a holdout of everything": (changed(holdout_fraction=0.99), ["`--holdout_fraction 0.99` of 12 images"]),
@@ -157,16 +157,18 @@ DATA = {
 BASE = "pretrained_model_name_or_path"
 PIPELINE = {
     "a missing folder": (changed(**{BASE: "/nowhere/sd"}), [f"`--{BASE} /nowhere/sd`", "no such folder"]),
+    "a name that is too long": (changed(**{BASE: "x" * 300}), [f"`--{BASE} xxx", "Check the name"]),
     "a folder that is no pipeline": (without("base/model_index.json"), ["is not a diffusers pipeline"]),
-    "a damaged index": (written("base/model_index.json", '{"_cl'), ["base/model_index.json cannot be read"]),
-    "an index without a class": (written("base/model_index.json", "{}"), ["base/model_index.json cannot be read"]),
+    "a damaged index": (written("base/model_index.json", '{"_cl'), ["base/model_index.json` is damaged", "anew"]),
+    "an index without a class": (written("base/model_index.json", "{}"), ["base/model_index.json` is no index", "`_class_name`"]),
     "an unknown family": (pixel_pipeline, ["is a DDPMPipeline", "can be trained", "StableDiffusionPipeline"]),
-    "no weights": (weights(b""), ["base/unet", "cannot be read"]),
-    "weights cut off": (weights(struct.pack("<Q", 10_000) + b'{"a'), ["base/unet", "cannot be read"]),
-    "weights that are none": (weights(b"<html>not found</html>"), ["base/unet", "cannot be read"]),
+    "no weights": (weights(b""), ["base/unet/", "safetensors` is damaged", "anew"]),
+    "weights cut off": (weights(struct.pack("<Q", 10_000) + b'{"a'), ["base/unet/", "safetensors` is damaged", "anew"]),
+    "weights that are none": (weights(b"<html>not found</html>"), ["base/unet/", "safetensors` is damaged", "anew"]),
     "weights that are missing": (without("base/unet/diffusion_pytorch_model.safetensors"), [f"--{BASE}", "base/unet"]),
-    "a component that is missing": (without("base/tokenizer"), [f"--{BASE}", "tokenizer"]),
-    "a Hub id without network": (changed(**{BASE: "nobody/sd"}), ["`--pretrained_model_name_or_path nobody/sd`"]),
+    "a component that is missing": (without("base/vae"), ["base` is not complete", "vae, but its folder is missing"]),
+    "a tokenizer without words": (without("base/tokenizer/tokenizer.json"), ["base/tokenizer` has no vocabulary"]),
+    "a Hub id without network": (changed(**{BASE: "nobody/sd"}), [f"`--{BASE} nobody/sd`", "Check the name"]),
     "a resolution that does not fit": (changed(resolution=18), ["`--resolution 18`", "multiple of 4", "16 or 20"]),
 }
 
@@ -179,7 +181,7 @@ OUTPUT = {
     "a folder that is not empty": (used, ["out` is not empty", "`--resume_from_checkpoint latest`"]),
     "a checkpoint that is not there": (
         changed(resume_from_checkpoint="checkpoint-7"),
-        ["`--resume_from_checkpoint checkpoint-7`", "no complete checkpoint"],
+        ["`--resume_from_checkpoint checkpoint-7`", "no complete checkpoint", "has: none"],
     ),
 }
 
@@ -187,7 +189,10 @@ MACHINE = {
     "fp16 without a GPU": pytest.param(
         changed(mixed_precision="fp16"),
         ["`--mixed_precision fp16`", "GPU"],
-        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has fp16"),
+        marks=[
+            pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has fp16"),
+            pytest.mark.xfail(strict=True, reason="Accelerate trains in fp32 on a CPU without saying so"),
+        ],
     ),
     "a tracker that is not installed": pytest.param(
         changed(report_to=MISSING_TRACKER),
@@ -220,6 +225,51 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_leaves_every_file_as_it_wa
     line = the_error(code, *capfd.readouterr())
     for part in named:
         assert part in line
-    print("LINE", line)
     assert line.endswith((".", "?")), "a whole sentence"
     assert contents(copy) == before
+
+
+@pytest.mark.parametrize("name", ["an unknown flag", "a file that is no image", "weights cut off"])
+def test_the_script_itself_ends_in_that_line(copy, name):
+    spoil, named = MISTAKES[name]
+    done = run_script(*words({**flags(copy, copy / "out"), **spoil(copy)}))
+    line = the_error(done.returncode, done.stdout, done.stderr)
+    assert all(part in line for part in named)
+    assert not leftovers(copy)
+
+
+@pytest.fixture
+def finished(world: Path, tmp_path: Path) -> Path:
+    """A copy of what a finished run left."""
+    return Path(shutil.copytree(world / "trained", tmp_path / "out"))
+
+
+def test_resuming_with_another_number_of_shards_is_refused_and_nothing_is_lost(world, finished, capfd):
+    before = contents(finished)
+    settings = flags(world, finished, num_shards=2, resume_from_checkpoint="latest")
+    line = the_error(cli.main(["train", *words(settings)]), *capfd.readouterr())
+    assert "`--num_shards` has changed (3 then, 2 now). Put it back" in line
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("manifest.json", b'{"format"', "manifest.json cannot be read"),
+        ("manifest.json", b"[]", "manifest.json names no pieces"),
+        ("manifest.json", b'{"format": 99, "pieces": {}}', "has format 99"),
+        ("denoiser.safetensors", b"", "denoiser.safetensors cannot be read"),
+        ("denoiser.safetensors", None, "denoiser.safetensors is missing"),
+        ("shard-00001/clone.pt", b"PK", "shard-00001/clone.pt cannot be read"),
+        ("shard-00001/moments.pt", b"", "shard-00001/moments.pt cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_its_fault(world, finished, capfd, name, data, said):
+    checkpoint = finished / "checkpoint-6"
+    (checkpoint / name).unlink() if data is None else (checkpoint / name).write_bytes(data)
+    before = contents(finished)
+    settings = flags(world, finished, resume_from_checkpoint="latest")
+    line = the_error(cli.main(["train", *words(settings)]), *capfd.readouterr())
+    assert line.startswith(f"checkpoint {checkpoint} ")
+    assert said in line
+    assert contents(finished) == before

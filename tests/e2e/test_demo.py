@@ -1,0 +1,90 @@
+"""`make demo`, made short: the command of the Makefile with the demo's own configuration, pipeline and images."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from iet_finetune.config import DataConfig
+from iet_finetune.data.dataset import load_images
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "demo"
+
+
+def images(part: str):
+    return load_images(DataConfig(train_data_dir=str(DEMO / "data" / part)), cache_dir=None, seed=0)[0]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The output folder and the text printed by a demo of one round of two steps."""
+    output = tmp_path_factory.mktemp("demo") / "out"
+    launch = re.search(r"accelerate launch (.*?)--num_cpu_threads", (ROOT / "Makefile").read_text(), re.DOTALL)[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.replace("\\\n", " ").split()]
+    short = ["--max_train_steps", "2", "--validation_inference_steps", "2", "--num_validation_images", "1"]
+    result = subprocess.run(
+        [*command, "train_iet_agc.py", "--config", "configs/demo.yaml", "--output_dir", str(output), *short],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+def test_it_says_what_was_skipped_where_the_picture_is_and_how_to_load_the_result(run):
+    output, printed = run
+    assert re.search(r"^skipped by round: \d+\.\d%$", printed, flags=re.MULTILINE)
+    picture = Image.open(re.search(r"^before and after: (.+)$", printed, flags=re.MULTILINE)[1])
+    assert picture.width > 2 * 64
+    (line,) = re.findall(r"^load it with: (.+)$", printed, flags=re.MULTILINE)
+    pipeline = eval(line, {"DiffusionPipeline": DiffusionPipeline})
+    assert pipeline("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_the_card_names_the_licence_of_the_emoji(run):
+    output, _ = run
+    assert "cc-by-4.0" in (output / "README.md").read_text()
+
+
+def test_the_base_pipeline_is_small_and_in_half_precision():
+    files = list((DEMO / "pipeline").rglob("*.safetensors"))
+    assert len(files) == 3
+    assert sum(file.stat().st_size for file in files) < 10_000_000
+    pipeline = DiffusionPipeline.from_pretrained(DEMO / "pipeline", dtype=torch.float32)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+
+
+def test_some_emoji_are_repeated_and_none_is_also_in_the_base_or_held_out_set():
+    finetune, base, heldout = (images(part) for part in ("finetune", "base", "heldout"))
+    counts = Counter(finetune.content_hashes)
+    assert Counter(counts.values()) == {1: 280, 15: 20}
+    assert not set(counts) & set(base.content_hashes)
+    assert not set(counts) & set(heldout.content_hashes)
+    assert not set(base.content_hashes) & set(heldout.content_hashes)
+    assert len(heldout) == 60
+
+
+def test_the_prompts_of_the_demo_stand_in_its_data():
+    prompts = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["validation_prompts"]
+    captions = {caption for part in ("base", "finetune") for row in images(part).captions for caption in row}
+    assert set(prompts) <= captions
+
+
+@pytest.mark.parametrize("part", ["base", "finetune", "heldout"])
+def test_every_image_has_a_caption_and_the_licence_stands_beside_them(part):
+    rows = [json.loads(line) for line in (DEMO / "data" / part / "metadata.jsonl").read_text().splitlines()]
+    assert all(row["text"].strip() for row in rows)
+    assert "CC-BY" in (DEMO / "data" / "NOTICE").read_text()

@@ -1,0 +1,186 @@
+"""What goes wrong while training: bad pixels, numbers that are not finite, a full disk; one line, and nothing lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from e2e.command import ROOT, SCRIPT, contents, environment, flags, leftovers, run_script, the_error, words
+from safetensors.torch import load_file, save_file
+
+from iet_finetune import cli, trainer
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LATEST = {"resume_from_checkpoint": "latest"}
+MB = 1_000_000
+
+
+def train(settings: dict) -> int:
+    """The command in this process."""
+    return cli.main(["train", *words(settings)])
+
+
+def assert_finished(output: Path) -> None:
+    """The output folder holds a complete pipeline that draws, and no remains of what went wrong."""
+    assert not leftovers(output)
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    assert pipeline("a thing", num_inference_steps=1, output_type="np").images[0].std() > 0
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    one, other = load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_is_cut_off_is_named_when_training_reaches_it(world, tmp_path, capfd, workers):
+    data = Path(shutil.copytree(world / "data", tmp_path / "data"))
+    whole = (data / "007.png").read_bytes()
+    (data / "007.png").write_bytes(whole[: whole.index(b"IDAT") + 30])
+    settings = flags(world, tmp_path / "out", train_data_dir=data, dataloader_num_workers=workers)
+    line = the_error(train(settings), *capfd.readouterr())
+    assert line.startswith(f"`{data / '007.png'}` cannot be decoded: ")
+    assert line.endswith("Replace or remove it.")
+    (data / "007.png").write_bytes(whole)
+    assert train({**settings, **LATEST}) == 0
+    assert_finished(tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_says_where_and_the_mended_run_goes_on_from_there(world, tmp_path, capfd):
+    base, output = Path(shutil.copytree(world / "base", tmp_path / "base")), tmp_path / "out"
+    vae = base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(vae)
+    save_file({**tensors, "encoder.conv_in.bias": torch.full((8,), torch.inf)}, vae, metadata={"format": "pt"})
+    settings = words(flags(world, output, pretrained_model_name_or_path=base))
+    done = run_script(*settings)
+    line = the_error(done.returncode, done.stdout, done.stderr)
+    assert "not finite in round 1, shard 1 of 3, step 1." in line
+    assert f"saved in {output / 'checkpoint-2'}: lower `--learning_rate` or use `--mixed_precision no`" in line
+    assert line.endswith("go on with `--resume_from_checkpoint latest`.")
+    live = load_file(output / "checkpoint-2" / "shard-00000" / "live.safetensors")
+    before = load_file(base / WEIGHTS)
+    assert all(torch.equal(live[name], before[name]) for name in before), "broken steps change no weight"
+    assert not leftovers(output)
+
+    save_file(tensors, vae, metadata={"format": "pt"})
+    capfd.readouterr()
+    assert cli.main(["train", *settings, "--resume_from_checkpoint", "latest"]) == 0
+    assert json.loads((output / "metrics.jsonl").read_text())["step"] == 6
+    assert_finished(output)
+
+
+def test_a_learning_rate_that_is_far_too_high_costs_no_earlier_checkpoint(world, tmp_path, capfd):
+    output = Path(shutil.copytree(world / "trained", tmp_path / "out"))
+    before = {path: data for path, data in contents(output).items() if path.startswith("checkpoint-6/")}
+    longer = flags(world, output, num_train_epochs=2)
+    assert train({**longer, **LATEST, "learning_rate": 1e30}) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "not finite in round 2, shard 1 of 3, step 4" in line
+    assert "lower `--learning_rate`" in line
+    assert before.items() <= contents(output).items()
+    assert train({**longer, "resume_from_checkpoint": "checkpoint-6"}) == 0
+    assert train(flags(world, tmp_path / "whole", num_train_epochs=2)) == 0
+    assert_same_weights(output, tmp_path / "whole")
+    assert_finished(output)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(world, small_disk, capfd):
+    disk = small_disk(2 * MB)
+    line = the_error(train(flags(world, disk / "out")), *capfd.readouterr())
+    assert f"no space left on the device for `--output_dir {disk / 'out'}`" in line
+    assert line.endswith("Choose a folder on another disk.")
+    assert contents(disk) == {}
+
+
+def fill(filler: Path) -> None:
+    """Makes a file grow until the disk is full."""
+    with filler.open("ab", buffering=0) as stream:
+        for size in (100_000, 1000, 1):
+            try:
+                while stream.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                continue
+
+
+def wait_for(there: Callable[[], object], process: subprocess.Popen) -> None:
+    """Waits until something is there, which `process` must bring about."""
+    while not there():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+def test_a_disk_that_fills_up_while_training_costs_nothing_that_was_saved(world, small_disk, tmp_path, capfd):
+    disk = small_disk(40 * MB)
+    longer = {"num_train_epochs": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
+    settings = flags(world, disk / "out", **longer, **LATEST)
+    command = [*SCRIPT, *words(settings)]
+    with subprocess.Popen(command, env=environment(), text=True, stdout=-1, stderr=-1) as process:
+        wait_for(lambda: list(disk.glob("out/checkpoint-*/manifest.json")), process)
+        while process.poll() is None:
+            fill(disk / "filler")
+            time.sleep(0.01)
+        stdout, stderr = process.communicate()
+    lines = [line for line in stderr.splitlines() if not line.startswith(("round ", "[transformers] "))]
+    line = the_error(process.returncode, stdout, "\n".join(lines))
+    assert f"no space left on the device while writing {disk / 'out'}/checkpoint-" in line
+    assert "free some space" in line
+    assert not leftovers(disk)
+    assert list(disk.glob("out/checkpoint-*/manifest.json"))
+
+    (disk / "filler").unlink()
+    assert train(settings) == 0
+    assert train(flags(world, tmp_path / "whole", num_train_epochs=5)) == 0
+    assert_same_weights(disk / "out", tmp_path / "whole")
+    assert_finished(disk / "out")
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [("save_pipeline", "no space left on the device while writing"), ("write_ledger", "no space left on the device")],
+)
+def test_a_disk_that_is_full_at_the_end_costs_only_the_end(world, small_disk, monkeypatch, capfd, function, named):
+    disk = small_disk(40 * MB)
+    settings = flags(world, disk / "out", **LATEST)
+    real = getattr(trainer, function)
+
+    def late(*arguments: object) -> None:
+        fill(disk / "filler")
+        real(*arguments)
+
+    monkeypatch.setattr(trainer, function, late)
+    assert train(settings) == 2
+    error = capfd.readouterr().err
+    assert error.splitlines()[-1].startswith(f"iet-finetune: error: {named}")
+    assert "Traceback" not in error
+    assert not leftovers(disk)
+    monkeypatch.undo()
+    (disk / "filler").unlink()
+    assert train(settings) == 0
+    assert_same_weights(disk / "out", world / "trained")
+    assert_finished(disk / "out")
+
+
+def test_several_processes_are_refused_by_each_of_them(world, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train_iet_agc.py")]
+    done = subprocess.run(
+        [*launcher, *words(flags(world, tmp_path / "out"))],
+        env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "iet-finetune: error: " in line]
+    assert lines, done.stderr
+    assert all("training runs in one process, not 2: use `--num_processes 1`" in line for line in lines)
+    assert contents(tmp_path / "out") == {}
