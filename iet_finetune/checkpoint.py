@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import UserError, one_line
+from .errors import UserError, disk_full, one_line
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -241,10 +241,10 @@ def no_space_named(target: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error).lower()
-        if "space left" in text or "os error 28" in text or "quota exceeded" in text:
-            raise UserError(
-                f"no space left on the device while writing {target}. What was saved before is complete: free some "
-                "space, or lower `--checkpoints_total_limit`, and resume."
-            ) from None
-        raise
+        full = disk_full(error)
+        if full is None:
+            raise
+        raise UserError(
+            f"{full}, while writing {target}. What was saved before is complete: free some space, or lower "
+            "`--checkpoints_total_limit`, and resume."
+        ) from None

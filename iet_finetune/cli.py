@@ -1,17 +1,15 @@
 """The console command `iet-finetune`: its subcommands, and how a run ends for the person at the terminal."""
 
-import errno
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .config import Config
-from .errors import UserError, one_line
+from .errors import UserError, disk_full
 from .flags import nearest
 
 PROGRAM = "iet-finetune"
 HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
-DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded"}
 
 
 class Command(NamedTuple):
@@ -22,13 +20,13 @@ class Command(NamedTuple):
     after_interrupt: str
 
 
-def train(argv: list[str]) -> None:
-    """Train as the flags in `argv` say; they are checked before torch is imported.
+def train(argv: list[str], prog: str | None = None) -> None:
+    """Train as the flags in `argv` say; they are checked before torch is imported. `prog` is the name in `--help`.
 
     Raises:
         UserError: whatever the user can mend.
     """
-    config = Config.from_command_line(argv)
+    config = Config.from_command_line(argv, prog)
     from .trainer import Trainer
 
     Trainer(config).train()
@@ -47,7 +45,9 @@ def push(argv: list[str]) -> None:
 
 COMMANDS = {
     "train": Command(
-        "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py", train, HOW_TO_GO_ON
+        "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
+        lambda argv: train(argv, f"{PROGRAM} train"),
+        HOW_TO_GO_ON,
     ),
     "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
 }
@@ -110,7 +110,7 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     except KeyboardInterrupt:
         return _stop(f"interrupted; {after_interrupt}.", 130)
     except Exception as error:
-        full = _disk_full(error)
+        full = disk_full(error)
         if full is None:
             raise
         return _stop(f"error: {full}; free some and try again ({after_interrupt}).", 2)
@@ -121,22 +121,3 @@ def _stop(message: str, exit_code: int) -> int:
     # A file name may hold a line break; the promise is one line.
     print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr)
     return exit_code
-
-
-def _disk_full(error: BaseException) -> str | None:
-    """What says that a disk is full, and for which file if that is known; None if `error` has another cause."""
-    for cause in _causes(error):
-        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            # Of two names, as after a copy or a rename, the second is the one that was to be written.
-            name = cause.filename2 or cause.filename
-            return DISK_FULL[cause.errno] + (f" for {name!r}" if name else "")
-        if "No space left on device" in str(cause):
-            # safetensors and torch pass the system's error on as text, in exceptions of their own.
-            return f"{DISK_FULL[errno.ENOSPC]} ({one_line(cause)})"
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .flags import build_parser, convert, flag, flag_specs, parse_arguments, read_yaml
+from .flags import build_parser, convert, flag, flag_specs, nearest, parse_arguments, read_yaml
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SECRET_FLAGS = ("hub_token",)
@@ -280,14 +280,17 @@ class Config:
         return cls._from_sources([(name, f"`--{name}`", value) for name, value in flags.items()])
 
     @classmethod
-    def from_command_line(cls, argv: list[str]) -> "Config":
+    def from_command_line(cls, argv: list[str], prog: str | None = None) -> "Config":
         """The configuration that `--config FILE` and the flags of a command line describe; flags override the file.
+
+        Args:
+            prog: what `--help` calls the program; the script's name if not given.
 
         Raises:
             UserError: what is wrong, naming the flag, or the key and the file.
         """
         known = flag_names()
-        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values()))
+        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values()), prog)
         given = parse_arguments(parser, argv, known)
         path = given.pop("config", None)
         file_values = read_yaml(path, known) if path is not None else {}
@@ -303,7 +306,7 @@ class Config:
         for flag_name, where, value in sources:
             owner = next((name for name, group in specs.items() if flag_name in group), None)
             if owner is None:
-                raise UserError(f"unknown flag {where}.")
+                raise UserError(f"unknown flag {where}.{nearest(flag_name, flag_names())}")
             values[owner][flag_name] = convert(specs[owner][flag_name], value, where)
         return cls(**{name: group(**values[name]) for name, (_, group) in GROUPS.items()})
 

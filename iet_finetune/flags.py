@@ -94,9 +94,10 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`--help` lists the flags).")
 
 
-def build_parser(description: str, groups: dict[str, type]) -> argparse.ArgumentParser:
+def build_parser(description: str, groups: dict[str, type], prog: str | None = None) -> argparse.ArgumentParser:
     """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute."""
     parser = _Parser(
+        prog=prog,
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

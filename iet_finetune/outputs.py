@@ -68,5 +68,5 @@ def write_config(folder: Path, config: Config) -> None:
     """`training_config.yaml`: every effective flag, no token; `--config` reads it again."""
     partial = folder / ".training_config.yaml.partial"
     with removed_on_error(partial):
-        partial.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        partial.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False), encoding="utf-8")
     partial.replace(folder / "training_config.yaml")

@@ -55,7 +55,7 @@ def test_a_write_that_fails_leaves_the_former_checkpoint_and_no_rubbish(store, t
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="no space left on the device while writing .*checkpoint-2"):
+    with pytest.raises(UserError, match="no space left on the device, while writing .*checkpoint-2"):
         store.save(2, {**pieces(2.0), "broken": Piece("x", fail)}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert store.find("latest").tensors("weights.safetensors")["w"].tolist() == [1.0] * 3

@@ -183,8 +183,8 @@ def save_pipeline(pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype]) -
     """Saves the pipeline with each model in the precision given for it; its models keep that precision afterwards.
 
     Local paths that diffusers and transformers note in configuration files are taken out. A transformers model in
-    half precision is noted as fp32: without a `dtype`, `from_pretrained` takes that model's precision from the note and
-    fp32 for all others, and a pipeline of both cannot draw.
+    half precision is noted as fp32: without a `dtype`, `from_pretrained` takes its precision from that note, and
+    fp32 for all others; a pipeline of both cannot draw.
     """
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name in dtypes:
