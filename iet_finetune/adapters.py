@@ -1,6 +1,5 @@
 """What is trained, seen as one ordered set of named tensors that can be read and loaded in place."""
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -35,16 +34,4 @@ class Trainable:
         """Copies values into the live tensors; those not in `values` stay as they are."""
         live = self.tensors
         for name, value in values.items():
-            live[name].copy_(value, non_blocking=True)
-
-
-def weights_fingerprint(tensors: Mapping[str, Tensor], samples: int = 4096) -> str:
-    """A hash over names, shapes and up to `samples` evenly spaced values of each tensor: two models hardly ever share
-    it, and it takes no time where a hash over gigabytes would."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors.items():
-        flat = tensor.detach().flatten()
-        chosen = flat[:: max(1, flat.numel() // samples)].cpu().contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(chosen.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            live[name].copy_(value)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
-from .adapters import Trainable, weights_fingerprint
+from .adapters import Trainable
 from .agc import AntiGradientControl
 from .config import Config
 from .data.dataset import TrainingImages, load_images
@@ -18,7 +18,7 @@ from .data.loader import Shard
 from .data.transforms import ImageTransform
 from .ema import EMA
 from .ensemble import Clone, Ensemble
-from .errors import UserError
+from .errors import UserError, one_line
 from .families import Family, PipelineSource, family_class, find_pipeline, load_family
 from .identity import run_identity
 from .ledger import ShardLedger
@@ -91,19 +91,19 @@ def build_parts(config: Config) -> Parts:
         seed=config.training.seed,
     )
     return Parts(
-        accelerator,
-        source,
-        family,
-        images,
-        heldout,
-        indices,
-        shards,
-        schedule,
-        trainable,
-        ensemble,
-        LocalTraining(family, trainable, optimizer, ema, config, accelerator.device, accelerator.scaler),
-        [learning_rate_course(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
-        run_identity(config, images.fingerprint, weights_fingerprint(ensemble.denoiser)),
+        accelerator=accelerator,
+        source=source,
+        family=family,
+        images=images,
+        heldout=heldout,
+        indices=indices,
+        shards=shards,
+        schedule=schedule,
+        trainable=trainable,
+        ensemble=ensemble,
+        local=LocalTraining(family, trainable, optimizer, ema, config, accelerator.device, accelerator.scaler),
+        courses=[learning_rate_course(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
+        identity=run_identity(config, images.fingerprint, family.fingerprint()),
     )
 
 
@@ -127,7 +127,8 @@ def start_accelerator(config: Config) -> Accelerator:
             ),
         )
     except ValueError as error:
-        raise UserError(f"`--mixed_precision {config.training.mixed_precision}`: {error}") from None
+        precision = config.training.mixed_precision
+        raise UserError(f"Accelerate cannot run with `--mixed_precision {precision}`: {one_line(error)}") from None
     if accelerator.num_processes > 1:
         raise UserError(f"training runs in one process, not {accelerator.num_processes}: use `--num_processes 1`.")
     if config.training.allow_tf32:

@@ -1,7 +1,6 @@
 """The model card: what was trained, on what, how, how to load it, and what was not measured."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from .files import written_beside
 from .schedule import DEFAULT_MERGE_EPOCHS
 
 CARD_NAME = "README.md"
@@ -100,9 +100,8 @@ def write_model_card(output_dir: Path, facts: CardFacts) -> Path:
     ]
     text = f"---\n{_metadata(facts, is_lora).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
     path = output_dir / CARD_NAME
-    unfinished = output_dir / f".{CARD_NAME}.part"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
     return path
 
 

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .errors import UserError, disk_full, one_line
+from .errors import UserError, one_line
+from .files import no_space_named, partial_name, remove_folder, removed_on_error, replaced_folder, to_disk
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FORMAT = 1
+_GIVEN_UP = ".given-up"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,6 @@ class CheckpointStore:
         self._folder = folder
         self._limit = limit
         self._previous: Checkpoint | None = None
-        self._superseded: list[Path] = []
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -113,6 +114,11 @@ class CheckpointStore:
             return self._open(found[-1]) if found else None
         path = Path(wanted)
         path = path if path.exists() else self._folder / wanted
+        if (path / MANIFEST).is_file() and path.resolve().parent != self._folder.resolve():
+            raise UserError(
+                f"`--resume_from_checkpoint {wanted}` is not in `--output_dir {self._folder}`, where the records of "
+                "its run would be. Go on in its own folder, or copy that folder whole."
+            )
         if not (path / MANIFEST).is_file():
             present = ", ".join(checkpoint.name for checkpoint in self.all()) or "none"
             raise UserError(
@@ -127,12 +133,20 @@ class CheckpointStore:
         if missing:
             raise damaged(path, f"{missing[0]} is missing")
         self._previous = Checkpoint(path, manifest)
-        # After going back to an older checkpoint the later ones belong to a course that is given up.
-        self._superseded = [later for later in self.all() if _number(later) > _number(path)]
         return self._previous
 
-    def save(self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any]) -> Path:
-        """Writes `checkpoint-{step}` and then removes the oldest ones beyond the limit.
+    def go_back_to(self, checkpoint: Checkpoint) -> None:
+        """The later checkpoints belong to a course that is given up: put aside now, removed when a new one stands."""
+        for later in self.all():
+            if _number(later) > _number(checkpoint.path):
+                aside = later.with_name(f".{later.name}{_GIVEN_UP}")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.rename(aside)
+
+    def save(
+        self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any], *, keep_older: bool = False
+    ) -> Path:
+        """Writes `checkpoint-{step}` and then, unless told to keep them, removes the oldest ones beyond the limit.
 
         Args:
             pieces: relative file name -> piece.
@@ -142,14 +156,15 @@ class CheckpointStore:
             UserError: no space left on the device; what was there before is untouched.
         """
         final = self._folder / f"checkpoint-{step}"
-        partial = self._folder / f".{final.name}.partial"
+        partial = partial_name(final)
         manifest = {"format": _FORMAT, **facts, "pieces": {name: piece.version for name, piece in pieces.items()}}
         with no_space_named(final):
             self._write(partial, pieces, manifest)
         with replaced_folder(final):
             partial.rename(final)
         self._previous = Checkpoint(final, manifest)
-        self._remove_old(final)
+        if not keep_older:
+            self._remove_old(final)
         return final
 
     def _write(self, partial: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) -> None:
@@ -159,9 +174,9 @@ class CheckpointStore:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 if not self._link(partial / name, name, piece.version):
                     piece.write(partial / name)
-                    _to_disk(partial / name)
+                    to_disk(partial / name)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            _to_disk(partial / MANIFEST)
+            to_disk(partial / MANIFEST)
 
     def _link(self, target: Path, name: str, version: str) -> bool:
         if self._previous is None or self._previous.manifest["pieces"].get(name) != version:
@@ -173,24 +188,11 @@ class CheckpointStore:
         return True
 
     def _remove_old(self, newest: Path) -> None:
-        for path in self._superseded:
-            if path != newest:
-                shutil.rmtree(path)
-        self._superseded = []
+        for path in self._folder.glob(f".*{_GIVEN_UP}"):
+            remove_folder(path)
         if self._limit is not None:
             for path in [path for path in self.all() if path != newest][: -self._limit + 1 or None]:
-                shutil.rmtree(path)
-
-    def clean(self) -> None:
-        """Removes what an interrupted write left behind, after putting back what it had moved aside."""
-        for aside in self._folder.glob(".*.replaced"):
-            original = self._folder / aside.name.removeprefix(".").removesuffix(".replaced")
-            if original.exists():
-                shutil.rmtree(aside)
-            else:
-                aside.rename(original)
-        for partial in self._folder.rglob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+                remove_folder(path)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -208,43 +210,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _number(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     return int(found[1]) if found else -1
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-@contextlib.contextmanager
-def replaced_folder(folder: Path) -> Iterator[None]:
-    """Makes room for a folder of the same name: the old one is moved aside, and removed once the new one stands."""
-    aside = folder.with_name(f".{folder.name}.replaced")
-    if folder.exists():
-        folder.rename(aside)
-    yield
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def removed_on_error(partial: Path) -> Iterator[None]:
-    """Leaves nothing half-written behind: the file or folder is removed where the block does not end well."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def no_space_named(target: Path) -> Iterator[None]:
-    """Turns a full disk, in whatever words a library reports it, into the one clear line."""
-    try:
-        yield
-    except Exception as error:
-        full = disk_full(error)
-        if full is None:
-            raise
-        raise UserError(
-            f"{full}, while writing {target}. What was saved before is complete: free some space, or lower "
-            "`--checkpoints_total_limit`, and resume."
-        ) from None

@@ -1,7 +1,10 @@
 """The console command `iet-finetune`: its subcommands, and how a run ends for the person at the terminal."""
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from .config import Config
@@ -98,13 +101,14 @@ def _usage() -> str:
 
 
 def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> int:
-    """Call `function` and return the exit code: 0, 2 after an error of the user, 130 after Ctrl-C.
+    """Call `function` and return the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM.
 
-    An error that the user can mend (`UserError`, a full disk) and Ctrl-C end in one line on stderr. Any other
+    An error that the user can mend (`UserError`, a full disk), Ctrl-C and SIGTERM end in one line on stderr. Any other
     exception is a bug of ours and keeps its traceback.
     """
     try:
-        function()
+        with _interrupted_by_sigterm():
+            function()
     except UserError as error:
         return _stop(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -115,6 +119,19 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
             raise
         return _stop(f"error: {full}; free some and try again ({after_interrupt}).", 2)
     return 0
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, with which `kill` and cluster managers ask a process to end, is taken as Ctrl-C inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _stop(message: str, exit_code: int) -> int:

@@ -183,6 +183,10 @@ class OptimizerConfig:
             value = getattr(self, name)
             _require(0 <= value < 1, f"`--{name}` must be in [0, 1), not {value}.")
         _probability("ema_max_decay", self.ema_max_decay)
+        _require(
+            self.lr_scheduler != "polynomial" or self.learning_rate == 0 or self.learning_rate > 1e-7,
+            f"`--learning_rate {self.learning_rate}` must be above 1e-07, at which `--lr_scheduler polynomial` ends.",
+        )
 
 
 @dataclass(frozen=True)

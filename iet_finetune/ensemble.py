@@ -1,8 +1,8 @@
 """Iterative ensemble training: clones are checked out one by one, trained, collected, and merged in the end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,14 @@ class Clone:
         shard: k.
         weight: n_k, or 1, in the merge.
         step: steps taken over the whole run.
+        began: the same number when its latest round began.
         moments: the optimizer's state while another clone is live; None at the start and after a reset.
+        scaler: state of the gradient scaler, where fp16 training has one.
         drift: ‖θ_k − θ‖ / ‖θ‖ of the last round, θ being the denoiser it started from.
     """
+
+    _PLAIN: ClassVar = ("step", "began", "scaler", "drift")
+    _MODULES: ClassVar = ("agc", "ledger", "meter")
 
     shard: int
     weight: int
@@ -37,20 +42,22 @@ class Clone:
     ledger: ShardLedger
     meter: RoundMeter
     step: int = 0
+    began: int = 0
     moments: dict[int, Any] | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
     drift: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """Everything but weights and moments, for a checkpoint."""
-        modules = {"agc": self.agc, "ledger": self.ledger, "meter": self.meter}
-        saved = {name: module.state_dict() for name, module in modules.items()}
-        return {"step": self.step, "drift": self.drift, **saved}
+        plain = {name: getattr(self, name) for name in self._PLAIN}
+        return {**plain, **{name: getattr(self, name).state_dict() for name in self._MODULES}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state` gave."""
-        self.step, self.drift = state["step"], state["drift"]
-        for name, module in (("agc", self.agc), ("ledger", self.ledger), ("meter", self.meter)):
-            module.load_state_dict(state[name])
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        for name in self._MODULES:
+            getattr(self, name).load_state_dict(state[name])
 
 
 class Ensemble:
@@ -131,6 +138,7 @@ class Ensemble:
             self._ema.load(self.average)
         self._load_moments(clone.moments)
         clone.moments = None
+        clone.began = clone.step
         torch.manual_seed(network_seed(self._seed, shard, self.round))
         return clone
 
@@ -171,15 +179,15 @@ class Ensemble:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def pieces(self, extra_live_state: Mapping[str, Any]) -> dict[str, Piece]:
-        """Everything a checkpoint needs; `extra_live_state` is stored with the live clone."""
+    def pieces(self) -> dict[str, Piece]:
+        """Everything a checkpoint needs, by file name."""
         pieces = self._merged_pieces()
         for clone in self.clones:
             folder, version = f"shard-{clone.shard:05d}", f"round {self.round} step {clone.step}"
             live = clone is self.live
             state = clone.state()
             if live:
-                state |= {"random": _random_state(), "extra": dict(extra_live_state)}
+                state["random"] = _random_state()
                 pieces[f"{folder}/live.safetensors"] = tensors_piece(version, self._trainable.tensors)
                 if self._ema is not None:
                     pieces[f"{folder}/live_ema.safetensors"] = tensors_piece(version, self._ema.tensors)
@@ -205,12 +213,8 @@ class Ensemble:
         live = self.live.shard if self.live is not None else None
         return {"round": self.round, "finished": self._finished, "sum_total": self._sum.total, "live": live}
 
-    def restore(self, checkpoint: Checkpoint) -> Mapping[str, Any]:
-        """Goes back to where a checkpoint was written.
-
-        Returns:
-            the live clone's `extra_live_state`; empty if none was live.
-        """
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes back to where a checkpoint was written."""
         position = checkpoint.manifest["position"]
         self.round, self._finished = position["round"], position["finished"]
         self.denoiser = checkpoint.tensors("denoiser.safetensors")
@@ -219,11 +223,9 @@ class Ensemble:
         if self._finished:
             self._restore_sums(checkpoint, position["sum_total"])
         states = [self._restore_clone(checkpoint, clone) for clone in self.clones]
-        if position["live"] is None:
-            return {}
-        live = self.clones[position["live"]]
-        self._take_up = lambda: self._restore_live(checkpoint, live, states[live.shard]["random"])
-        return states[live.shard]["extra"]
+        if position["live"] is not None:
+            live = self.clones[position["live"]]
+            self._take_up = lambda: self._restore_live(checkpoint, live, states[live.shard]["random"])
 
     def _restore_sums(self, checkpoint: Checkpoint, total: float) -> None:
         self._sum.load_state_dict(checkpoint.tensors("sum.safetensors"), total, self.denoiser)

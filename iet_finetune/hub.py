@@ -52,8 +52,7 @@ def push(output_dir: Path, hub: HubConfig) -> str:
     files = upload_list(output_dir)
     token = hub.hub_token
     try:
-        _check_online()
-        token = (token or get_token() or "").strip()
+        token = check_push(output_dir, hub)
         return _publish(output_dir, files, hub, token)
     except UserError as error:
         reason = str(error)
@@ -92,9 +91,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`iet-finetune push --help` lists the flags).")
 
 
-def _check_online() -> None:
+def check_push(output_dir: Path, hub: HubConfig) -> str:
+    """The token with which `push` will upload; asks nothing of the network, so that training need not come first.
+
+    Raises:
+        UserError: no token, a name that the Hub does not take, or `HF_HUB_OFFLINE`.
+    """
     if is_offline_mode():
         raise UserError("`HF_HUB_OFFLINE` is set, so nothing can be uploaded: unset it.")
+    name = _name(output_dir, hub)
+    if fault := name_fault(name):
+        raise UserError(f"`--hub_model_id` must be NAME or OWNER/NAME, not {name!r}: {fault}")
+    token = (hub.hub_token or get_token() or "").strip()
+    if not token:
+        raise UserError("no token for the Hub: give `--hub_token`, set `HF_TOKEN`, or log in with `hf auth login`.")
+    return token
 
 
 def _name(output_dir: Path, hub: HubConfig) -> str:
@@ -103,10 +114,6 @@ def _name(output_dir: Path, hub: HubConfig) -> str:
 
 def _publish(output_dir: Path, files: Files, hub: HubConfig, token: str) -> str:
     name = _name(output_dir, hub)
-    if fault := name_fault(name):
-        raise UserError(f"`--hub_model_id` must be NAME or OWNER/NAME, not {name!r}: {fault}")
-    if not token:
-        raise UserError("no token for the Hub: give `--hub_token`, set `HF_TOKEN`, or log in with `hf auth login`.")
     if get_session().timeout.read is None:  # the client's own default is to wait for ever
         get_session().timeout = SILENCE
     api = HfApi(token=token)

@@ -12,6 +12,12 @@ from .config import Config
 from .errors import UserError
 from .schedule import DEFAULT_MERGE_EPOCHS
 
+# Part of a run's identity already, or without influence on the weights.
+_NOT_FREE = (
+    *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
+    *("max_train_samples", "holdout_fraction", "resolution", "dataloader_num_workers", "output_dir", "seed"),
+    *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam"),
+)
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -20,13 +26,12 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
 
     Args:
         data_fingerprint: of the training images and captions.
-        base_model: fingerprint of the denoiser's weights before training.
+        base_model: fingerprint of the pipeline before training.
     """
     training, ensemble = config.training, config.ensemble
     every_epochs = None if ensemble.merge_every_steps else ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS
     return {
         "the training data": data_fingerprint,
-        "the base model": base_model,
         "`--num_shards`": ensemble.num_shards,
         "`--seed`": training.seed,
         "`--shard_strategy`": ensemble.shard_strategy,
@@ -43,6 +48,7 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         "`--prediction_type`": config.model.prediction_type,
         "`--use_ema`": config.optimizer.use_ema,
         "`--use_8bit_adam`": config.optimizer.use_8bit_adam,
+        "the base model": base_model,
     }
 
 
@@ -87,11 +93,16 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {**{k: v for k, v in values.items() if k != "versions"}, **nested}
 
 
-def free_settings(config: Config) -> dict[str, Any]:
-    """The settings of training that a resumed run may change, at the price of other weights than without a stop."""
-    return {**dataclasses.asdict(config.optimizer), **_without_place(dataclasses.asdict(config.training))}
+def free_settings(config: Config, mixed_precision: str) -> dict[str, Any]:
+    """The settings of training that a resumed run may change, at the price of other weights than without a stop.
 
-
-def _without_place(training: dict[str, Any]) -> dict[str, Any]:
-    fixed = ("output_dir", "seed", "train_batch_size", "gradient_accumulation_steps")
-    return {name: value for name, value in training.items() if name not in fixed}
+    Args:
+        mixed_precision: what Accelerate made of the flag and its own configuration.
+    """
+    groups = (config.data, config.training, config.optimizer)
+    settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+    settings |= {
+        "mixed_precision": mixed_precision,
+        "optimizer_across_rounds": config.ensemble.optimizer_across_rounds,
+    }
+    return {name: value for name, value in settings.items() if name not in _NOT_FREE}

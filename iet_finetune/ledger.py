@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.dataset import TrainingImages
+from .files import written_beside
 
 
 class ShardLedger(nn.Module):
@@ -70,9 +71,8 @@ def write_ledger(
             "mean_log_ratio": pa.array([*_none_for_nan(columns["mean_log_ratio"]), *[None] * rows], type=pa.float32()),
         }
     )
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with written_beside(path) as partial:
+        pq.write_table(table, partial)
 
 
 def _training_columns(

@@ -1,6 +1,6 @@
 """One clone's local training: batch, noise, loss, anti-gradient control, step."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .adapters import Trainable
 from .config import Config
-from .data.loader import MicroBatch, Shard, Visit, micro_batches
+from .data.loader import MicroBatch, Shard, Visits, micro_batches
 from .ema import EMA
 from .ensemble import Clone
 from .families.base import Conditions, Family, in_chunks
@@ -52,22 +52,23 @@ class LocalTraining:
         self._config = config
         self._device = device
         self._scaler = scaler
+        self._fresh_scaler = scaler.state_dict() if scaler is not None else {}
         self._encode_chunk = min(ENCODE_CHUNK, config.training.train_batch_size)
 
     def run(
-        self, clone: Clone, shard: Shard, steps: Iterable[Step], learning_rate: Callable[[int], float]
+        self, clone: Clone, shard: Shard, steps: Sequence[Step], learning_rate: Callable[[int], float]
     ) -> Iterator[Step]:
         """Takes the steps one after the other; yields each when it is done.
 
         Raises:
             UserError: an image cannot be read.
         """
-        steps = list(steps)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(clone.scaler or self._fresh_scaler)
         size = self._config.training.train_batch_size
-        visits = [[Visit(step.pass_, i) for i in part] for step in steps for part in step.micro_batches(size)]
         batches = micro_batches(
             shard,
-            visits,
+            Visits(steps, size),
             num_workers=self._config.data.dataloader_num_workers,
             pin_memory=self._device.type == "cuda",
         )
@@ -84,7 +85,7 @@ class LocalTraining:
         """One optimizer step; the loss bank stands still until all micro-batches have been judged."""
         parts = [self._backward(clone, batch.to(self._device), step.stop - step.start) for batch in batches]
         loss, timesteps, keep, members = (torch.cat(part) for part in zip(*parts, strict=True))
-        masked, broken = self._prepare_gradients(clone, loss, keep)
+        masked, broken = self._prepare_gradients(loss, keep)
         masked_step(self._optimizer, masked)
         if self._scaler is not None:
             self._scaler.update()
@@ -100,7 +101,7 @@ class LocalTraining:
     def _backward(self, clone: Clone, batch: MicroBatch, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Adds Σ keep_i l_i / (samples of the step) to the gradient; returns l, t, keep and members."""
         latents, conditions = self._encode(batch)
-        timesteps = self._family.sample_timesteps(batch.uniform).to(self._device, non_blocking=True)
+        timesteps = self._family.sample_timesteps(batch.uniform).to(self._device)
         schedule = self._family.schedule
         noisy_latents = schedule.add_noise(latents, batch.noise, timesteps)
         target = schedule.target(latents, batch.noise, timesteps)
@@ -136,12 +137,13 @@ class LocalTraining:
         tensors = in_chunks(encode, captions, self._encode_chunk)
         return dict(zip(names, tensors, strict=True))
 
-    def _prepare_gradients(self, clone: Clone, loss: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def _prepare_gradients(self, loss: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Normalises by the kept samples and clips.
 
         Returns:
             masked: scalar fp32, 1 where the step must change nothing: nothing was kept, or it is not finite.
-            broken: scalar bool, whether the run has gone wrong; a gradient that overflowed in fp16 has not.
+            broken: scalar bool, whether the run has gone wrong; with fp16 a gradient that overflows has not, unless it
+                still does where it is no longer scaled up.
         """
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
@@ -153,15 +155,12 @@ class LocalTraining:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.optimizer.max_grad_norm, norm)
         loss_is_finite = loss.isfinite().all()
         finite = loss_is_finite & norm.isfinite()
-        broken = ~(loss_is_finite if self._scaler is not None else finite)
+        may_overflow = self._scaler._scale >= 1 if self._scaler is not None else torch.zeros_like(finite)
+        broken = ~(finite | (loss_is_finite & may_overflow))
         masked = (~finite | ~keep.any()).to(torch.float32)
         return masked, broken
 
-    def state(self) -> Mapping[str, Any]:
-        """What the live clone needs besides weights and moments to go on: the gradient scaler's state."""
-        return {} if self._scaler is None else dict(self._scaler.state_dict())
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` gave."""
-        if self._scaler is not None and state:
-            self._scaler.load_state_dict(dict(state))
+    def park(self, clone: Clone) -> None:
+        """Leaves with the clone what `run` needs to go on with it: the gradient scaler's state."""
+        if self._scaler is not None:
+            clone.scaler = self._scaler.state_dict()

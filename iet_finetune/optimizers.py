@@ -52,6 +52,8 @@ def masked_step(optimizer: torch.optim.Optimizer, masked: Tensor) -> None:
 
 def learning_rate_course(optimizer: OptimizerConfig, total_steps: int, base: float) -> Callable[[int], float]:
     """Learning rate of a clone's step, from diffusers' schedule of that name over its `total_steps`."""
+    if base == 0:
+        return lambda step: 0.0
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=base)
     scheduler = get_scheduler(
         optimizer.lr_scheduler,

@@ -1,5 +1,6 @@
 """The output folder: whether it may be used, and how finished things get into it."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -7,18 +8,53 @@ from pathlib import Path
 
 import yaml
 
-from .checkpoint import no_space_named, removed_on_error, replaced_folder
 from .config import Config
 from .errors import UserError, one_line
+from .files import clean, no_space_named, partial_name, removed_on_error, replaced_folder, written_beside
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 INDEX = "model_index.json"
+CONFIG = "training_config.yaml"
 
 
-def claim(folder: Path, resuming: bool) -> None:
-    """Creates the output folder and makes sure that it can be written and holds nothing that would be mixed up.
+class FolderLock:
+    """Holds a folder for one process until it is released or the process ends; leaves no file behind."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise UserError(f"`--output_dir {folder}` is in use by another run. Choose another, or wait.") from None
+        except OSError:
+            # A file system without locks: nothing to hold.
+            self.release()
+
+    def release(self) -> None:
+        """Lets another run have the folder."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def claim(folder: Path, resuming: bool) -> FolderLock:
+    """Creates the output folder, makes sure that it can be written and holds nothing that would be mixed up, and
+    removes what an interrupted run of ours left half done.
 
     Raises:
-        UserError: it is a file, cannot be written, or is not empty although nothing is resumed.
+        UserError: it is a file, cannot be written, is in use, is not empty although nothing is resumed, or holds
+            other things than a run that could be resumed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,11 +63,18 @@ def claim(folder: Path, resuming: bool) -> None:
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UserError(f"`--output_dir {folder}` cannot be written: {reason}. Choose another folder.") from None
-    if not resuming and any(folder.iterdir()):
+    lock = FolderLock(folder)
+    entries = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".partial")]
+    if entries and not resuming:
         raise UserError(
             f"`--output_dir {folder}` is not empty. Choose another, or go on from its newest checkpoint with "
             "`--resume_from_checkpoint latest`."
         )
+    if entries and CONFIG not in entries and not any(name.startswith("checkpoint-") for name in entries):
+        raise UserError(f"`--output_dir {folder}` is not empty and holds no run to go on with. Choose another.")
+    clean(folder)
+    clean(folder / "validation")
+    return lock
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -50,7 +93,7 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
     Raises:
         UserError: no space left on the device.
     """
-    partial = folder / ".pipeline.partial"
+    partial = partial_name(folder / "pipeline")
     shutil.rmtree(partial, ignore_errors=True)
     with no_space_named(folder), removed_on_error(partial):
         save(partial)
@@ -66,7 +109,5 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
 
 def write_config(folder: Path, config: Config) -> None:
     """`training_config.yaml`: every effective flag, no token; `--config` reads it again."""
-    partial = folder / ".training_config.yaml.partial"
-    with removed_on_error(partial):
+    with written_beside(folder / CONFIG) as partial:
         partial.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False), encoding="utf-8")
-    partial.replace(folder / "training_config.yaml")

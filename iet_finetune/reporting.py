@@ -25,15 +25,17 @@ class Reporter:
     Args:
         config: the run's settings.
         parts: what it works with; read, and for pictures the merged weights are put into the live denoiser.
+        same_pictures: whether the pictures that are there were drawn with the present settings.
     """
 
-    def __init__(self, config: Config, parts: Parts) -> None:
+    def __init__(self, config: Config, parts: Parts, same_pictures: bool = True) -> None:
         self._config = config
         self._parts = parts
         self._output = config.output_path
-        self._resumed = parts.ensemble.step > 0
         for name in (METRICS, TIMINGS):
             cut_back(self._output / name, parts.ensemble.round)
+        # Pictures of rounds that are done again, or all if they were drawn in another way.
+        validation.forget_rounds(self._output, parts.ensemble.round if same_pictures else -1)
         self._trackers = Trackers(parts.accelerator, config.logging.tracker_project_name, config.to_flags())
         self._progress = Progress(sum(parts.schedule.total_steps), parts.ensemble.step)
         self._round_began = time.perf_counter()
@@ -99,14 +101,21 @@ class Reporter:
             "lr": [self._parts.courses[clone.shard](max(clone.step - 1, 0)) for clone in clones],
         }
 
-    def draw_images(self) -> None:
-        """Pictures from the merged denoiser of the round just done, when they are due and not there yet."""
-        settings, round_ = self._config.validation, self._parts.ensemble.round
-        due = round_ % settings.validation_rounds == 0 or round_ == self._rounds
-        path = validation.round_file(self._output, round_)
-        if not settings.validation_prompts or not due or (self._resumed and path.exists()):
+    def draw_base(self) -> None:
+        """Pictures from the pipeline as it came; to be called while the live denoiser still holds its weights."""
+        self._draw(0)
+
+    def draw_round(self) -> None:
+        """Pictures from the merged denoiser of the round just done, when they are due."""
+        round_ = self._parts.ensemble.round
+        if round_ % self._config.validation.validation_rounds == 0 or round_ == self._rounds:
+            self.load_result()
+            self._draw(round_)
+
+    def _draw(self, round_: int) -> None:
+        settings, path = self._config.validation, validation.round_file(self._output, round_)
+        if not settings.validation_prompts or path.exists():
             return
-        self.load_result()
         rows = validation.draw_images(
             self._parts.family, settings, self._config.training.seed, self._config.data.resolution
         )

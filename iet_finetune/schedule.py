@@ -1,6 +1,6 @@
 """When each clone takes its steps, in which pass they fall, and after which of them the clones are merged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import EnsembleConfig, TrainingConfig
@@ -48,21 +48,26 @@ class Schedule:
         merge = [ensemble.merge_every_steps or epochs * steps for steps in passes]
         return cls(shard_sizes, samples, tuple(total), tuple(merge))
 
-    def round_end(self, shard: int, step: int) -> int:
-        """Where the round ends in which a clone takes its step number `step`; the last round may be shorter."""
+    def round_end(self, shard: int, began: int) -> int:
+        """Where a clone's round ends that began at its step `began`; the last round may be shorter.
+
+        Rounds end at multiples of their length, also after a run was made longer whose last round was short.
+        """
         round_steps = self.round_steps[shard]
-        return min((step // round_steps + 1) * round_steps, self.total_steps[shard])
+        return min((began // round_steps + 1) * round_steps, self.total_steps[shard])
 
     def remaining_rounds(self, steps: Sequence[int]) -> int:
         """Merges still to come when the clones have taken so many steps each; a round that is under way counts."""
         pairs = zip(steps, self.total_steps, self.round_steps, strict=True)
         return max(-(-total // size) - step // size if step < total else 0 for step, total, size in pairs)
 
-    def steps(self, shard: int, start: int, stop: int) -> Iterator[Step]:
+    def steps(self, shard: int, start: int, stop: int) -> list[Step]:
         """A clone's steps number `start` up to `stop`; no step spans two passes."""
         size = self.shard_sizes[shard]
         steps_per_pass = -(-size // self.samples_per_step)
-        for number in range(start, stop):
-            pass_, index = divmod(number, steps_per_pass)
-            first = index * self.samples_per_step
-            yield Step(number, pass_, first, min(first + self.samples_per_step, size))
+        places = [divmod(number, steps_per_pass) for number in range(start, stop)]
+        firsts = [index * self.samples_per_step for _, index in places]
+        return [
+            Step(number, pass_, first, min(first + self.samples_per_step, size))
+            for number, (pass_, _), first in zip(range(start, stop), places, firsts, strict=True)
+        ]

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .files import written_beside
+
 NOISE_LEVELS = 10
 
 
@@ -124,9 +126,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def cut_back(path: Path, rounds: int) -> None:
     """Removes the lines of rounds that a resumed run does again: those numbered above `rounds`."""
     kept = [line for line in read_lines(path) if line["round"] <= rounds]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    with written_beside(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 class Progress:

@@ -1,19 +1,21 @@
 """A run, from load to save: tells the story and leaves every part of it to the room that knows it."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import outputs
 from .assembly import build_parts
 from .card import CardFacts, base_license, write_model_card
-from .checkpoint import CheckpointStore
+from .checkpoint import Checkpoint, CheckpointStore
 from .config import Config
 from .ensemble import Clone
 from .errors import UserError
 from .families import save_pipeline
-from .hub import push
+from .hub import check_push, push
 from .identity import check_identity, differences, environment, free_settings
 from .ledger import write_ledger
 from .reporting import Reporter, warn
@@ -37,24 +39,35 @@ class Trainer:
         resume = config.checkpoint.resume_from_checkpoint
         self.config = config
         self.output = config.output_path
-        outputs.claim(self.output, resuming=resume is not None)
+        self._lock = outputs.claim(self.output, resuming=resume is not None)
+        if config.hub.push_to_hub:
+            check_push(self.output, config.hub)
         self.store = CheckpointStore(self.output, config.checkpoint.checkpoints_total_limit)
-        self.store.clean()
         checkpoint = self.store.find(resume) if resume is not None else None
         self.parts = build_parts(config)
         self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
+        same_pictures = True
         if checkpoint is not None:
-            check_identity(checkpoint.manifest["identity"], self.parts.identity, str(checkpoint.path))
-            self._warn_of_differences(checkpoint.manifest)
-            self.parts.local.load_state(self.ensemble.restore(checkpoint))
+            self._take_up(checkpoint)
+            same_pictures = checkpoint.manifest["pictures"] == self._pictures()
         self._check_space()
-        self.reporter = Reporter(config, self.parts)
+        outputs.write_config(self.output, config)
+        self.reporter = Reporter(config, self.parts, same_pictures)
 
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `DiffusionPipeline.from_pretrained` loads."""
-        outputs.write_config(self.output, self.config)
+        try:
+            self.train_rounds()
+            return self.finish()
+        finally:
+            self.reporter.close()
+            self._lock.release()
+
+    def train_rounds(self) -> None:
+        """Iterative ensemble training: every round trains each clone on its shard and merges them."""
+        self.reporter.draw_base()
         if not self.ensemble.in_midst_of_round:
-            self.reporter.draw_images()
+            self.reporter.draw_round()
         for _ in self.rounds():
             for shard in self.ensemble.pending_shards:
                 clone = self.ensemble.checkout(shard)
@@ -65,8 +78,7 @@ class Trainer:
             drift = self.ensemble.merge()
             self.reporter.round(drift)
             self.save_checkpoint()
-            self.reporter.draw_images()
-        return self.finish()
+            self.reporter.draw_round()
 
     def rounds(self) -> Iterator[int]:
         """The numbers, from 1, of the rounds still to be done."""
@@ -75,7 +87,7 @@ class Trainer:
 
     def train_locally(self, clone: Clone) -> None:
         """Takes the live clone through its steps of this round, logging and writing checkpoints on the way."""
-        stop = self.schedule.round_end(clone.shard, clone.step)
+        stop = self.schedule.round_end(clone.shard, clone.began)
         steps = self.schedule.steps(clone.shard, clone.step, stop)
         self.reporter.begin_clone(clone)
         shard, course = self.parts.shards[clone.shard], self.parts.courses[clone.shard]
@@ -86,6 +98,7 @@ class Trainer:
             if self.checkpoint_is_due() and clone.step < stop:
                 self.stop_if_broken(clone, clone.meter.read())
                 self.save_checkpoint()
+        self.parts.local.park(clone)
 
     def stop_if_broken(self, clone: Clone, sums: RoundSums) -> None:
         """Ends a run whose loss or gradient was not finite, with the last good weights saved.
@@ -97,27 +110,32 @@ class Trainer:
             return
         # Broken steps changed no weight; a resumed run is to judge its own steps.
         clone.meter.broken_step.fill_(-1)
-        path = self.save_checkpoint()
-        self.reporter.close()
+        older = self.store.all()
+        path = self.save_checkpoint(keep_older=True)
+        go_back = f"; if that breaks too, with `--resume_from_checkpoint {older[-1].name}`" if older else ""
         raise UserError(
             f"the loss or gradient was not finite in round {self.ensemble.round + 1}, shard {clone.shard + 1} of "
             f"{len(self.ensemble.clones)}, step {sums.broken_step + 1}. The last good weights are saved in {path}: "
-            "lower `--learning_rate` or use `--mixed_precision no`, and go on with `--resume_from_checkpoint latest`."
+            "lower `--learning_rate` or use `--mixed_precision no`, and go on with `--resume_from_checkpoint latest`"
+            f"{go_back}."
         )
 
     def checkpoint_is_due(self) -> bool:
         """Whether the steps of all clones together have reached a multiple of `--checkpointing_steps`."""
         return self.ensemble.step % self.config.checkpoint.checkpointing_steps == 0
 
-    def save_checkpoint(self) -> Path:
+    def save_checkpoint(self, *, keep_older: bool = False) -> Path:
         """Writes down where the run stands; returns the checkpoint's folder."""
+        if self.ensemble.live is not None:
+            self.parts.local.park(self.ensemble.live)
         facts = {
             "position": self.ensemble.position(),
             "identity": self.parts.identity,
-            "settings": free_settings(self.config),
+            "settings": self._settings(),
+            "pictures": self._pictures(),
             "environment": environment(),
         }
-        return self.store.save(self.ensemble.step, self.ensemble.pieces(self.parts.local.state()), facts)
+        return self.store.save(self.ensemble.step, self.ensemble.pieces(), facts, keep_older=keep_older)
 
     def finish(self) -> Path:
         """Saves the pipeline, the ledger and the model card, and pushes them if asked to."""
@@ -134,20 +152,32 @@ class Trainer:
             print(f"pushed to {push(self.output, self.config.hub)}")
         return self.output
 
-    def _warn_of_differences(self, saved: dict) -> None:
-        changed = differences(saved["settings"], free_settings(self.config))
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.manifest
+        check_identity(saved["identity"], self.parts.identity, str(checkpoint.path))
+        changed = differences(saved["settings"], self._settings())
         for line in changed + differences(saved["environment"], environment()):
             warn(f"resuming, but {line}: the weights may differ from those of a run without a stop")
+        self.ensemble.restore(checkpoint)
+        self.store.go_back_to(checkpoint)
+
+    def _settings(self) -> dict[str, Any]:
+        return free_settings(self.config, self.parts.accelerator.mixed_precision)
+
+    def _pictures(self) -> dict[str, Any]:
+        settings = self.config.validation
+        return {**dataclasses.asdict(settings), "validation_prompts": list(settings.validation_prompts)}
 
     def _check_space(self) -> None:
         weights = sum(tensor.nbytes for tensor in self.ensemble.denoiser.values())
         averages = 2 if self.config.optimizer.use_ema else 1
+        sums = 2 if len(self.ensemble.clones) > 1 else 0
         moments = len(self.ensemble.clones) if self.config.ensemble.optimizer_across_rounds == "keep" else 1
         components = self.parts.family.pipeline.components.values()
         models = [component for component in components if isinstance(component, torch.nn.Module)]
         pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
         # A checkpoint in the middle of a round: the round's start, the live clone, the sum in float64, the moments.
-        outputs.check_space(self.output, 4 * weights * averages + 2 * weights * moments + pipeline)
+        outputs.check_space(self.output, (2 + sums) * weights * averages + 2 * weights * moments + pipeline)
 
     def _save_pipeline(self, folder: Path) -> None:
         family, dtypes = self.parts.family, dict(self.parts.source.dtypes)
@@ -163,7 +193,7 @@ class Trainer:
             pipeline_class=self.parts.source.class_name,
             flags=self.config.to_flags(),
             num_images=len(self.parts.images),
-            num_distinct_images=len(set(self.parts.images.content_hashes)),
+            num_distinct_images=len(self.parts.images) - self.parts.images.num_duplicates,
             num_heldout=len(self.parts.heldout),
             rounds=self.ensemble.round,
             steps=self.ensemble.step,

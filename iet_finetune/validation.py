@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 
 from .config import ValidationConfig
 from .families.base import Family
+from .files import written_beside
 
 FOLDER = "validation"
 BEFORE_AFTER = f"{FOLDER}/before_after.png"
@@ -65,12 +66,19 @@ def round_file(output: Path, round_: int) -> Path:
     return output / FOLDER / f"round-{round_:04d}.png"
 
 
+def forget_rounds(output: Path, above: int) -> None:
+    """Removes the pictures of later rounds than `above`, and the comparison made with them."""
+    for file in (output / FOLDER).glob("round-*.png"):
+        if int(file.stem.removeprefix("round-")) > above:
+            file.unlink()
+    (output / BEFORE_AFTER).unlink(missing_ok=True)
+
+
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Writes a PNG beside its place and moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    with written_beside(path) as partial:
+        picture.save(partial, format="PNG")
 
 
 def save_before_after(output: Path, last_round: int) -> Path | None:

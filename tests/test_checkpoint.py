@@ -1,7 +1,6 @@
 """Checkpoints are complete or absent, whatever happens while one is written."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -61,25 +60,36 @@ def test_a_write_that_fails_leaves_the_former_checkpoint_and_no_rubbish(store, t
     assert store.find("latest").tensors("weights.safetensors")["w"].tolist() == [1.0] * 3
 
 
-def test_an_interrupted_write_does_not_count_and_is_cleaned_away(store, tmp_path):
+def test_an_interrupted_write_does_not_count(store, tmp_path):
     store.save(1, pieces(1.0), {})
     (tmp_path / ".checkpoint-2.partial").mkdir()
     (tmp_path / ".checkpoint-2.partial" / "manifest.json").write_text("{}")
     (tmp_path / "checkpoint-3").mkdir()
-    fresh = CheckpointStore(tmp_path)
-    fresh.clean()
-    assert fresh.find("latest").path.name == "checkpoint-1"
-    assert not list(tmp_path.glob(".*"))
+    assert CheckpointStore(tmp_path).find("latest").path.name == "checkpoint-1"
 
 
-def test_a_checkpoint_moved_aside_comes_back_unless_the_new_one_stands(store, tmp_path):
-    store.save(1, pieces(1.0), {})
-    os.rename(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-1.replaced")
-    store.clean()
+def test_going_back_puts_later_checkpoints_aside_until_a_new_one_stands(store, tmp_path):
+    for step in (1, 2, 3):
+        store.save(step, pieces(float(step)), {})
+    store.go_back_to(store.find("checkpoint-1"))
     assert store.find("latest").path.name == "checkpoint-1"
-    (tmp_path / ".checkpoint-1.replaced").mkdir()
-    store.clean()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".checkpoint-2.given-up", ".checkpoint-3.given-up"]
+    store.save(2, pieces(9.0), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_older_ones_beyond_the_limit_are_kept_if_asked_for(tmp_path):
+    store = CheckpointStore(tmp_path, limit=1)
+    store.save(1, pieces(1.0), {})
+    store.save(2, pieces(2.0), {}, keep_older=True)
+    assert [path.name for path in store.all()] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_checkpoint_of_another_folder_is_refused(store, tmp_path):
+    store.save(1, pieces(1.0), {})
+    other = CheckpointStore(tmp_path / "other")
+    with pytest.raises(UserError, match="is not in `--output_dir"):
+        other.find(str(tmp_path / "checkpoint-1"))
 
 
 def test_saving_the_same_step_again_replaces_it(store, tmp_path):

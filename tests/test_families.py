@@ -22,11 +22,9 @@ def model(folder, **settings) -> ModelConfig:
     return ModelConfig(pretrained_model_name_or_path=str(folder), **settings)
 
 
-def test_captions_are_encoded_as_diffusers_training_script_does(family):
+def test_captions_are_encoded_as_the_pipeline_encodes_prompts(family):
     captions = ["a thing", "another, much longer thing that is cut off"]
-    pipeline = family.pipeline
-    tokens = pipeline.tokenizer(captions, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
-    expected = pipeline.text_encoder(tokens.input_ids, return_dict=False)[0]
+    expected, _ = family.pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
     assert torch.equal(family.encode_captions(captions)["encoder_hidden_states"], expected)
 
 

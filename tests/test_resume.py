@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd
 
 from iet_finetune import Config, Trainer, UserError
+from iet_finetune.checkpoint import CheckpointStore
 
 
 @pytest.fixture(scope="module")
@@ -204,22 +205,28 @@ def test_a_damaged_checkpoint_is_named(world, tmp_path):
         Trainer(config(world, output, resume_from_checkpoint="latest"))
 
 
-def test_a_run_that_breaks_saves_its_last_good_weights_and_can_go_on(world, tmp_path):
+@pytest.mark.parametrize(
+    ("broken", "place"), [(13, "round 2, shard 1 of 3, step 6"), (15, "round 2, shard 1 of 3, step 8")]
+)
+def test_a_run_that_breaks_saves_its_last_good_weights_and_can_go_on(world, tmp_path, broken, place):
     output = tmp_path / "out"
-    trainer = Trainer(config(world, output))
+    trainer = Trainer(config(world, output, checkpoints_total_limit=1))
     weights = trainer.parts.family.denoiser.conv_in.weight
 
     def poison(samples: int) -> None:
-        if trainer.ensemble.step == 13:
+        if trainer.ensemble.step == broken:
             trainer.parts.family.schedule.alphas_cumprod.fill_(float("nan"))
             poison.weights = weights.detach().clone()
 
     trainer.reporter.step = poison
-    with pytest.raises(UserError, match="not finite in round 2, shard 1 of 3, step 6") as error:
+    with pytest.raises(UserError, match=f"not finite in {place}") as error:
         trainer.train()
-    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    assert str(newest) in str(error.value)
-    live = load_file(newest / "shard-00000" / "live.safetensors")
-    assert torch.equal(live["conv_in.weight"], poison.weights)
-    Trainer(config(world, output, resume_from_checkpoint="latest")).train()
+    newest, older = (path for path in CheckpointStore(output).all()[:-3:-1])
+    assert f"saved in {newest}" in str(error.value)
+    assert f"`--resume_from_checkpoint {older.name}`" in str(error.value)
+    live = next(newest.glob("shard-*/live.safetensors"))
+    assert torch.equal(load_file(live)["conv_in.weight"], poison.weights)
+    Trainer(config(world, output, resume_from_checkpoint="latest", checkpoints_total_limit=1)).train()
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [12, 24, 30]
     assert (output / "model_index.json").is_file()

@@ -12,7 +12,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "iet_finetune"
 # A room may import the rooms above it. `tracking` stands above `ensemble` and `local`, which count with its meters.
 ROOMS = (
-    *("errors", "flags", "config", "objective", "agc", "merging", "seeding", "sharding", "schedule", "identity"),
+    *(
+        "errors",
+        "files",
+        "flags",
+        "config",
+        "objective",
+        "agc",
+        "merging",
+        "seeding",
+        "sharding",
+        "schedule",
+        "identity",
+    ),
     *("data", "families", "adapters", "optimizers", "ema", "ledger", "groups", "checkpoint", "outputs", "tracking"),
     *("ensemble", "local", "validation", "assembly", "reporting"),
     *("audit", "card", "upload_list", "hub", "trainer", "cli"),

@@ -67,6 +67,13 @@ def test_the_clones_merge_every_five_passes_unless_told_otherwise():
     assert schedule.remaining_rounds([0, 0]) == 3
     assert schedule.remaining_rounds([10, 7]) == 3
     assert schedule.remaining_rounds([24, 36]) == 0
+    assert schedule.round_end(0, 10) == 20
+
+
+def test_a_run_made_longer_after_a_short_last_round_goes_on_to_the_next_multiple():
+    schedule = Schedule((10,), 5, (14,), (10,))
+    assert schedule.round_end(0, 12) == 14
+    assert Schedule((10,), 5, (30,), (10,)).round_end(0, 14) == 20
 
 
 def test_merge_steps_are_counted_per_clone():

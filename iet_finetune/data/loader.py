@@ -1,6 +1,6 @@
 """The micro-batches of a shard: images, captions and random draws of each visit, read ahead of the device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..schedule import Step
 from ..seeding import SampleDraws, pass_order, sample_draws
 from .dataset import TrainingImages
 from .transforms import ImageTransform
@@ -20,6 +21,24 @@ class Visit(NamedTuple):
 
     pass_: int
     position: int
+
+
+class Visits:
+    """The visits of each micro-batch of a clone's steps, made as they are asked for.
+
+    Args:
+        steps: the clone's steps.
+        size: samples in a micro-batch.
+    """
+
+    def __init__(self, steps: Sequence[Step], size: int) -> None:
+        self._steps = steps
+        self._size = size
+
+    def __iter__(self) -> Iterator[list[Visit]]:
+        for step in self._steps:
+            for part in step.micro_batches(self._size):
+                yield [Visit(step.pass_, position) for position in part]
 
 
 class MicroBatch(NamedTuple):
@@ -43,7 +62,9 @@ class MicroBatch(NamedTuple):
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on the device, copied without waiting; `uniform` stays, as not every device has float64."""
         tensors = {name: value for name, value in self._asdict().items() if name not in ("captions", "uniform")}
-        return self._replace(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        # Only CUDA keeps the source alive until a copy that nobody waits for is done.
+        ahead = device.type == "cuda"
+        return self._replace(**{name: tensor.to(device, non_blocking=ahead) for name, tensor in tensors.items()})
 
 
 class Shard(Dataset):
@@ -128,10 +149,8 @@ def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError"
     return MicroBatch(captions=captions, **stacked)
 
 
-def micro_batches(
-    shard: Shard, visits: Iterable[list[Visit]], *, num_workers: int, pin_memory: bool
-) -> Iterator[MicroBatch]:
-    """The micro-batches of a list of visits, in order, read ahead by `num_workers` processes.
+def micro_batches(shard: Shard, visits: Visits, *, num_workers: int, pin_memory: bool) -> Iterator[MicroBatch]:
+    """The micro-batches of the visits, in order, read ahead by `num_workers` processes.
 
     Raises:
         UserError: an image cannot be read.

@@ -1,5 +1,7 @@
 """What differs between pipelines: how images and prompts are encoded, and how the denoiser is called."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -35,7 +37,10 @@ class Family(ABC):
             )
         self.pipeline = pipeline
         training = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.schedule = NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)
+        try:
+            self.schedule = NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)
+        except ValueError as error:
+            raise UserError(f"the pipeline's scheduler cannot be trained: {error}. Set `--prediction_type`.") from None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -75,6 +80,15 @@ class Family(ABC):
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The denoiser's prediction (B, C, H, W)."""
 
+    def fingerprint(self) -> str:
+        """A hash over the weights of all models and the scheduler's settings; two pipelines hardly ever share it."""
+        settings = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
+        digest = hashlib.blake2b(json.dumps(settings, default=str).encode(), digest_size=16)
+        for name, component in sorted(self.pipeline.components.items()):
+            if isinstance(component, nn.Module):
+                _hash_weights(digest, name, component)
+        return digest.hexdigest()
+
     def sampling_pipeline(self) -> Any:
         """The pipeline as it stands, for drawing images while training: without safety checker or progress bar."""
         components = dict(self.pipeline.components)
@@ -83,6 +97,15 @@ class Family(ABC):
         pipeline = type(self.pipeline)(**components)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def _hash_weights(digest: Any, name: str, module: nn.Module, samples: int = 4096) -> None:
+    # Up to so many evenly spaced values of each tensor: a hash over gigabytes would take its time.
+    for key, tensor in module.state_dict().items():
+        flat = tensor.detach().flatten()
+        chosen = flat[:: max(1, flat.numel() // samples)].cpu().contiguous()
+        digest.update(f"{name} {key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(chosen.view(torch.uint8).numpy().tobytes())
 
 
 def in_chunks(encode: Callable[[Any], tuple[Tensor, ...]], items: Any, size: int) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..config import ModelConfig
@@ -192,8 +193,17 @@ def save_pipeline(pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype]) -
             nn.Module.to(component, dtypes[name])
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
+        _save_tokenizers_as_loaded(pipeline, folder)
     for file in folder.rglob("*.json"):
         _amend_config(file)
+
+
+def _save_tokenizers_as_loaded(pipeline: Any, folder: Path) -> None:
+    # Using a tokenizer leaves its last padding and truncation in the tokenizer.json that it saves.
+    source = pipeline.config.get("_name_or_path")
+    for name, component in pipeline.components.items():
+        if isinstance(component, PreTrainedTokenizerBase) and source and (Path(source) / name).is_dir():
+            type(component).from_pretrained(Path(source) / name).save_pretrained(folder / name)
 
 
 def _amend_config(file: Path) -> None:

@@ -30,14 +30,16 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """The text encoder's last hidden state, as the pipeline itself computes it for a prompt."""
-        embeds, _ = self.pipeline.encode_prompt(
+        """The text encoder's last hidden state; a caption that is too long for it is cut off."""
+        tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        tokens = tokenizer(
             list(captions),
-            self.pipeline.text_encoder.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
-        return {"encoder_hidden_states": embeds}
+        return {"encoder_hidden_states": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The UNet's output for (x_t, t, text)."""

@@ -73,4 +73,4 @@ def contents(folder: Path) -> dict[str, bytes]:
 def leftovers(folder: Path) -> list[str]:
     """What an interrupted write would leave behind."""
     names = (path.name for path in folder.rglob(".*"))
-    return sorted(name for name in names if name.endswith((".partial", ".replaced")))
+    return sorted(name for name in names if name.endswith((".partial", ".replaced", ".given-up")))

@@ -1,0 +1,83 @@
+"""Files and folders that are complete or absent: written beside their place, moved there, removed as a whole."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import UserError, disk_full
+
+
+def partial_name(path: Path) -> Path:
+    """Where something is written before it is moved to `path`; `clean` removes what a killed process left there."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Yields a path to write a file to, which is moved to `path` if the block ends well and removed if not."""
+    partial = partial_name(path)
+    with removed_on_error(partial):
+        yield partial
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def removed_on_error(partial: Path) -> Iterator[None]:
+    """Leaves nothing half-written behind: the file or folder is removed where the block does not end well."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[None]:
+    """Makes room for a folder of the same name: the old one is moved aside, and removed once the new one stands."""
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        folder.rename(aside)
+    yield
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that one whose removal is interrupted does not look like a whole one."""
+    partial = partial_name(folder)
+    folder.rename(partial)
+    shutil.rmtree(partial)
+
+
+def clean(folder: Path) -> None:
+    """Removes what interrupted writes left in a folder, after putting back what they had moved aside."""
+    for aside in list(folder.glob(".*.replaced")):
+        original = folder / aside.name.removeprefix(".").removesuffix(".replaced")
+        if original.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(original)
+    for partial in list(folder.glob(".*.partial")):
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file's content has reached the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def no_space_named(target: Path) -> Iterator[None]:
+    """Turns a full disk, in whatever words a library reports it, into the one clear line."""
+    try:
+        yield
+    except Exception as error:
+        full = disk_full(error)
+        if full is None:
+            raise
+        raise UserError(
+            f"{full}, while writing {target}. What was saved before is complete: free some space, or lower "
+            "`--checkpoints_total_limit`, and resume."
+        ) from None
