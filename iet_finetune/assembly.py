@@ -57,13 +57,12 @@ class Parts:
     identity: dict[str, Any]
 
 
-def build_parts(config: Config) -> Parts:
-    """Builds them in the order in which mistakes are cheapest: settings, then data, then the pipeline.
+def build_parts(config: Config, accelerator: Accelerator) -> Parts:
+    """Builds them in the order in which mistakes are cheapest: the pipeline's index, then data, then weights.
 
     Raises:
         UserError: whatever the user can mend.
     """
-    accelerator = start_accelerator(config)
     source = find_pipeline(config.model)
     family_class(source, config.model)
     images, heldout = load_images(
@@ -75,6 +74,7 @@ def build_parts(config: Config) -> Parts:
     indices = shard_indices(len(images), config.ensemble.num_shards, config.training.seed, images.shard_labels)
     schedule = Schedule.plan(tuple(len(part) for part in indices), config.training, config.ensemble)
     family = load_family(source, config.model)
+    _check_validation(config, family)
     shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
     _prepare_denoiser(config, family, accelerator)
 
@@ -129,11 +129,23 @@ def start_accelerator(config: Config) -> Accelerator:
     except ValueError as error:
         precision = config.training.mixed_precision
         raise UserError(f"Accelerate cannot run with `--mixed_precision {precision}`: {one_line(error)}") from None
+    if config.training.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate itself would train in fp32 without a word.
+        raise UserError("`--mixed_precision fp16` needs a GPU: use `--mixed_precision bf16` or `no` on a CPU.")
     if accelerator.num_processes > 1:
         raise UserError(f"training runs in one process, not {accelerator.num_processes}: use `--num_processes 1`.")
     if config.training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
+
+
+def _check_validation(config: Config, family: Family) -> None:
+    steps = config.validation.validation_inference_steps
+    if config.validation.validation_prompts and steps > len(family.schedule):
+        raise UserError(
+            f"`--validation_inference_steps {steps}` is more than the {len(family.schedule)} steps of the pipeline's "
+            "noise schedule: lower it."
+        )
 
 
 def _shards(

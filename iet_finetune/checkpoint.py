@@ -103,6 +103,10 @@ class CheckpointStore:
         found = [path for path in self._folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
         return sorted((path for path in found if (path / MANIFEST).is_file()), key=_number)
 
+    def has(self, step: int) -> bool:
+        """Whether there is a complete `checkpoint-{step}`."""
+        return self._folder / f"checkpoint-{step}" in self.all()
+
     def find(self, wanted: str) -> Checkpoint | None:
         """The checkpoint to resume from: a path, or "latest", which is None where there is none yet.
 

@@ -153,7 +153,7 @@ class TrainingConfig:
     noise_offset: float = flag(0.0, "Scale of an extra noise that is constant over each channel.")
 
     def __post_init__(self) -> None:
-        _not_negative("seed", self.seed)
+        _require(0 <= self.seed < 2**63, f"`--seed` must be in [0, 2^63), not {self.seed}.")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"):
             _at_least_one(name, getattr(self, name))
         _require(self.snr_gamma is None or self.snr_gamma > 0, f"`--snr_gamma` must be above 0, not {self.snr_gamma}.")

@@ -1,5 +1,6 @@
 """Iterative ensemble training: clones are checked out one by one, trained, collected, and merged in the end."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -101,6 +102,7 @@ class Ensemble:
         self._finished = 0
         self._sum, self._average_sum = WeightedSum(), WeightedSum()
         self._take_up: Callable[[], None] | None = None
+        self._start_of_live: dict[str, Any] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -131,7 +133,7 @@ class Ensemble:
         self.live = clone = self.clones[shard]
         if self._take_up is not None:
             self._take_up()
-            self._take_up = None
+            self._take_up, self._start_of_live = None, None
             return clone
         self._trainable.load(self.denoiser)
         if self._ema is not None and self.average is not None:
@@ -139,8 +141,22 @@ class Ensemble:
         self._load_moments(clone.moments)
         clone.moments = None
         clone.began = clone.step
+        self._start_of_live = copy.deepcopy(clone.state())
         torch.manual_seed(network_seed(self._seed, shard, self.round))
         return clone
+
+    def set_back(self) -> bool:
+        """Takes back what the live clone did in this round; its moments, which may be spoilt, start anew.
+
+        Returns:
+            whether that could be done: how a clone began that a checkpoint caught midway is not known.
+        """
+        if self.live is None or self._start_of_live is None:
+            return False
+        self.live.load_state(self._start_of_live)
+        self._optimizer.state.clear()
+        self.live = None
+        return True
 
     def collect(self, clone: Clone) -> None:
         """Adds a clone that has trained its round to the sum: n_k · θ_k."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import outputs
-from .assembly import build_parts
+from .assembly import build_parts, start_accelerator
 from .card import CardFacts, base_license, write_model_card
 from .checkpoint import Checkpoint, CheckpointStore
 from .config import Config
@@ -39,12 +39,13 @@ class Trainer:
         resume = config.checkpoint.resume_from_checkpoint
         self.config = config
         self.output = config.output_path
+        accelerator = start_accelerator(config)
         self._lock = outputs.claim(self.output, resuming=resume is not None)
         if config.hub.push_to_hub:
             check_push(self.output, config.hub)
         self.store = CheckpointStore(self.output, config.checkpoint.checkpoints_total_limit)
         checkpoint = self.store.find(resume) if resume is not None else None
-        self.parts = build_parts(config)
+        self.parts = build_parts(config, accelerator)
         self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
         same_pictures = True
         if checkpoint is not None:
@@ -101,21 +102,23 @@ class Trainer:
         self.parts.local.park(clone)
 
     def stop_if_broken(self, clone: Clone, sums: RoundSums) -> None:
-        """Ends a run whose loss or gradient was not finite, with the last good weights saved.
+        """Ends a run whose loss or gradient was not finite, with good weights saved.
+
+        Broken steps changed no weight, but a finite step before them may have driven the weights too far. So what is
+        saved is the start of this clone's round, unless a checkpoint written since then stands.
 
         Raises:
             UserError: says where it happened and what to try.
         """
         if sums.broken_step < 0:
             return
-        # Broken steps changed no weight; a resumed run is to judge its own steps.
-        clone.meter.broken_step.fill_(-1)
-        older = self.store.all()
-        path = self.save_checkpoint(keep_older=True)
+        if self.ensemble.set_back() and not self.store.has(self.ensemble.step):
+            self.save_checkpoint(keep_older=True)
+        *older, newest = self.store.all()
         go_back = f"; if that breaks too, with `--resume_from_checkpoint {older[-1].name}`" if older else ""
         raise UserError(
             f"the loss or gradient was not finite in round {self.ensemble.round + 1}, shard {clone.shard + 1} of "
-            f"{len(self.ensemble.clones)}, step {sums.broken_step + 1}. The last good weights are saved in {path}: "
+            f"{len(self.ensemble.clones)}, step {sums.broken_step + 1}. The last good weights are saved in {newest}: "
             "lower `--learning_rate` or use `--mixed_precision no`, and go on with `--resume_from_checkpoint latest`"
             f"{go_back}."
         )

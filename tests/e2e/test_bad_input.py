@@ -179,6 +179,10 @@ PIPELINE = {
     "a tokenizer without words": (without("base/tokenizer/tokenizer.json"), ["base/tokenizer` has no vocabulary"]),
     "a Hub id without network": (changed(**{BASE: "nobody/sd"}), [f"`--{BASE} nobody/sd`", "Check the name"]),
     "a resolution that does not fit": (changed(resolution=18), ["`--resolution 18`", "multiple of 4", "16 or 20"]),
+    "more denoising steps than there are": (
+        changed(validation_prompts=["a"], validation_inference_steps=11),
+        ["`--validation_inference_steps 11`", "the 10 steps"],
+    ),
 }
 
 OUTPUT = {
@@ -188,6 +192,14 @@ OUTPUT = {
         ["`--output_dir /dev/null/out` cannot be"],
     ),
     "a folder that is not empty": (used, ["out` is not empty", "`--resume_from_checkpoint latest`"]),
+    "a folder of other things": (
+        lambda folder: {**used(folder), "resume_from_checkpoint": "latest"},
+        ["out` is not empty and holds no run to go on with"],
+    ),
+    "a log folder that cannot be made": (
+        changed(report_to="tensorboard", logging_dir="/dev/null/logs"),
+        ["`--logging_dir`: /dev/null/logs cannot be made"],
+    ),
     "a checkpoint that is not there": (
         changed(resume_from_checkpoint="checkpoint-7"),
         ["`--resume_from_checkpoint checkpoint-7`", "no complete checkpoint", "has: none"],
@@ -198,10 +210,7 @@ MACHINE = {
     "fp16 without a GPU": pytest.param(
         changed(mixed_precision="fp16"),
         ["`--mixed_precision fp16`", "GPU"],
-        marks=[
-            pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has fp16"),
-            pytest.mark.xfail(strict=True, reason="Accelerate trains in fp32 on a CPU without saying so"),
-        ],
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has fp16"),
     ),
     "a tracker that is not installed": pytest.param(
         changed(report_to=MISSING_TRACKER),

@@ -53,7 +53,8 @@ class Story:
 def online(folder: Path, url: str, **settings: str) -> dict[str, str]:
     """The environment of somebody at home in `folder` whose Hub is at `url`."""
     kept = {name: "" for name in os.environ if name.startswith(("HF_", "HUGGING"))}
-    home = {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    home = {"HF_HOME": str(folder / "home"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    home |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     return {**kept, **home, **settings}
 
 
