@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,21 +23,37 @@ CONFIG = "training_config.yaml"
 
 
 class FolderLock:
-    """Holds a folder for one process until it is released or the process ends; leaves no file behind."""
+    """Holds a folder for one process until it is released or the process ends; leaves no file behind.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: an existing folder.
+        patience: seconds to wait for another holder: the workers of a killed run outlive it by a few.
+
+    Raises:
+        UserError: another run holds the folder.
+    """
+
+    def __init__(self, folder: Path, patience: float = 15.0) -> None:
         self._descriptor: int | None = None
         if fcntl is None:
             return
         self._descriptor = os.open(folder, os.O_RDONLY)
+        until = time.monotonic() + patience
+        while not self._acquired(self._descriptor):
+            if time.monotonic() > until:
+                self.release()
+                raise UserError(f"`--output_dir {folder}` is in use by another run. Choose another, or wait.")
+            time.sleep(0.2)
+
+    def _acquired(self, descriptor: int) -> bool:
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
-            raise UserError(f"`--output_dir {folder}` is in use by another run. Choose another, or wait.") from None
+            return False
         except OSError:
             # A file system without locks: nothing to hold.
             self.release()
+        return True
 
     def release(self) -> None:
         """Lets another run have the folder."""

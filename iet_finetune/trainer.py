@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from . import outputs
 from .assembly import build_parts, start_accelerator
@@ -41,19 +42,11 @@ class Trainer:
         self.output = config.output_path
         accelerator = start_accelerator(config)
         self._lock = outputs.claim(self.output, resuming=resume is not None)
-        if config.hub.push_to_hub:
-            check_push(self.output, config.hub)
-        self.store = CheckpointStore(self.output, config.checkpoint.checkpoints_total_limit)
-        checkpoint = self.store.find(resume) if resume is not None else None
-        self.parts = build_parts(config, accelerator)
-        self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
-        same_pictures = True
-        if checkpoint is not None:
-            self._take_up(checkpoint)
-            same_pictures = checkpoint.manifest["pictures"] == self._pictures()
-        self._check_space()
-        outputs.write_config(self.output, config)
-        self.reporter = Reporter(config, self.parts, same_pictures)
+        try:
+            self._prepare(accelerator, resume)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `DiffusionPipeline.from_pretrained` loads."""
@@ -154,6 +147,21 @@ class Trainer:
         if self.config.hub.push_to_hub:
             print(f"pushed to {push(self.output, self.config.hub)}")
         return self.output
+
+    def _prepare(self, accelerator: Accelerator, resume: str | None) -> None:
+        if self.config.hub.push_to_hub:
+            check_push(self.output, self.config.hub)
+        self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit)
+        checkpoint = self.store.find(resume) if resume is not None else None
+        self.parts = build_parts(self.config, accelerator)
+        self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
+        same_pictures = True
+        if checkpoint is not None:
+            self._take_up(checkpoint)
+            same_pictures = checkpoint.manifest["pictures"] == self._pictures()
+        self._check_space()
+        outputs.write_config(self.output, self.config)
+        self.reporter = Reporter(self.config, self.parts, same_pictures)
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.manifest
