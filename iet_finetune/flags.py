@@ -162,7 +162,7 @@ def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         # A date that does not exist, such as 2024-99-99, is a plain ValueError.
         raise UserError(f"`--config {path}` is not valid YAML: {' '.join(str(error).split())}.") from None
-    if values is None:
+    if values is None or node is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"`--config {path}` must hold `key: value` lines, not a {type(values).__name__}.")
