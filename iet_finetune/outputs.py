@@ -94,6 +94,15 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
     return lock
 
 
+def make_logging_folder(folder: Path) -> None:
+    """Raises a `UserError` unless the trackers' folder is there or can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"`--logging_dir`: {folder} cannot be made: {reason}. Choose another.") from None
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raises a `UserError` unless the disk has room for `needed` bytes."""
     free = shutil.disk_usage(folder).free

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .errors import UserError, one_line
 from .files import written_beside
 
 NOISE_LEVELS = 10
@@ -167,12 +166,6 @@ class Trackers:
 
     def __init__(self, accelerator: Accelerator, project: str, flags: Mapping[str, Any]) -> None:
         self._accelerator = accelerator
-        folder = accelerator.logging_dir
-        if accelerator.log_with and folder is not None:
-            try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"`--logging_dir`: {folder} cannot be made: {one_line(error)}.") from None
         # TensorBoard refuses lists and None in a configuration.
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flags.items()}
         accelerator.init_trackers(project, plain)

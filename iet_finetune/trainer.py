@@ -160,6 +160,8 @@ class Trainer:
             self._take_up(checkpoint)
             same_pictures = checkpoint.manifest["pictures"] == self._pictures()
         self._check_space()
+        if self.config.logging.report_to != "none":
+            outputs.make_logging_folder(self.output / self.config.logging.logging_dir)
         outputs.write_config(self.output, self.config)
         self.reporter = Reporter(self.config, self.parts, same_pictures)
 

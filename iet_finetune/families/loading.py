@@ -29,13 +29,17 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "t
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of diffusers and transformers inside; they are as they were afterwards."""
+    """No progress bars of diffusers and transformers inside, and no warnings of diffusers, which go before an error
+    that is told in one line; they are as they were afterwards."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
     for library in libraries:
         library.disable_progress_bar()
     try:
         yield
     finally:
+        diffusers_logging.set_verbosity(verbosity)
         for library in libraries:
             library.enable_progress_bar()
 
@@ -96,9 +100,10 @@ def _download(name: str, model: ModelConfig) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"`--pretrained_model_name_or_path {name}`: there is no such folder.")
     try:
-        path = DiffusionPipeline.download(
-            name, revision=model.revision, variant=model.variant, cache_dir=model.cache_dir
-        )
+        with quiet_loading():
+            path = DiffusionPipeline.download(
+                name, revision=model.revision, variant=model.variant, cache_dir=model.cache_dir
+            )
     except Exception as error:
         # diffusers' own words point to a traceback that nobody is shown.
         reason = one_line(error.__cause__ or error).rstrip(".")
