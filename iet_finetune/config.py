@@ -10,6 +10,8 @@ from .flags import build_parser, convert, flag, flag_specs, nearest, parse_argum
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SECRET_FLAGS = ("hub_token",)
+# Of each pair only one may be given.
+ALTERNATIVES = (("train_data_dir", "dataset_name"), ("merge_every_epochs", "merge_every_steps"))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -281,7 +283,7 @@ class Config:
         Raises:
             UserError: an unknown flag or a value that the flag does not take.
         """
-        return cls._from_sources([(name, f"`--{name}`", value) for name, value in flags.items()])
+        return cls._from_values(_converted(flags, "`--NAME`"))
 
     @classmethod
     def from_command_line(cls, argv: list[str], prog: str | None = None) -> "Config":
@@ -297,22 +299,20 @@ class Config:
         parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values()), prog)
         given = parse_arguments(parser, argv, known)
         path = given.pop("config", None)
-        file_values = read_yaml(path, known) if path is not None else {}
-        sources = [(name, f"`{name}` in `--config {path}`", value) for name, value in file_values.items()]
-        config = cls._from_sources(sources + [(name, f"`--{name}`", value) for name, value in given.items()])
+        in_file = {} if path is None else _converted(read_yaml(path, known), f"`NAME` in `--config {path}`")
+        for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+            if one in given and other not in given:
+                # The command line overrides the file: choosing one of two there unsets the other here.
+                in_file.pop(other, None)
+        config = cls._from_values(in_file | _converted(given, "`--NAME`"))
         config.check_sources()
         return config
 
     @classmethod
-    def _from_sources(cls, sources: list[tuple[str, str, Any]]) -> "Config":
-        specs = {name: {spec.name: spec for spec in flag_specs(group)} for name, (_, group) in GROUPS.items()}
-        values: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
-        for flag_name, where, value in sources:
-            owner = next((name for name, group in specs.items() if flag_name in group), None)
-            if owner is None:
-                raise UserError(f"unknown flag {where}.{nearest(flag_name, flag_names())}")
-            values[owner][flag_name] = convert(specs[owner][flag_name], value, where)
-        return cls(**{name: group(**values[name]) for name, (_, group) in GROUPS.items()})
+    def _from_values(cls, values: dict[str, Any]) -> "Config":
+        names = {name: [spec.name for spec in flag_specs(group)] for name, (_, group) in GROUPS.items()}
+        parts = {name: {flag: values[flag] for flag in flags if flag in values} for name, flags in names.items()}
+        return cls(**{name: group(**parts[name]) for name, (_, group) in GROUPS.items()})
 
     def check_sources(self) -> None:
         """Raise a `UserError` unless a pipeline and a source of images are given."""
@@ -341,3 +341,12 @@ class Config:
 def flag_names() -> list[str]:
     """The names of all flags, in the order of `--help`."""
     return [spec.name for _, group in GROUPS.values() for spec in flag_specs(group)]
+
+
+def _converted(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values in their flags' types; `where`, with the flag for its first NAME, begins an error."""
+    specs = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(group)}
+    for name in values:
+        if name not in specs:
+            raise UserError(f"unknown flag {where.replace('NAME', name, 1)}.{nearest(name, specs)}")
+    return {name: convert(specs[name], value, where.replace("NAME", name, 1)) for name, value in values.items()}

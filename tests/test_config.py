@@ -297,3 +297,11 @@ def test_names_and_defaults_are_those_of_diffusers_text_to_image_script():
     }
     ours = Config().to_flags()
     assert {name: ours[name] for name in theirs} == theirs
+
+
+def test_one_of_two_alternatives_on_the_command_line_unsets_the_other_in_the_file(tmp_path):
+    path = write(tmp_path, merge_every_epochs=3, dataset_name="me/cats")
+    config = Config.from_command_line([*SOURCES, "--config", path, "--merge_every_steps", "10"])
+    assert config.ensemble.merge_every_steps == 10
+    assert config.ensemble.merge_every_epochs is None
+    assert config.data.dataset_name is None
