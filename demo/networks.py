@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from iet_finetune import families, outputs
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16
@@ -133,15 +133,8 @@ def save_pipeline(target: Path, vae, text_encoder, unet, tokenizer) -> int:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    fresh = target.with_name(target.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    pipeline.save_pretrained(fresh)
     target.mkdir(parents=True, exist_ok=True)
-    for entry in sorted(fresh.iterdir(), key=lambda path: path.name == "model_index.json"):
-        if entry.is_dir():
-            shutil.rmtree(target / entry.name, ignore_errors=True)
-        os.replace(entry, target / entry.name)
-    fresh.rmdir()
+    outputs.publish(target, lambda folder: families.save_pipeline(pipeline, folder, {}))
     return sum(file.stat().st_size for file in target.rglob("*.safetensors"))
 
 
