@@ -6,12 +6,17 @@ The environment is set before anything imports torch, datasets or huggingface_hu
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 # One folder a process, and so one for each worker of pytest-xdist.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="iet_finetune-tests-"))
 atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+
+# Started in the background, a process ignores Ctrl-C, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = str(_SCRATCH / "hf")

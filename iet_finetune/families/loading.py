@@ -29,11 +29,11 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "t
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of diffusers and transformers inside, and no warnings of diffusers, which go before an error
+    """No progress bars of diffusers and transformers inside, and no notices of diffusers, which go before an error
     that is told in one line; they are as they were afterwards."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
     for library in libraries:
         library.disable_progress_bar()
     try:

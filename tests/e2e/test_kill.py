@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(600)
 
 # A round is 12 steps, of which a checkpoint is written after every fifth and the last.
 RUN: dict[str, Any] = {
-    "num_train_epochs": 20,
+    "num_train_epochs": 50,
     "merge_every_epochs": 2,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
@@ -43,7 +43,8 @@ RUN: dict[str, Any] = {
     "report_to": "tensorboard",
     "resume_from_checkpoint": "latest",
 }
-STEPS = 120
+STEPS = 300
+ROUNDS = 25
 SEED = 20240722
 KILLS = 5
 
@@ -101,7 +102,7 @@ def story(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     AcceleratorState._reset_state(reset_partial_state=True)
     assert cli.main(["train", *words(flags(world, folder / "whole", **RUN))]) == 0
     seconds = [json.loads(line)["seconds"] for line in (folder / "whole" / "timings.jsonl").read_text().splitlines()]
-    chance, longest = random.Random(SEED), sorted(seconds)[len(seconds) // 2] * 0.5
+    chance, longest = random.Random(SEED), sorted(seconds)[len(seconds) // 2]
     print(f"moments drawn from seed {SEED}, up to {longest:.2f} seconds after a checkpoint")
     output = folder / "out"
     stops = [stop_training(world, output, lambda p: p.kill(), chance.uniform(0, longest)) for _ in range(KILLS)]
@@ -145,20 +146,20 @@ def test_a_run_killed_five_times_ends_in_the_same_files_bit_for_bit(story):
     assert story.stops[-1].code == 0, story.stops[-1].stderr
     ours = repeatable(story.output)
     assert_same(ours, repeatable(story.whole))
-    assert {"metrics.jsonl", "ledger.parquet", "README.md", "validation/round-0010.png"} < ours.keys()
-    assert {"unet/diffusion_pytorch_model.safetensors", "checkpoint-120/ema.safetensors"} < ours.keys()
+    assert {"metrics.jsonl", "ledger.parquet", "README.md", f"validation/round-{ROUNDS:04d}.png"} < ours.keys()
+    assert {"unet/diffusion_pytorch_model.safetensors", f"checkpoint-{STEPS}/ema.safetensors"} < ours.keys()
 
 
 def test_the_run_that_was_killed_was_one_in_which_agc_skips(story):
     lines = [json.loads(line) for line in (story.output / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 10
+    assert len(lines) == ROUNDS
     assert all(0 < line["skip_rate"] < 1 for line in lines[1:])
 
 
 def test_nothing_half_written_is_left_and_no_line_of_timings_is_lost(story):
     assert leftovers(story.output) == []
     rounds = [json.loads(line)["round"] for line in (story.output / "timings.jsonl").read_text().splitlines()]
-    assert rounds == list(range(1, 11))
+    assert rounds == list(range(1, ROUNDS + 1))
 
 
 @pytest.mark.parametrize("which", [KILLS, KILLS + 1], ids=["ctrl-c with workers", "terminate"])
