@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import zipfile
 from collections import Counter
@@ -33,7 +34,7 @@ def quiet_loading() -> Iterator[None]:
     that is told in one line; they are as they were afterwards."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    diffusers_logging.set_verbosity(logging.CRITICAL)
     for library in libraries:
         library.disable_progress_bar()
     try:
