@@ -51,7 +51,9 @@ class Schedule:
     def round_end(self, shard: int, began: int) -> int:
         """Where a clone's round ends that began at its step `began`; the last round may be shorter.
 
-        Rounds end at multiples of their length, also after a run was made longer whose last round was short.
+        Rounds end at multiples of their length, also after a run was made longer whose last round was short. With
+        `merge_every_steps` a clone of a small shard may run out of steps before the others: it then enters the merge as
+        the denoiser it was given.
         """
         round_steps = self.round_steps[shard]
         return min((began // round_steps + 1) * round_steps, self.total_steps[shard])
