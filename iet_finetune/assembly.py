@@ -77,7 +77,27 @@ def build_parts(config: Config, accelerator: Accelerator) -> Parts:
     _check_validation(config, family)
     shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
     _prepare_denoiser(config, family, accelerator)
+    return Parts(
+        accelerator=accelerator,
+        source=source,
+        family=family,
+        images=images,
+        heldout=heldout,
+        indices=indices,
+        shards=shards,
+        schedule=schedule,
+        identity=run_identity(config, images.fingerprint, family.fingerprint()),
+        **_training_parts(config, family, indices, schedule, accelerator),
+    )
 
+
+def _training_parts(
+    config: Config,
+    family: Family,
+    indices: tuple[np.ndarray, ...],
+    schedule: Schedule,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
     trainable = Trainable(family.denoiser)
     optimizer = build_optimizer(trainable.parameters.values(), config.optimizer, config.training)
     base_rate = optimizer.param_groups[0]["lr"]
@@ -90,21 +110,12 @@ def build_parts(config: Config, accelerator: Accelerator) -> Parts:
         keep_moments=config.ensemble.optimizer_across_rounds == "keep",
         seed=config.training.seed,
     )
-    return Parts(
-        accelerator=accelerator,
-        source=source,
-        family=family,
-        images=images,
-        heldout=heldout,
-        indices=indices,
-        shards=shards,
-        schedule=schedule,
-        trainable=trainable,
-        ensemble=ensemble,
-        local=LocalTraining(family, trainable, optimizer, ema, config, accelerator.device, accelerator.scaler),
-        courses=[learning_rate_course(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
-        identity=run_identity(config, images.fingerprint, family.fingerprint()),
-    )
+    return {
+        "trainable": trainable,
+        "ensemble": ensemble,
+        "local": LocalTraining(family, trainable, optimizer, ema, config, accelerator.device, accelerator.scaler),
+        "courses": [learning_rate_course(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
+    }
 
 
 def start_accelerator(config: Config) -> Accelerator:
@@ -129,8 +140,8 @@ def start_accelerator(config: Config) -> Accelerator:
     except ValueError as error:
         precision = config.training.mixed_precision
         raise UserError(f"Accelerate cannot run with `--mixed_precision {precision}`: {one_line(error)}") from None
-    if config.training.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate itself would train in fp32 without a word.
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate itself, whose own configuration may ask for it, would train in fp32 without a word.
         raise UserError("`--mixed_precision fp16` needs a GPU: use `--mixed_precision bf16` or `no` on a CPU.")
     if accelerator.num_processes > 1:
         raise UserError(f"training runs in one process, not {accelerator.num_processes}: use `--num_processes 1`.")

@@ -116,8 +116,8 @@ class CheckpointStore:
         if wanted == "latest":
             found = self.all()
             return self._open(found[-1]) if found else None
-        path = Path(wanted)
-        path = path if path.exists() else self._folder / wanted
+        path = self._folder / wanted
+        path = path if path.exists() else Path(wanted)
         if (path / MANIFEST).is_file() and path.resolve().parent != self._folder.resolve():
             raise UserError(
                 f"`--resume_from_checkpoint {wanted}` is not in `--output_dir {self._folder}`, where the records of "

@@ -159,11 +159,15 @@ class Ensemble:
         return True
 
     def collect(self, clone: Clone) -> None:
-        """Adds a clone that has trained its round to the sum: n_k · θ_k."""
+        """Adds a clone that has trained its round to the sum: n_k · θ_k.
+
+        One whose steps were used up before this round is left out: it would only hold the others back.
+        """
         clone.drift = relative_distance(self._trainable.tensors, self.denoiser)
-        self._sum.add(self._trainable.tensors, clone.weight)
-        if self._ema is not None:
-            self._average_sum.add(self._ema.tensors, clone.weight)
+        if clone.step > clone.began:
+            self._sum.add(self._trainable.tensors, clone.weight)
+            if self._ema is not None:
+                self._average_sum.add(self._ema.tensors, clone.weight)
         # The moments change owner rather than being copied; on a device they move to the host.
         if self._keep_moments:
             clone.moments = _on_host(self._optimizer.state_dict()["state"])
@@ -172,7 +176,7 @@ class Ensemble:
         self.live = None
 
     def merge(self) -> float:
-        """θ ← Σ_k n_k θ_k / Σ_k n_k, for the moving averages too.
+        """θ ← Σ_k n_k θ_k / Σ_k n_k over the clones that trained in this round; for the moving averages too.
 
         Returns:
             ‖θ_new − θ‖ / ‖θ‖.
@@ -210,7 +214,9 @@ class Ensemble:
             moments = self._optimizer.state_dict()["state"] if live else clone.moments
             if moments:
                 pieces[f"{folder}/moments.pt"] = state_piece(f"step {clone.step}", moments)
-            pieces[f"{folder}/clone.pt"] = state_piece(f"{version} {'live' if live else 'idle'}", state)
+            # A clone may be collected without having taken a step: then only this tells its states apart.
+            place = "live" if live else "collected" if clone.shard < self._finished else "pending"
+            pieces[f"{folder}/clone.pt"] = state_piece(f"{version} {place}", state)
         return pieces
 
     def _merged_pieces(self) -> dict[str, Piece]:
@@ -218,7 +224,7 @@ class Ensemble:
         pieces = {"denoiser.safetensors": tensors_piece(start, self.denoiser)}
         if self.average is not None:
             pieces["ema.safetensors"] = tensors_piece(start, self.average)
-        if self._finished:
+        if self._sum.total:
             pieces["sum.safetensors"] = tensors_piece(so_far, self._sum.state_dict())
             if self._ema is not None:
                 pieces["ema_sum.safetensors"] = tensors_piece(so_far, self._average_sum.state_dict())
@@ -236,7 +242,7 @@ class Ensemble:
         self.denoiser = checkpoint.tensors("denoiser.safetensors")
         if self._ema is not None:
             self.average = checkpoint.tensors("ema.safetensors")
-        if self._finished:
+        if position["sum_total"]:
             self._restore_sums(checkpoint, position["sum_total"])
         states = [self._restore_clone(checkpoint, clone) for clone in self.clones]
         if position["live"] is not None:

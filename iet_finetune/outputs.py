@@ -55,10 +55,10 @@ class FolderLock:
             self.release()
         return True
 
-    def release(self) -> None:
-        """Lets another run have the folder."""
+    def release(self, close: Callable[[int], None] = os.close) -> None:
+        """Lets another run have the folder; `close` is bound because `os` may be gone when the interpreter ends."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            close(self._descriptor)
             self._descriptor = None
 
     def __del__(self) -> None:
@@ -81,6 +81,17 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
         reason = error.strerror or one_line(error)
         raise UserError(f"`--output_dir {folder}` cannot be written: {reason}. Choose another folder.") from None
     lock = FolderLock(folder)
+    try:
+        _check_content(folder, resuming)
+        clean(folder)
+        clean(folder / "validation")
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _check_content(folder: Path, resuming: bool) -> None:
     entries = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".partial")]
     if entries and not resuming:
         raise UserError(
@@ -89,9 +100,6 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
         )
     if entries and CONFIG not in entries and not any(name.startswith("checkpoint-") for name in entries):
         raise UserError(f"`--output_dir {folder}` is not empty and holds no run to go on with. Choose another.")
-    clean(folder)
-    clean(folder / "validation")
-    return lock
 
 
 def make_logging_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ class Reporter:
         same_pictures: whether the pictures that are there were drawn with the present settings.
     """
 
-    def __init__(self, config: Config, parts: Parts, same_pictures: bool = True) -> None:
+    def __init__(self, config: Config, parts: Parts, same_pictures: bool) -> None:
         self._config = config
         self._parts = parts
         self._output = config.output_path
@@ -40,7 +40,10 @@ class Reporter:
         self._progress = Progress(sum(parts.schedule.total_steps), parts.ensemble.step)
         self._round_began = time.perf_counter()
         self._last = RoundSums.nothing()
-        self._rounds = parts.ensemble.round + parts.schedule.remaining_rounds(parts.ensemble.steps)
+        self._closed = False
+        remaining = parts.schedule.remaining_rounds(parts.ensemble.steps)
+        # All steps may be done and the merge not.
+        self._rounds = parts.ensemble.round + max(remaining, int(parts.ensemble.in_midst_of_round))
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -136,6 +139,8 @@ class Reporter:
         return validation.save_before_after(self._output, self._rounds)
 
     def close(self) -> None:
-        """Ends the progress bar and writes out what the trackers hold."""
+        """Ends the progress bar and writes out what the trackers hold; again, it does nothing."""
         self._progress.close()
-        self._trackers.close()
+        if not self._closed:
+            self._trackers.close()
+        self._closed = True

@@ -52,8 +52,8 @@ class Schedule:
         """Where a clone's round ends that began at its step `began`; the last round may be shorter.
 
         Rounds end at multiples of their length, also after a run was made longer whose last round was short. With
-        `merge_every_steps` a clone of a small shard may run out of steps before the others: it then enters the merge as
-        the denoiser it was given.
+        `merge_every_steps` a clone of a small shard may run out of steps before the others: it then takes no part in
+        the last merges.
         """
         round_steps = self.round_steps[shard]
         return min((began // round_steps + 1) * round_steps, self.total_steps[shard])

@@ -28,6 +28,8 @@ LEDGER = "ledger.parquet"
 class Trainer:
     """Fine-tunes one pipeline with IET-AGC: `Trainer(Config.from_flags(...)).train()`.
 
+    The output folder is held for this trainer until `train` ends or the trainer is gone.
+
     Args:
         config: the settings; see `iet_finetune.config`.
 
@@ -155,13 +157,14 @@ class Trainer:
         checkpoint = self.store.find(resume) if resume is not None else None
         self.parts = build_parts(self.config, accelerator)
         self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
-        same_pictures = True
+        same_pictures = checkpoint is not None and checkpoint.manifest["pictures"] == self._pictures()
         if checkpoint is not None:
             self._take_up(checkpoint)
-            same_pictures = checkpoint.manifest["pictures"] == self._pictures()
         self._check_space()
         if self.config.logging.report_to != "none":
             outputs.make_logging_folder(self.output / self.config.logging.logging_dir)
+        if checkpoint is not None:
+            self.store.go_back_to(checkpoint)
         outputs.write_config(self.output, self.config)
         self.reporter = Reporter(self.config, self.parts, same_pictures)
 
@@ -172,7 +175,11 @@ class Trainer:
         for line in changed + differences(saved["environment"], environment()):
             warn(f"resuming, but {line}: the weights may differ from those of a run without a stop")
         self.ensemble.restore(checkpoint)
-        self.store.go_back_to(checkpoint)
+        if any(done > total for done, total in zip(self.ensemble.steps, self.schedule.total_steps, strict=True)):
+            raise UserError(
+                f"cannot resume from {checkpoint.path}: it is {max(self.ensemble.steps)} steps of a clone into the run"
+                ", and `--num_train_epochs` or `--max_train_steps` ask for fewer. Raise them, or choose an older one."
+            )
 
     def _settings(self) -> dict[str, Any]:
         return free_settings(self.config, self.parts.accelerator.mixed_precision)
@@ -197,7 +204,7 @@ class Trainer:
         if self.config.model.save_dtype is not None:
             dtypes[family.denoiser_name] = getattr(torch, self.config.model.save_dtype)
         self.parts.accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
-        save_pipeline(family.pipeline, folder, dtypes)
+        save_pipeline(family.pipeline, folder, dtypes, self.parts.source.classes)
 
     def _card_facts(self, picture: Path | None) -> CardFacts:
         return CardFacts(

@@ -82,6 +82,23 @@ def test_a_variant_is_loaded_and_saved_under_the_plain_name(tmp_path):
     assert find_pipeline(model(tmp_path / "out")).dtypes == source.dtypes
 
 
+def test_components_keep_the_class_names_they_were_stored_under(tmp_path):
+    tiny_sd().save_pretrained(tmp_path / "base")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    (tmp_path / "base" / "feature_extractor").mkdir()
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}}
+    (tmp_path / "base" / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(processor))
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    settings = model(tmp_path / "base")
+    source = find_pipeline(settings)
+    save_pipeline(load_family(source, settings).pipeline, tmp_path / "out", source.dtypes, source.classes)
+    saved = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert {name: saved[name] for name in source.classes} == source.classes
+    assert saved["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    load_family(find_pipeline(model(tmp_path / "out")), settings)
+
+
 def test_pickled_weights_are_loaded_safely_and_saved_as_safetensors(tmp_path):
     tiny_sd().save_pretrained(tmp_path / "base", safe_serialization=False)
     assert (tmp_path / "base" / "unet" / "diffusion_pytorch_model.bin").is_file()

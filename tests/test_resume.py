@@ -233,3 +233,74 @@ def test_a_run_that_breaks_leaves_good_weights_and_can_go_on(world, tmp_path, br
         assert_same_outcome(output, world / "whole")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [12, 24, 30]
+
+
+@pytest.mark.parametrize("stop", [3, 9, 10, 12, 14, 15])
+def test_clones_of_unequal_shards_resume_exactly_too(world, tmp_path, stop):
+    # 4, 3 and 3 images in batches of 3: the first clone takes 6 steps, the others 3, in rounds of 3.
+    settings = {
+        "max_train_samples": 10,
+        "train_batch_size": 3,
+        "num_train_epochs": 3,
+        "merge_every_epochs": None,
+        "merge_every_steps": 3,
+        "checkpointing_steps": 1,
+    }
+    Trainer(config(world, tmp_path / "whole", **settings)).train()
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [9, 12]
+    assert lines[1]["clone_drift"][1:] == [0.0, 0.0]
+    # The clones that had nothing left to do take no part in the merge.
+    assert lines[1]["merge_drift"] == pytest.approx(lines[1]["clone_drift"][0], rel=1e-4)
+    output = tmp_path / "out"
+    if stop < 12:
+        run_until(Trainer(config(world, output, **settings)), stop)
+    else:
+        trainer = Trainer(config(world, output, **settings))
+        collect, calls = trainer.ensemble.collect, []
+
+        def collect_or_die(clone):
+            calls.append(clone)
+            if len(calls) == 6 - (15 - stop) // 2:
+                raise Killed
+            collect(clone)
+
+        trainer.ensemble.collect = collect_or_die
+        with pytest.raises(Killed):
+            trainer.train()
+    Trainer(config(world, output, resume_from_checkpoint="latest", **settings)).train()
+    assert_same_outcome(output, tmp_path / "whole")
+
+
+def test_a_shorter_run_than_the_one_that_was_is_refused(world, tmp_path):
+    shutil.copytree(world / "whole", tmp_path / "out")
+    with pytest.raises(UserError, match="10 steps of a clone into the run"):
+        Trainer(config(world, tmp_path / "out", resume_from_checkpoint="latest", num_train_epochs=3))
+
+
+def test_a_resume_that_is_refused_leaves_the_later_checkpoints_in_sight(world, tmp_path):
+    shutil.copytree(world / "whole", tmp_path / "out")
+    before = files(tmp_path / "out")
+    bad = {"resume_from_checkpoint": "checkpoint-27", "report_to": "tensorboard", "logging_dir": "metrics.jsonl"}
+    with pytest.raises(UserError, match="`--logging_dir`"):
+        Trainer(config(world, tmp_path / "out", **bad))
+    assert files(tmp_path / "out") == before
+
+
+def test_pictures_of_a_run_that_never_reached_a_checkpoint_are_drawn_anew(world, tmp_path):
+    output = tmp_path / "out"
+    run_until(Trainer(config(world, output)), 1)
+    before = (output / "validation" / "round-0000.png").read_bytes()
+    run_until(Trainer(config(world, output, resume_from_checkpoint="latest", validation_prompts=["b"])), 1)
+    assert (output / "validation" / "round-0000.png").read_bytes() != before
+
+
+def test_pictures_drawn_in_another_way_are_not_kept_on_resuming(world, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(world / "whole", output)
+    Trainer(config(world, output, resume_from_checkpoint="latest", num_validation_images=2)).train()
+    assert sorted(path.name for path in (output / "validation").iterdir()) == [
+        "before_after.png",
+        "round-0000.png",
+        "round-0003.png",
+    ]

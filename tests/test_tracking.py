@@ -1,12 +1,14 @@
 """Sums by round, and files of lines that a killed process may leave half written."""
 
+import io
 import json
 import math
+import sys
 
 import pytest
 import torch
 
-from iet_finetune.tracking import RoundMeter, RoundSums, append_line, cut_back, read_lines
+from iet_finetune.tracking import Progress, RoundMeter, RoundSums, append_line, cut_back, read_lines
 
 
 def filled():
@@ -58,3 +60,34 @@ def test_a_half_written_line_does_not_count_and_later_rounds_are_cut_off(tmp_pat
 def test_cutting_back_a_file_that_is_not_there_makes_an_empty_one(tmp_path, rounds):
     cut_back(tmp_path / "metrics.jsonl", rounds)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+class Terminal(io.StringIO):
+    """Looks like a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_tells_place_loss_skip_rate_speed_and_time_left(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = Progress(total_steps=40, done=10)
+    for _ in range(5):
+        progress.advance(8)
+    progress.describe("round 1/3 shard 2/4", 0.1234, 0.25)
+    progress.advance(8)
+    progress._bar.refresh()
+    progress.close()
+    shown = sys.stderr.getvalue().split("\r")[-1]
+    for part in ("round 1/3 shard 2/4", "16/40", "loss 0.1234", "skipped 25.0%", "images/s", "<"):
+        assert part in shown, shown
+
+
+def test_without_a_terminal_there_are_lines_and_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress = Progress(total_steps=40, done=0)
+    progress.advance(8)
+    progress.describe("round 1/3 shard 2/4", 0.1, 0.2)
+    progress.say("round 1/3: done")
+    progress.close()
+    assert sys.stderr.getvalue() == "round 1/3: done\n"

@@ -96,8 +96,9 @@ def test_one_shard_without_agc_equals_a_plain_loop_bit_for_bit(world, tmp_path, 
     assert_equal(result, plain)
 
 
-def test_four_micro_batches_of_two_equal_one_batch_of_eight(world, tmp_path):
-    settings = {"agc_threshold": 0.8, "agc_decay": 0.0, "num_train_epochs": 3, "adam_epsilon": 1e-4}
+@pytest.mark.parametrize("threshold", [0.0, 0.8])
+def test_four_micro_batches_of_two_equal_one_batch_of_eight(world, tmp_path, threshold):
+    settings = {"agc_threshold": threshold, "agc_decay": 0.0, "num_train_epochs": 3, "adam_epsilon": 1e-4}
     whole = train(world, tmp_path / "whole", train_batch_size=8, **settings)
     parts = train(world, tmp_path / "parts", train_batch_size=2, gradient_accumulation_steps=4, **settings)
     assert_close(whole, parts)

@@ -47,10 +47,16 @@ def quiet_loading() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PipelineSource:
-    """Where a pipeline lies on disk, what it says it is, and the precision its components were stored in."""
+    """Where a pipeline lies on disk, what it says it is, and what its components were stored as.
+
+    Attributes:
+        classes: component -> [library, class], as in model_index.json.
+        dtypes: component -> precision of its weights.
+    """
 
     folder: Path
     class_name: str
+    classes: dict[str, list[str]]
     dtypes: dict[str, torch.dtype]
 
 
@@ -69,8 +75,10 @@ def find_pipeline(model: ModelConfig) -> PipelineSource:
             f"`--pretrained_model_name_or_path {name}` is not a diffusers pipeline: it has no model_index.json."
         )
     index = _read_index(index_file)
-    components = _components(folder, index)
-    return PipelineSource(folder, str(index["_class_name"]), stored_dtypes(folder, components, model.variant))
+    classes = _components(folder, index)
+    return PipelineSource(
+        folder, str(index["_class_name"]), classes, stored_dtypes(folder, list(classes), model.variant)
+    )
 
 
 def _read_index(file: Path) -> dict[str, Any]:
@@ -83,8 +91,8 @@ def _read_index(file: Path) -> dict[str, Any]:
     return index
 
 
-def _components(folder: Path, index: dict[str, Any]) -> list[str]:
-    """The names of the pipeline's parts; each must have its folder, and a tokenizer its words."""
+def _components(folder: Path, index: dict[str, Any]) -> dict[str, list[str]]:
+    """Library and class of the pipeline's parts; each must have its folder, and a tokenizer its words."""
     # A component is `[library, class]`; one that the pipeline does without is `[null, null]`.
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
     for name, (_, class_name) in parts.items():
@@ -94,7 +102,7 @@ def _components(folder: Path, index: dict[str, Any]) -> list[str]:
         # transformers makes a tokenizer without words of such a folder, and says nothing.
         if "Tokenizer" in str(class_name) and not any((part / file).is_file() for file in _VOCABULARIES):
             raise UserError(f"`{part}` has no vocabulary, such as a tokenizer.json. Get the pipeline anew.")
-    return list(parts)
+    return parts
 
 
 def _download(name: str, model: ModelConfig) -> Path:
@@ -186,8 +194,13 @@ def _count_safetensors(file: Path) -> Counter[torch.dtype]:
     return Counter({_SAFETENSORS_DTYPES[name]: count for name, count in dtypes.items() if name in _SAFETENSORS_DTYPES})
 
 
-def save_pipeline(pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype]) -> None:
+def save_pipeline(
+    pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype], classes: dict[str, list[str]] | None = None
+) -> None:
     """Saves the pipeline with each model in the precision given for it; its models keep that precision afterwards.
+
+    Components are named in model_index.json as in `classes`, where they are: without torchvision transformers puts
+    another image processor in the place of the one that was stored, and would name that.
 
     Local paths that diffusers and transformers note in configuration files are taken out. A transformers model in
     half precision is noted as fp32: without a `dtype`, `from_pretrained` takes its precision from that note, and
@@ -200,6 +213,9 @@ def save_pipeline(pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype]) -
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
         _save_tokenizers_as_loaded(pipeline, folder)
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8")) | (classes or {})
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file in folder.rglob("*.json"):
         _amend_config(file)
 
