@@ -9,7 +9,7 @@ from urllib.parse import quote
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed in __all__
 
 from .files import written_beside
 from .schedule import DEFAULT_MERGE_EPOCHS

@@ -22,6 +22,7 @@ from huggingface_hub import (
 )
 
 # `HTTPError` is the base class of every error of the client's transport, whichever transport that is.
+# HTTPError is passed on there from the transport that the client uses, and not listed in __all__.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
 from .card import CARD_NAME, THIS_REPOSITORY, CardFacts, base_license, name_fault, write_model_card
