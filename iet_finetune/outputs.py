@@ -16,7 +16,7 @@ from .files import clean, no_space_named, partial_name, removed_on_error, replac
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 INDEX = "model_index.json"
 CONFIG = "training_config.yaml"

@@ -23,7 +23,7 @@ def facts(**changes: object) -> CardFacts:
         sample_grid=None,
         versions={"diffusers": "0.42.1"},
     )
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)  # type: ignore[arg-type]  # of as many types as the facts have
 
 
 def with_flags(made: CardFacts, **flags: object) -> CardFacts:
