@@ -23,6 +23,7 @@ REQUIRED = [
     "numpy>=2",
     "peft>=0.21",
     "pillow>=11",
+    "psutil>=7",
     "pyarrow>=21",
     "pyyaml>=6",
     "safetensors>=0.6",

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from .adapters import Trainable
 from .agc import AntiGradientControl
+from .budget import check_memory, host_need
 from .config import Config
 from .data.dataset import TrainingImages, load_images
 from .data.loader import Shard
@@ -20,6 +23,8 @@ from .ema import EMA
 from .ensemble import Clone, Ensemble
 from .errors import UserError, one_line
 from .families import Family, PipelineSource, family_class, find_pipeline, load_family
+from .groups import Group, Placement, Ranks
+from .host import HostMemory, check_offload
 from .identity import run_identity
 from .ledger import ShardLedger
 from .local import LocalTraining
@@ -34,6 +39,7 @@ class Parts:
     """Everything a run works with.
 
     Attributes:
+        ranks, placement: all ranks of the run, and which of them trains which shard.
         images, heldout: the training images, and those kept out.
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
@@ -43,6 +49,8 @@ class Parts:
     """
 
     accelerator: Accelerator
+    ranks: Ranks
+    placement: Placement
     source: PipelineSource
     family: Family
     images: TrainingImages
@@ -57,28 +65,38 @@ class Parts:
     identity: dict[str, Any]
 
 
-def build_parts(config: Config, accelerator: Accelerator) -> Parts:
+def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts:
     """Builds them in the order in which mistakes are cheapest: the pipeline's index, then data, then weights.
+
+    Every rank builds its own; what they share is downloaded and prepared by the first one of each machine.
 
     Raises:
         UserError: whatever the user can mend.
     """
-    source = find_pipeline(config.model)
-    family_class(source, config.model)
-    images, heldout = load_images(
-        config.data,
-        cache_dir=config.model.cache_dir,
-        seed=config.training.seed,
-        shard_by_column=config.ensemble.shard_by_column,
-    )
+    placement = Placement.plan(config.ensemble.num_shards, ranks.size)
+    with ranks.first_on_machine():
+        source = find_pipeline(config.model)
+        family_class(source, config.model)
+        images, heldout = load_images(
+            config.data,
+            cache_dir=config.model.cache_dir,
+            seed=config.training.seed,
+            shard_by_column=config.ensemble.shard_by_column,
+        )
     indices = shard_indices(len(images), config.ensemble.num_shards, config.training.seed, images.shard_labels)
     schedule = Schedule.plan(tuple(len(part) for part in indices), config.training, config.ensemble)
-    family = load_family(source, config.model)
+    with ranks.first_on_machine():
+        family = load_family(source, config.model)
     _check_validation(config, family)
     shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
-    _prepare_denoiser(config, family, accelerator)
+    group = ranks.group(placement)
+    _prepare_denoiser(config, family, accelerator, group)
+    identity = run_identity(config, images.fingerprint, family.fingerprint())
+    _check_same_everywhere(ranks, identity)
     return Parts(
         accelerator=accelerator,
+        ranks=ranks,
+        placement=placement,
         source=source,
         family=family,
         images=images,
@@ -86,9 +104,20 @@ def build_parts(config: Config, accelerator: Accelerator) -> Parts:
         indices=indices,
         shards=shards,
         schedule=schedule,
-        identity=run_identity(config, images.fingerprint, family.fingerprint()),
-        **_training_parts(config, family, indices, schedule, accelerator),
+        identity=identity,
+        **_training_parts(config, family, indices, schedule, accelerator, ranks, placement, group),
     )
+
+
+def _check_same_everywhere(ranks: Ranks, identity: dict[str, Any]) -> None:
+    """Raises a `UserError` that names what the ranks do not agree on: each machine may have its own files."""
+    first, *others = ranks.gather(identity)
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise UserError(
+                    f"{name} on rank {rank} is not that on rank 0: give all ranks the same flags, data and base model."
+                )
 
 
 def _training_parts(
@@ -97,6 +126,9 @@ def _training_parts(
     indices: tuple[np.ndarray, ...],
     schedule: Schedule,
     accelerator: Accelerator,
+    ranks: Ranks,
+    placement: Placement,
+    group: Group,
 ) -> dict[str, Any]:
     trainable = Trainable(family.denoiser)
     optimizer = build_optimizer(trainable.parameters.values(), config.optimizer, config.training)
@@ -107,22 +139,28 @@ def _training_parts(
         optimizer,
         ema,
         [_new_clone(config, shard, len(part), family, accelerator.device) for shard, part in enumerate(indices)],
-        keep_moments=config.ensemble.optimizer_across_rounds == "keep",
+        ranks,
+        placement,
+        _host_memory(config, trainable, accelerator.device, ranks, placement),
+        moments=config.ensemble.optimizer_across_rounds,
+        outer=(config.ensemble.outer_lr, config.ensemble.outer_momentum),
         seed=config.training.seed,
     )
     return {
         "trainable": trainable,
         "ensemble": ensemble,
-        "local": LocalTraining(family, trainable, optimizer, ema, config, accelerator.device, accelerator.scaler),
+        "local": LocalTraining(
+            family, trainable, optimizer, ema, config, accelerator.device, group, accelerator.scaler
+        ),
         "courses": [learning_rate_course(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
     }
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Accelerate for one process, with the trackers that are asked for.
+    """Accelerate for this rank, with the trackers that are asked for.
 
     Raises:
-        UserError: a tracker that is not installed, a precision the device has not, or several processes.
+        UserError: a tracker that is not installed, a precision the device has not, or an engine that splits models.
     """
     report_to = config.logging.report_to
     available = [str(tracker.value) for tracker in get_available_trackers()]
@@ -133,6 +171,7 @@ def start_accelerator(config: Config) -> Accelerator:
             gradient_accumulation_steps=1,
             mixed_precision=config.training.mixed_precision,
             log_with=None if report_to == "none" else report_to,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.training.ddp_timeout))],
             project_config=ProjectConfiguration(
                 project_dir=str(config.output_path), logging_dir=str(config.output_path / config.logging.logging_dir)
             ),
@@ -143,8 +182,11 @@ def start_accelerator(config: Config) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate itself, whose own configuration may ask for it, would train in fp32 without a word.
         raise UserError("`--mixed_precision fp16` needs a GPU: use `--mixed_precision bf16` or `no` on a CPU.")
-    if accelerator.num_processes > 1:
-        raise UserError(f"training runs in one process, not {accelerator.num_processes}: use `--num_processes 1`.")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"Accelerate's configuration asks for {accelerator.distributed_type.value}, and each rank must hold a "
+            "whole clone: launch with `--config_file configs/accelerate/several_gpus.yaml`, or `--multi_gpu`."
+        )
     if config.training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -183,13 +225,42 @@ def _shards(
     ]
 
 
-def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator) -> None:
+def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, group: Group) -> None:
     family.place(accelerator.device)
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()
     family.denoiser.train()
     # Evaluation mode gives placement and autocast without DistributedDataParallel, which would average clones.
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    family.network = group.wrap(family.denoiser)
+
+
+def _host_memory(
+    config: Config, trainable: Trainable, device: torch.device, ranks: Ranks, placement: Placement
+) -> HostMemory:
+    """Where the ensemble's tensors will wait; a `UserError` if there is not room for them."""
+    ensemble, folder = config.ensemble, config.ensemble.offload_dir
+    need = host_need(
+        weights=sum(parameter.numel() * 4 for parameter in trainable.parameters.values()),
+        ranks=ranks.size,
+        shards_of_rank=len(placement.shards_of(ranks.rank)),
+        num_shards=ensemble.num_shards,
+        ema=config.optimizer.use_ema,
+        moments=ensemble.optimizer_across_rounds,
+        outer_momentum=ensemble.outer_momentum > 0,
+        device_is_host=device.type == "cpu",
+        state_bytes_per_weight_byte=0.5 if config.optimizer.use_8bit_adam else 2.0,
+        outer=ensemble.outer_lr != 1,
+    )
+    if folder is not None:
+        check_offload(Path(folder), need.offloaded, ranks.local_size)
+    check_memory(
+        need.live if folder is not None else need.total,
+        ranks.local_size,
+        can_offload=folder is None,
+        can_reset=ensemble.optimizer_across_rounds == "keep",
+    )
+    return HostMemory(device, Path(folder) if folder is not None else None)
 
 
 def _new_clone(config: Config, shard: int, size: int, family: Family, device: torch.device) -> Clone:

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import UserError, one_line
 from .files import no_space_named, partial_name, remove_folder, removed_on_error, replaced_folder, to_disk
+from .groups import Ranks
 
 MANIFEST = "manifest.json"
+PART = "part-{:05d}.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FORMAT = 1
 _GIVEN_UP = ".given-up"
@@ -39,6 +42,12 @@ class Piece:
 def tensors_piece(version: str, tensors: Mapping[str, Tensor]) -> Piece:
     """A piece holding named tensors, as safetensors."""
     return Piece(version, lambda path: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path))
+
+
+def slice_piece(version: str, start: int, numbers: Tensor) -> Piece:
+    """A piece holding the numbers (n,) from `start` on of a vector of which other ranks hold the rest."""
+    facts = {"start": str(start)}
+    return Piece(version, lambda path: save_file({"numbers": numbers.cpu()}, path, metadata=facts))
 
 
 def state_piece(version: str, state: Any) -> Piece:
@@ -72,6 +81,27 @@ class Checkpoint:
         with self._damage_named(name):
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
 
+    def read_slice(self, prefix: str, start: int, out: Tensor) -> None:
+        """Fills `out` (n,) with the numbers from `start` on of a vector that lies in pieces beginning with `prefix`.
+
+        However many pieces there are, and wherever they begin; beyond the last of them the numbers are 0.
+        """
+        out.zero_()
+        for name in sorted(name for name in self.manifest["pieces"] if name.startswith(prefix)):
+            with self._damage_named(name), safe_open(self.path / name, framework="pt") as file:
+                first, numbers = int(file.metadata()["start"]), file.get_slice("numbers")
+                low, high = max(first, start), min(first + numbers.get_shape()[0], start + len(out))
+                if low < high:
+                    out[low - start : high - start].copy_(numbers[low - first : high - first])
+
+    def piece(self, name: str) -> Piece:
+        """A piece as it is, for the next checkpoint."""
+
+        def write(path: Path) -> None:
+            shutil.copyfile(self.path / name, path)
+
+        return Piece(self.manifest["pieces"][name], write)
+
     @contextlib.contextmanager
     def _damage_named(self, name: str) -> Iterator[None]:
         try:
@@ -89,14 +119,17 @@ class CheckpointStore:
     """The checkpoints `checkpoint-N` of one output folder; N counts the steps of all clones together.
 
     Args:
-        folder: the run's output folder.
+        folder: the run's output folder, which all ranks see.
         limit: how many to keep; None keeps all.
+        ranks: who writes them together.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, limit: int | None = None, ranks: Ranks | None = None) -> None:
         self._folder = folder
         self._limit = limit
+        self._ranks = ranks or Ranks.alone()
         self._previous: Checkpoint | None = None
+        self._saved = 0
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -115,7 +148,7 @@ class CheckpointStore:
         """
         if wanted == "latest":
             found = self.all()
-            return self._open(found[-1]) if found else None
+            return self.open(found[-1]) if found else None
         path = self._folder / wanted
         path = path if path.exists() else Path(wanted)
         if (path / MANIFEST).is_file() and path.resolve().parent != self._folder.resolve():
@@ -129,9 +162,14 @@ class CheckpointStore:
                 f"`--resume_from_checkpoint {wanted}`: there is no complete checkpoint of that name. "
                 f"`--output_dir` has: {present}."
             )
-        return self._open(path)
+        return self.open(path)
 
-    def _open(self, path: Path) -> Checkpoint:
+    def open(self, path: Path) -> Checkpoint:
+        """A complete checkpoint; what is saved next is linked to it where nothing has changed.
+
+        Raises:
+            UserError: it is damaged, or of another format.
+        """
         manifest = _read_manifest(path)
         missing = [name for name in manifest["pieces"] if not (path / name).is_file()]
         if missing:
@@ -150,46 +188,78 @@ class CheckpointStore:
     def save(
         self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any], *, keep_older: bool = False
     ) -> Path:
-        """Writes `checkpoint-{step}` and then, unless told to keep them, removes the oldest ones beyond the limit.
+        """Writes this rank's part of `checkpoint-{step}`, and completes it if all others have written theirs.
+
+        No rank waits for another. The last one moves the checkpoint to its place and then, unless told to keep them,
+        removes the oldest ones beyond the limit. All ranks save the same checkpoints in the same order.
 
         Args:
-            pieces: relative file name -> piece.
-            facts: what the manifest says besides.
+            pieces: relative file name -> piece; each name is one rank's.
+            facts: what the manifest says besides, the same on all ranks.
 
         Raises:
             UserError: no space left on the device; what was there before is untouched.
         """
         final = self._folder / f"checkpoint-{step}"
         partial = partial_name(final)
-        manifest = {"format": _FORMAT, **facts, "pieces": {name: piece.version for name, piece in pieces.items()}}
+        part = {name: piece.version for name, piece in pieces.items()}
+        self._saved += 1
         with no_space_named(final):
-            self._write(partial, pieces, manifest)
-        with replaced_folder(final):
-            partial.rename(final)
-        self._previous = Checkpoint(final, manifest)
-        if not keep_older:
-            self._remove_old(final)
+            self._write_part(partial, pieces, part)
+            self._previous = Checkpoint(final, {"pieces": part})
+            if self._ranks.last_to(f"checkpoint {self._saved}"):
+                self._complete(partial, final, facts)
+                if not keep_older:
+                    self._remove_old(final)
         return final
 
-    def _write(self, partial: Path, pieces: Mapping[str, Piece], manifest: Mapping[str, Any]) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        with removed_on_error(partial):
+    def _write_part(self, partial: Path, pieces: Mapping[str, Piece], part: Mapping[str, str]) -> None:
+        if self._ranks.size == 1:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        with self._removed_on_error(partial, pieces):
             for name, piece in pieces.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 if not self._link(partial / name, name, piece.version):
                     piece.write(partial / name)
                     to_disk(partial / name)
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            to_disk(partial / MANIFEST)
+            self._write_json(partial / PART.format(self._ranks.rank), part)
+
+    def _complete(self, partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
+        with removed_on_error(partial):
+            pieces: dict[str, str] = {}
+            for path in [partial / PART.format(rank) for rank in range(self._ranks.size)]:
+                pieces |= json.loads(path.read_text(encoding="utf-8"))
+                path.unlink()
+            self._write_json(partial / MANIFEST, {"format": _FORMAT, **facts, "pieces": pieces})
+        with replaced_folder(final):
+            partial.rename(final)
+
+    @staticmethod
+    def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        to_disk(path)
+
+    @contextlib.contextmanager
+    def _removed_on_error(self, partial: Path, pieces: Mapping[str, Piece]) -> Iterator[None]:
+        """Makes room again; where several ranks write, each removes only what is its own."""
+        if self._ranks.size == 1:
+            with removed_on_error(partial):
+                yield
+            return
+        try:
+            yield
+        except BaseException:
+            for name in pieces:
+                (partial / name).unlink(missing_ok=True)
+            raise
 
     def _link(self, target: Path, name: str, version: str) -> bool:
         if self._previous is None or self._previous.manifest["pieces"].get(name) != version:
             return False
-        try:
-            os.link(self._previous.path / name, target)
-        except OSError:
-            return False
-        return True
+        # Others may still be writing their parts of the previous checkpoint, or be moving it just now.
+        path = self._previous.path
+        return any(_taken_over(folder / name, target) for folder in (path, partial_name(path), path))
 
     def _remove_old(self, newest: Path) -> None:
         for path in self._folder.glob(f".*{_GIVEN_UP}"):
@@ -197,6 +267,18 @@ class CheckpointStore:
         if self._limit is not None:
             for path in [path for path in self.all() if path != newest][: -self._limit + 1 or None]:
                 remove_folder(path)
+
+
+def _taken_over(file: Path, target: Path) -> bool:
+    """Links a file that has not changed, or copies it where there are no hard links; False if it is not there."""
+    try:
+        os.link(file, target)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        shutil.copyfile(file, target)
+        to_disk(target)
+    return True
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The console command `iet-finetune`: its subcommands, and how a run ends for the person at the terminal."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from .errors import UserError, disk_full
 from .flags import nearest
 
 PROGRAM = "iet-finetune"
+# Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended.
+PATIENCE = 10
 HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
 
 
@@ -104,15 +108,15 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     """Call `function` and return the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM.
 
     An error that the user can mend (`UserError`, a full disk), Ctrl-C and SIGTERM end in one line on stderr. Any other
-    exception is a bug of ours and keeps its traceback.
+    exception is a bug of ours and keeps its traceback. Of several ranks one says it.
     """
     try:
         with _interrupted_by_sigterm():
             function()
     except UserError as error:
-        return _stop(f"error: {error}", 2)
+        return _stop(f"error: {error}", 2, _speaks(error))
     except KeyboardInterrupt:
-        return _stop(f"interrupted; {after_interrupt}.", 130)
+        return _stop(f"interrupted; {after_interrupt}.", 130, os.environ.get("RANK", "0") == "0")
     except Exception as error:
         full = disk_full(error)
         if full is None:
@@ -134,7 +138,17 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _stop(message: str, exit_code: int) -> int:
-    # A file name may hold a line break; the promise is one line.
-    print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr)
+def _speaks(error: UserError) -> bool:
+    """Whether it is this rank that tells of an error; if not, returns when the one that does has had time for it."""
+    if error.speaker or (error.speaker is None and os.environ.get("LOCAL_RANK", "0") == "0"):
+        return True
+    time.sleep(PATIENCE)
+    # Still here: then an error that is not settled between the ranks was one of this rank alone.
+    return error.speaker is None
+
+
+def _stop(message: str, exit_code: int, speaks: bool = True) -> int:
+    if speaks:
+        # A file name may hold a line break; the promise is one line.
+        print(f"{PROGRAM}: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
     return exit_code

@@ -103,7 +103,14 @@ class EnsembleConfig:
         choices=("samples", "uniform"),
     )
     optimizer_across_rounds: str = flag(
-        "keep", "What happens to a clone's optimizer moments at a merge.", choices=("keep", "reset")
+        "keep",
+        "Optimizer moments at a merge: each clone keeps its own, starts anew, or takes up the average of all.",
+        choices=("keep", "reset", "average"),
+    )
+    outer_lr: float = flag(1.0, "Step from the round's start towards the mean of the clones; 1 goes all the way.")
+    outer_momentum: float = flag(0.0, "Nesterov momentum of that step over the rounds; DiLoCo's is 0.9.")
+    offload_dir: str | None = flag(
+        None, "Folder on a fast disk for what waits between the clones' turns, instead of the machine's memory."
     )
 
     def __post_init__(self) -> None:
@@ -118,6 +125,8 @@ class EnsembleConfig:
             (self.shard_strategy == "stratified") == (self.shard_by_column is not None),
             "`--shard_strategy stratified` and `--shard_by_column COLUMN` go together: give both or neither.",
         )
+        _require(self.outer_lr > 0, f"`--outer_lr` must be above 0, not {self.outer_lr}.")
+        _require(0 <= self.outer_momentum < 1, f"`--outer_momentum` must be in [0, 1), not {self.outer_momentum}.")
 
 
 @dataclass(frozen=True)
@@ -153,11 +162,13 @@ class TrainingConfig:
     allow_tf32: bool = flag(False, "Allow TF32 matrix products on NVIDIA GPUs.")
     snr_gamma: float | None = flag(None, "Gamma of the min-SNR loss weights; 5.0 is usual. Off if not given.")
     noise_offset: float = flag(0.0, "Scale of an extra noise that is constant over each channel.")
+    ddp_timeout: int = flag(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, f"`--seed` must be in [0, 2^63), not {self.seed}.")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"):
             _at_least_one(name, getattr(self, name))
+        _require(self.ddp_timeout >= 3, f"`--ddp_timeout` must be at least 3 seconds, not {self.ddp_timeout}.")
         _require(self.snr_gamma is None or self.snr_gamma > 0, f"`--snr_gamma` must be above 0, not {self.snr_gamma}.")
 
 
@@ -275,6 +286,12 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     hub: HubConfig = HubConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.optimizer.use_8bit_adam and self.ensemble.optimizer_across_rounds == "average"),
+            "`--optimizer_across_rounds average` cannot average the 8-bit moments of `--use_8bit_adam`: choose one.",
+        )
 
     @classmethod
     def from_flags(cls, **flags: Any) -> "Config":

@@ -1,7 +1,7 @@
-"""Iterative ensemble training: clones are checked out one by one, trained, collected, and merged in the end."""
+"""Iterative ensemble training: clones are checked out, trained, collected, and merged in the end, on all ranks."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,8 +12,11 @@ from .adapters import Trainable
 from .agc import AntiGradientControl
 from .checkpoint import Checkpoint, Piece, state_piece, tensors_piece
 from .ema import EMA
+from .groups import Placement, Ranks
+from .host import HostMemory
 from .ledger import ShardLedger
-from .merging import WeightedSum
+from .merger import Merger
+from .optimizers import fresh_moments, moments_by_parameter, named_moments
 from .seeding import network_seed
 from .tracking import RoundMeter
 
@@ -24,12 +27,14 @@ Tensors = Mapping[str, Tensor]
 class Clone:
     """What belongs to one shard's clone from round to round; its weights are live only while it is checked out.
 
+    The rank that trains it keeps all of it up to date; the others know `step` and `began` from the last wave on.
+
     Attributes:
         shard: k.
         weight: n_k, or 1, in the merge.
         step: steps taken over the whole run.
         began: the same number when its latest round began.
-        moments: the optimizer's state while another clone is live; None at the start and after a reset.
+        moments: the optimizer's state while the clone rests; None at the start and after a reset.
         scaler: state of the gradient scaler, where fp16 training has one.
         drift: ‖θ_k − θ‖ / ‖θ‖ of the last round, θ being the denoiser it started from.
     """
@@ -48,6 +53,11 @@ class Clone:
     scaler: dict[str, Any] = field(default_factory=dict)
     drift: float = 0.0
 
+    @property
+    def folder(self) -> str:
+        """Of its files in a checkpoint."""
+        return f"shard-{self.shard:05d}"
+
     def state(self) -> dict[str, Any]:
         """Everything but weights and moments, for a checkpoint."""
         plain = {name: getattr(self, name) for name in self._PLAIN}
@@ -62,21 +72,22 @@ class Clone:
 
 
 class Ensemble:
-    """The merged denoiser and its clones, of which one at a time is live on the device.
+    """The merged denoiser and its clones, of which one at a time is live on the device of each rank.
 
     Args:
         trainable: the live tensors, holding the denoiser that the run starts from.
         optimizer: works on the trainable's parameters.
         ema: the live moving average, or None.
         clones: one for each shard, in order.
-        keep_moments: whether a clone's optimizer moments outlast a merge.
+        ranks: all of them; this rank trains the shards that `placement` gives it.
+        host: where the merged weights, the sums and the moments of resting clones lie.
+        moments: what becomes of the optimizer's moments at a merge: each clone's are kept, or reset, or averaged.
+        outer: (lr, momentum) of the outer optimizer.
         seed: the run's.
 
     Attributes:
-        denoiser: the merged weights from which the round started, on the host.
-        average: the merged moving average, or None.
         round: rounds completed.
-        live: the clone that is checked out, or None.
+        live: this rank's clone that is checked out, or None.
     """
 
     def __init__(
@@ -85,24 +96,55 @@ class Ensemble:
         optimizer: torch.optim.Optimizer,
         ema: EMA | None,
         clones: Sequence[Clone],
+        ranks: Ranks,
+        placement: Placement,
+        host: HostMemory,
         *,
-        keep_moments: bool,
+        moments: str,
+        outer: tuple[float, float],
         seed: int,
     ) -> None:
         self._trainable = trainable
         self._optimizer = optimizer
         self._ema = ema
         self.clones = list(clones)
-        self._keep_moments = keep_moments
+        self._ranks = ranks
+        self._placement = placement
+        self._host = host
+        self._moments = moments
         self._seed = seed
-        self.denoiser = trainable.read()
-        self.average = ema.read() if ema is not None else None
+        only = len(self.clones) == ranks.size == 1
+        self._mergers = {"denoiser": Merger("denoiser", trainable.tensors, ranks, host, only_clone=only, outer=outer)}
+        if ema is not None:
+            self._mergers["ema"] = Merger("ema", ema.tensors, ranks, host, only_clone=only, measured=False)
+        if moments == "average":
+            start = named_moments(fresh_moments(optimizer))
+            self._mergers["moments"] = Merger("moments", start, ranks, host, only_clone=only, measured=False)
         self.round = 0
         self.live: Clone | None = None
         self._finished = 0
-        self._sum, self._average_sum = WeightedSum(), WeightedSum()
-        self._take_up: Callable[[], None] | None = None
+        # The shards of this rank that a checkpoint caught in the middle of their round, until they are checked out.
+        self._amid: dict[int, Checkpoint] = {}
+        self._all_amid: set[int] = set()
+        self._buffers: dict[int, Any] = {}
         self._start_of_live: dict[str, Any] | None = None
+
+    @property
+    def denoiser(self) -> Tensors:
+        """The merged weights from which the round started, on the host."""
+        return self._mergers["denoiser"].tensors
+
+    @property
+    def average(self) -> Tensors | None:
+        """The merged moving average, or None."""
+        return self._mergers["ema"].tensors if self._ema is not None else None
+
+    @property
+    def own(self) -> list[Clone]:
+        """The clones that this rank trains and answers for; of a group's ranks only the first answers."""
+        if self._placement.member(self._ranks.rank):
+            return []
+        return [self.clones[shard] for shard in self._placement.shards_of(self._ranks.rank)]
 
     @property
     def steps(self) -> list[int]:
@@ -115,81 +157,60 @@ class Ensemble:
         return sum(self.steps)
 
     @property
-    def pending_shards(self) -> Iterator[int]:
-        """The shards still to be trained in this round, in order."""
+    def pending_waves(self) -> Iterator[list[int]]:
+        """The shards still to be trained in this round, in waves of those that train at the same time."""
         while self._finished < len(self.clones):
-            yield self._finished
+            yield next(self._placement.waves(self._finished))
 
     @property
     def in_midst_of_round(self) -> bool:
         """Whether some of this round is done and some is not."""
-        return self._take_up is not None or 0 < self._finished < len(self.clones)
+        return bool(self._all_amid) or 0 < self._finished < len(self.clones)
 
-    def checkout(self, shard: int) -> Clone:
-        """Makes a shard's clone live: the denoiser's weights, its own moments, dropout seeded for the round.
+    def is_amid(self, shard: int) -> bool:
+        """Whether a checkpoint caught the shard's clone, of whatever rank, in the middle of the present round."""
+        return shard in self._all_amid
+
+    def checkout(self, wave: Sequence[int]) -> Clone | None:
+        """Makes this rank's clone of a wave live: the denoiser's weights, its own moments, dropout seeded anew.
 
         A clone that a checkpoint caught in the middle of its round goes on from where it stood.
+
+        Returns:
+            the live clone, or None if this rank has none in the wave.
         """
-        self.live = clone = self.clones[shard]
-        if self._take_up is not None:
-            self._take_up()
-            self._take_up, self._start_of_live = None, None
+        shards = [shard for shard in wave if shard in self._placement.shards_of(self._ranks.rank)]
+        if not shards:
+            return None
+        self.live = clone = self.clones[shards[0]]
+        if self._placement.group_size > 1:
+            # The group's collectives begin only when all have come.
+            self._ranks.meet()
+        if clone.shard in self._amid:
+            self._go_on(clone, self._amid.pop(clone.shard))
             return clone
         self._trainable.load(self.denoiser)
         if self._ema is not None and self.average is not None:
             self._ema.load(self.average)
-        self._load_moments(clone.moments)
-        clone.moments = None
+        self._start_moments(clone)
+        self._rest()
         clone.began = clone.step
         self._start_of_live = copy.deepcopy(clone.state())
-        torch.manual_seed(network_seed(self._seed, shard, self.round))
+        torch.manual_seed(self._network_seed(clone))
         return clone
 
-    def set_back(self) -> bool:
-        """Takes back what the live clone did in this round; its moments, which may be spoilt, start anew.
+    def _network_seed(self, clone: Clone) -> int:
+        return network_seed(self._seed, clone.shard, self.round, self._placement.member(self._ranks.rank))
 
-        Returns:
-            whether that could be done: how a clone began that a checkpoint caught midway is not known.
-        """
-        if self.live is None or self._start_of_live is None:
-            return False
-        self.live.load_state(self._start_of_live)
-        self._optimizer.state.clear()
-        self.live = None
-        return True
-
-    def collect(self, clone: Clone) -> None:
-        """Adds a clone that has trained its round to the sum: n_k · θ_k.
-
-        One whose steps were used up before this round is left out: it would only hold the others back.
-        """
-        clone.drift = relative_distance(self._trainable.tensors, self.denoiser)
-        if clone.step > clone.began:
-            self._sum.add(self._trainable.tensors, clone.weight)
-            if self._ema is not None:
-                self._average_sum.add(self._ema.tensors, clone.weight)
-        # The moments change owner rather than being copied; on a device they move to the host.
-        if self._keep_moments:
-            clone.moments = _on_host(self._optimizer.state_dict()["state"])
-        self._optimizer.state.clear()
-        self._finished += 1
-        self.live = None
-
-    def merge(self) -> float:
-        """θ ← Σ_k n_k θ_k / Σ_k n_k over the clones that trained in this round; for the moving averages too.
-
-        Returns:
-            ‖θ_new − θ‖ / ‖θ‖.
-        """
-        merged = self._sum.mean()
-        drift = relative_distance(merged, self.denoiser)
-        self.denoiser = merged
-        if self._ema is not None:
-            self.average = self._average_sum.mean()
-        self._sum, self._average_sum = WeightedSum(), WeightedSum()
-        self._finished = 0
-        self.round += 1
-        return drift
+    def _start_moments(self, clone: Clone) -> None:
+        if "moments" in self._mergers:
+            # A copy: the optimizer would otherwise work in the merged ones.
+            device = next(iter(self._trainable.parameters.values())).device
+            merged = {name: t.to(device, copy=True) for name, t in self._mergers["moments"].tensors.items()}
+            self._load_moments(moments_by_parameter(merged))
+        else:
+            self._load_moments(clone.moments)
+            clone.moments = None
 
     def _load_moments(self, moments: dict[int, Any] | None) -> None:
         self._optimizer.state.clear()
@@ -197,99 +218,160 @@ class Ensemble:
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
+    def set_back(self) -> bool:
+        """Takes back what the live clone did in this round; its moments, which may be spoilt, start anew.
+
+        Returns:
+            whether that could be done: how a clone began that a checkpoint caught midway is not known, and with
+            several ranks the others have gone on.
+        """
+        if self.live is None or self._start_of_live is None or self._ranks.size > 1:
+            return False
+        self.live.load_state(self._start_of_live)
+        self._optimizer.state.clear()
+        self.live = None
+        return True
+
+    def collect(self, wave: Sequence[int]) -> None:
+        """Adds the clones of a wave that have trained their round to the sums: n_k · θ_k. Every rank takes part.
+
+        One whose steps were used up before this round is left out: it would only hold the others back.
+        """
+        clone = self.live
+        weights = self._tell_steps(wave)
+        took_part = clone is not None and clone.step > clone.began
+        for name, merger in self._mergers.items():
+            drift = merger.collect(self._live(name) if took_part else None, weights)
+            if clone is not None and name == "denoiser":
+                clone.drift = drift
+        if clone is not None and self._moments == "keep":
+            # Without offloading the moments change owner rather than being copied; on a device they move to the host.
+            state, buffer = self._optimizer.state_dict()["state"], self._buffers.get(clone.shard)
+            clone.moments = self._buffers[clone.shard] = self._host.keep(state, into=buffer)
+        self._optimizer.state.clear()
+        self._rest()
+        self._finished = wave[-1] + 1
+        self._all_amid -= set(wave)
+        self.live = None
+
+    def _tell_steps(self, wave: Sequence[int]) -> list[int]:
+        """Lets all ranks know how far the wave's clones have come; returns the weights in the merge by rank."""
+        answers = self.live is not None and self.live in self.own
+        told = self._ranks.gather(
+            [self.live.shard, self.live.step, self.live.began] if answers and self.live else None
+        )
+        weights = [0] * self._ranks.size
+        for rank, facts in enumerate(told):
+            if facts is not None:
+                clone = self.clones[facts[0]]
+                clone.step, clone.began = facts[1:]
+                weights[rank] = clone.weight if clone.step > clone.began else 0
+        return weights
+
+    def merge(self) -> float:
+        """θ ← Σ_k n_k θ_k / Σ_k n_k over the clones that trained in this round; for what else is merged too.
+
+        Every rank takes part.
+
+        Returns:
+            ‖θ_new − θ‖ / ‖θ‖.
+        """
+        drift = {name: merger.merge() for name, merger in self._mergers.items()}["denoiser"]
+        self._finished = 0
+        self.round += 1
+        return drift
+
+    def _live(self, name: str) -> Tensors:
+        if name == "ema" and self._ema is not None:
+            return self._ema.tensors
+        return self._trainable.tensors if name == "denoiser" else named_moments(self._optimizer.state_dict()["state"])
+
+    def _rest(self) -> None:
+        for merger in self._mergers.values():
+            merger.rest()
+        self._host.rest(*(clone.moments for clone in self.clones if clone.moments))
+
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def pieces(self) -> dict[str, Piece]:
-        """Everything a checkpoint needs, by file name."""
-        pieces = self._merged_pieces()
-        for clone in self.clones:
-            folder, version = f"shard-{clone.shard:05d}", f"round {self.round} step {clone.step}"
-            live = clone is self.live
-            state = clone.state()
-            if live:
-                state["random"] = _random_state()
-                pieces[f"{folder}/live.safetensors"] = tensors_piece(version, self._trainable.tensors)
-                if self._ema is not None:
-                    pieces[f"{folder}/live_ema.safetensors"] = tensors_piece(version, self._ema.tensors)
-            moments = self._optimizer.state_dict()["state"] if live else clone.moments
-            if moments:
-                pieces[f"{folder}/moments.pt"] = state_piece(f"step {clone.step}", moments)
-            # A clone may be collected without having taken a step: then only this tells its states apart.
-            place = "live" if live else "collected" if clone.shard < self._finished else "pending"
-            pieces[f"{folder}/clone.pt"] = state_piece(f"{version} {place}", state)
+        """What this rank writes into a checkpoint, by file name."""
+        start, so_far = f"round {self.round}", f"round {self.round} after {self._finished}"
+        pieces: dict[str, Piece] = {}
+        for merger in self._mergers.values():
+            pieces |= merger.pieces(start, so_far)
+        for clone in self.own:
+            pieces |= self._clone_pieces(clone)
+        member = self._placement.member(self._ranks.rank)
+        if member and self.live is not None:
+            version = f"round {self.round} step {self.live.step}"
+            pieces[f"{self.live.folder}/random-{member}.pt"] = state_piece(version, _random_state())
         return pieces
 
-    def _merged_pieces(self) -> dict[str, Piece]:
-        start, so_far = f"round {self.round}", f"round {self.round} after {self._finished}"
-        pieces = {"denoiser.safetensors": tensors_piece(start, self.denoiser)}
-        if self.average is not None:
-            pieces["ema.safetensors"] = tensors_piece(start, self.average)
-        if self._sum.total:
-            pieces["sum.safetensors"] = tensors_piece(so_far, self._sum.state_dict())
+    def _clone_pieces(self, clone: Clone) -> dict[str, Piece]:
+        live, version = clone is self.live, f"round {self.round} step {clone.step}"
+        moments = self._optimizer.state_dict()["state"] if live else clone.moments
+        pieces = {f"{clone.folder}/moments.pt": state_piece(f"step {clone.step}", moments)} if moments else {}
+        if clone.shard in self._amid:
+            saved = self._amid[clone.shard]
+            return pieces | {name: saved.piece(name) for name in _names_of_live(clone) if saved.has(name)}
+        state = clone.state()
+        if live:
+            state["random"] = _random_state()
+            pieces[f"{clone.folder}/live.safetensors"] = tensors_piece(version, self._trainable.tensors)
             if self._ema is not None:
-                pieces["ema_sum.safetensors"] = tensors_piece(so_far, self._average_sum.state_dict())
+                pieces[f"{clone.folder}/live_ema.safetensors"] = tensors_piece(version, self._ema.tensors)
+        # A clone may be collected without having taken a step: then only this tells its states apart.
+        place = "live" if live else "collected" if clone.shard < self._finished else "pending"
+        pieces[f"{clone.folder}/clone.pt"] = state_piece(f"{version} {place}", state)
         return pieces
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands, for a checkpoint's manifest."""
-        live = self.live.shard if self.live is not None else None
-        return {"round": self.round, "finished": self._finished, "sum_total": self._sum.total, "live": live}
+        """Where the run stands, for a checkpoint's manifest; the same on all ranks."""
+        return {"round": self.round, "finished": self._finished, "sum_total": self._mergers["denoiser"].total}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to where a checkpoint was written."""
+        """Goes back to where a checkpoint was written, by whatever number of ranks."""
         position = checkpoint.manifest["position"]
         self.round, self._finished = position["round"], position["finished"]
-        self.denoiser = checkpoint.tensors("denoiser.safetensors")
+        for merger in self._mergers.values():
+            merger.restore(checkpoint, position["sum_total"])
+        self.load_clones(checkpoint)
+        for clone in self.clones:
+            amid = checkpoint.has(f"{clone.folder}/live.safetensors")
+            if amid:
+                self._all_amid.add(clone.shard)
+            if clone.shard in self._placement.shards_of(self._ranks.rank):
+                if amid:
+                    self._amid[clone.shard] = checkpoint
+                if checkpoint.has(f"{clone.folder}/moments.pt"):
+                    moments = self._host.keep(checkpoint.state(f"{clone.folder}/moments.pt"))
+                    clone.moments = self._buffers[clone.shard] = moments
+        self._rest()
+
+    def load_clones(self, checkpoint: Checkpoint) -> None:
+        """Takes up what all clones are but weights and moments, those of other ranks too."""
+        for clone in self.clones:
+            clone.load_state(checkpoint.state(f"{clone.folder}/clone.pt"))
+
+    def _go_on(self, clone: Clone, checkpoint: Checkpoint) -> None:
+        self._trainable.load(checkpoint.tensors(f"{clone.folder}/live.safetensors"))
         if self._ema is not None:
-            self.average = checkpoint.tensors("ema.safetensors")
-        if position["sum_total"]:
-            self._restore_sums(checkpoint, position["sum_total"])
-        states = [self._restore_clone(checkpoint, clone) for clone in self.clones]
-        if position["live"] is not None:
-            live = self.clones[position["live"]]
-            self._take_up = lambda: self._restore_live(checkpoint, live, states[live.shard]["random"])
-
-    def _restore_sums(self, checkpoint: Checkpoint, total: float) -> None:
-        self._sum.load_state_dict(checkpoint.tensors("sum.safetensors"), total, self.denoiser)
-        if self.average is not None:
-            self._average_sum.load_state_dict(checkpoint.tensors("ema_sum.safetensors"), total, self.average)
-
-    def _restore_clone(self, checkpoint: Checkpoint, clone: Clone) -> Mapping[str, Any]:
-        folder = f"shard-{clone.shard:05d}"
-        state = checkpoint.state(f"{folder}/clone.pt")
-        clone.load_state(state)
-        if checkpoint.has(f"{folder}/moments.pt"):
-            clone.moments = checkpoint.state(f"{folder}/moments.pt")
-        return state
-
-    def _restore_live(self, checkpoint: Checkpoint, clone: Clone, random: Mapping[str, Any]) -> None:
-        folder = f"shard-{clone.shard:05d}"
-        self._trainable.load(checkpoint.tensors(f"{folder}/live.safetensors"))
-        if self._ema is not None:
-            self._ema.load(checkpoint.tensors(f"{folder}/live_ema.safetensors"))
+            self._ema.load(checkpoint.tensors(f"{clone.folder}/live_ema.safetensors"))
         self._load_moments(clone.moments)
         clone.moments = None
-        _set_random_state(random)
+        self._start_of_live = None
+        member = self._placement.member(self._ranks.rank)
+        theirs = f"{clone.folder}/random-{member}.pt"
+        if not member:
+            _set_random_state(checkpoint.state(f"{clone.folder}/clone.pt")["random"])
+        elif checkpoint.has(theirs):
+            _set_random_state(checkpoint.state(theirs))
+        else:
+            torch.manual_seed(self._network_seed(clone))
 
 
-def relative_distance(tensors: Tensors, reference: Tensors) -> float:
-    """‖tensors − reference‖ / ‖reference‖ over all floating-point tensors, in fp32; a host number."""
-    moved, norm = [], []
-    # A sum's bits depend on its order, and a file's tensors come in another order than the module's.
-    for name, theirs in sorted(reference.items()):
-        if theirs.is_floating_point():
-            ours = tensors[name].detach()
-            theirs = theirs.to(ours.device)
-            moved.append(torch.linalg.vector_norm(ours - theirs))
-            norm.append(torch.linalg.vector_norm(theirs))
-    total = torch.linalg.vector_norm(torch.stack(norm)).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(torch.linalg.vector_norm(torch.stack(moved)) / total)
-
-
-def _on_host(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: _on_host(value) for key, value in state.items()}
-    return state.cpu() if isinstance(state, Tensor) else state
+def _names_of_live(clone: Clone) -> list[str]:
+    return [f"{clone.folder}/{name}" for name in ("live.safetensors", "live_ema.safetensors", "clone.pt")]
 
 
 def _random_state() -> dict[str, Any]:

@@ -10,7 +10,13 @@ class UserError(Exception):
     """Something the user can mend: a flag, a file, a value.
 
     The message is one line that names the culprit and says what to do; the command prints it and exits with code 2.
+
+    Attributes:
+        speaker: which of several ranks says it. None: not settled, as in a run of one; True: this one; False: another
+            one has said it, and this one ends in silence.
     """
+
+    speaker: bool | None = None
 
 
 def one_line(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import UserError, disk_full
@@ -81,3 +81,9 @@ def no_space_named(target: Path) -> Iterator[None]:
             f"{full}, while writing {target}. What was saved before is complete: free some space, or lower "
             "`--checkpoints_total_limit`, and resume."
         ) from None
+
+
+def gigabytes(size: int, rounded: Callable[[float], int]) -> str:
+    """A size in words; `rounded` is `math.ceil` for what is needed and `math.floor` for what is there."""
+    # What is needed is rounded up and what is free is rounded down, so that the two differ in print as well.
+    return f"{rounded(size / 1e7) / 100:.2f} GB"

@@ -16,8 +16,9 @@ from .schedule import DEFAULT_MERGE_EPOCHS
 _NOT_FREE = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
     *("max_train_samples", "holdout_fraction", "resolution", "dataloader_num_workers", "output_dir", "seed"),
-    *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam"),
+    *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "ddp_timeout"),
 )
+_FREE_IN_ENSEMBLE = ("optimizer_across_rounds", "outer_lr", "outer_momentum")
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -101,8 +102,6 @@ def free_settings(config: Config, mixed_precision: str) -> dict[str, Any]:
     """
     groups = (config.data, config.training, config.optimizer)
     settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
-    settings |= {
-        "mixed_precision": mixed_precision,
-        "optimizer_across_rounds": config.ensemble.optimizer_across_rounds,
-    }
+    settings |= {name: getattr(config.ensemble, name) for name in _FREE_IN_ENSEMBLE}
+    settings["mixed_precision"] = mixed_precision
     return {name: value for name, value in settings.items() if name not in _NOT_FREE}

@@ -1,8 +1,9 @@
 """One clone's local training: batch, noise, loss, anti-gradient control, step."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .data.loader import MicroBatch, Shard, Visits, micro_batches
 from .ema import EMA
 from .ensemble import Clone
 from .families.base import Conditions, Family, in_chunks
+from .groups import Group
 from .objective import per_sample_loss
 from .optimizers import masked_step
 from .schedule import Step
@@ -20,6 +22,22 @@ from .tracking import NOISE_LEVELS
 
 # Images encoded at once: always exactly as many, so that a latent's bits do not depend on the batch it is in.
 ENCODE_CHUNK = 8
+
+
+class Judged(NamedTuple):
+    """Samples and what came of them: all (B,), on the device.
+
+    Attributes:
+        loss: fp32, the unweighted per-sample loss.
+        timesteps: int64.
+        keep: bool, whether a sample gives a gradient.
+        members: int64, indices in the shard.
+    """
+
+    loss: Tensor
+    timesteps: Tensor
+    keep: Tensor
+    members: Tensor
 
 
 class LocalTraining:
@@ -32,6 +50,7 @@ class LocalTraining:
         ema: their live moving average, or None.
         config: the run's settings.
         device: where the denoiser is.
+        group: the ranks that train the clone together, each a share of every micro-batch.
         scaler: the gradient scaler of fp16 training, or None.
     """
 
@@ -43,6 +62,7 @@ class LocalTraining:
         ema: EMA | None,
         config: Config,
         device: torch.device,
+        group: Group,
         scaler: Any = None,
     ) -> None:
         self._family = family
@@ -51,9 +71,10 @@ class LocalTraining:
         self._ema = ema
         self._config = config
         self._device = device
+        self._group = group
         self._scaler = scaler
         self._fresh_scaler = scaler.state_dict() if scaler is not None else {}
-        self._encode_chunk = min(ENCODE_CHUNK, config.training.train_batch_size)
+        self._encode_chunk = min(ENCODE_CHUNK, -(-config.training.train_batch_size // group.size))
 
     def run(
         self, clone: Clone, shard: Shard, steps: Sequence[Step], learning_rate: Callable[[int], float]
@@ -68,24 +89,34 @@ class LocalTraining:
         size = self._config.training.train_batch_size
         batches = micro_batches(
             shard,
-            Visits(steps, size),
+            Visits(steps, size, self._group.share_of),
             num_workers=self._config.data.dataloader_num_workers,
             pin_memory=self._device.type == "cuda",
         )
         for step in steps:
             self._set_learning_rate(learning_rate(step.number))
-            self._step(clone, step, islice(batches, len(step.micro_batches(size))))
+            parts = step.micro_batches(size)
+            self._step(clone, step, zip(parts, islice(batches, len(parts)), strict=True))
             yield step
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def _step(self, clone: Clone, step: Step, batches: Iterator[MicroBatch]) -> None:
+    def _step(self, clone: Clone, step: Step, batches: Iterator[tuple[range, MicroBatch]]) -> None:
         """One optimizer step; the loss bank stands still until all micro-batches have been judged."""
-        parts = [self._backward(clone, batch.to(self._device), step.stop - step.start) for batch in batches]
-        loss, timesteps, keep, members = (torch.cat(part) for part in zip(*parts, strict=True))
-        masked, broken = self._prepare_gradients(loss, keep)
+        samples, size = step.stop - step.start, self._config.training.train_batch_size
+        judged = []
+        for positions, batch in batches:
+            last = positions.stop == step.stop
+            # A group averages its gradients once a step, with the last micro-batch.
+            with contextlib.nullcontext() if last else self._group.apart(self._family.network):
+                judged.append(
+                    self._backward(clone, batch.to(self._device), len(self._group.share_of(positions)), samples)
+                )
+        own = Judged(*(torch.cat(part) for part in zip(*judged, strict=True)))
+        everyone = self._of_group(own, [len(positions) for positions in step.micro_batches(size)])
+        masked, broken = self._prepare_gradients(everyone.loss, everyone.keep)
         masked_step(self._optimizer, masked)
         if self._scaler is not None:
             self._scaler.update()
@@ -93,24 +124,62 @@ class LocalTraining:
         clone.step += 1
         if self._ema is not None:
             self._ema.update(clone.step, masked)
+        self._record(clone, step, everyone, broken)
+
+    def _record(self, clone: Clone, step: Step, judged: Judged, broken: Tensor) -> None:
+        loss, timesteps, keep, members = judged
         clone.ledger.record(members, keep, loss, clone.agc.expected_loss(timesteps))
         clone.agc.update(loss, timesteps)
         levels = timesteps * NOISE_LEVELS // len(self._family.schedule)
         clone.meter.record(step.number, loss, levels, keep, broken)
 
-    def _backward(self, clone: Clone, batch: MicroBatch, samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adds Σ keep_i l_i / (samples of the step) to the gradient; returns l, t, keep and members."""
+    def _of_group(self, own: Judged, batches: list[int]) -> Judged:
+        """What all ranks of the group judged, in the order in which one rank alone would have had the samples.
+
+        Args:
+            own: this rank's share of every micro-batch, one after the other.
+            batches: samples of each micro-batch.
+        """
+        if self._group.size == 1:
+            return own
+        # (ranks, micro-batches); one sample more where a share is longer than another, so that all send as much.
+        shares = torch.tensor([self._group.sizes(samples) for samples in batches]).T
+        longest = int(shares.sum(dim=1).max())
+        packed = torch.zeros(len(own), longest, dtype=torch.float64, device=self._device)
+        for row, values in zip(packed, own, strict=True):
+            row[: len(values)] = values
+        gathered = self._group.gather(packed).transpose(0, 1).reshape(len(own), -1)
+        begins = shares.cumsum(dim=1) - shares + torch.arange(self._group.size)[:, None] * longest
+        order = [
+            place
+            for batch in range(len(batches))
+            for rank in range(self._group.size)
+            for place in range(int(begins[rank, batch]), int(begins[rank, batch] + shares[rank, batch]))
+        ]
+        values = gathered[:, torch.tensor(order, device=self._device)]
+        return Judged(*(row.to(part.dtype) for row, part in zip(values, own, strict=True)))
+
+    def _backward(self, clone: Clone, batch: MicroBatch, mine: int, samples: int) -> Judged:
+        """Adds Σ keep_i l_i / (samples of the step) to the gradient.
+
+        Args:
+            mine: how many samples of the batch count: 0 where this rank's share is empty and one sample is run along.
+            samples: of the whole step.
+        """
         latents, conditions = self._encode(batch)
         timesteps = self._family.sample_timesteps(batch.uniform).to(self._device)
         schedule = self._family.schedule
         noisy_latents = schedule.add_noise(latents, batch.noise, timesteps)
         target = schedule.target(latents, batch.noise, timesteps)
         loss = per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target)
-        keep = self._keep(clone, loss, timesteps)
+        keep = self._keep(clone, loss, timesteps) if mine else torch.zeros_like(loss, dtype=torch.bool)
         weighted = loss * self._weights(timesteps)
         total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
+        if self._group.size > 1:
+            # The group averages its gradients; their sum is wanted.
+            total = total * self._group.size
         (total if self._scaler is None else self._scaler.scale(total)).backward()
-        return loss.detach(), timesteps, keep, batch.members
+        return Judged(loss.detach()[:mine], timesteps[:mine], keep[:mine], batch.members[:mine])
 
     def _keep(self, clone: Clone, loss: Tensor, timesteps: Tensor) -> Tensor:
         if self._config.agc.agc_threshold == 0:

@@ -1,9 +1,92 @@
 """The merge of iterative ensemble training: θ ← Σ_k n_k θ_k / Σ_k n_k, in float64, in the order of the clones."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+# Numbers worked on at once: a block of fp32 and one of float64 stay in a processor's cache.
+BLOCK = 1 << 16
+
+
+def add_weighted(total: Tensor, values: Tensor, weight: float, *, first: bool = False) -> None:
+    """total ← total + weight · values, or weight · values for the first; block by block, without a large temporary.
+
+    Args:
+        total: (n,) float64, contiguous.
+        values: (n,) of any floating dtype, contiguous.
+    """
+    for start in range(0, values.numel(), BLOCK):
+        block, sums = values[start : start + BLOCK], total[start : start + BLOCK]
+        if first:
+            sums.copy_(block).mul_(weight)
+        else:
+            sums.add_(block.to(torch.float64), alpha=weight)
+
+
+def outer_step(start: Tensor, mean: Tensor, velocity: Tensor | None, lr: float, momentum: float) -> Tensor:
+    """One step of SGD with Nesterov momentum on the pseudo-gradient g = θ − mean, as in DiLoCo (arXiv 2311.08105).
+
+    v ← μ v + g and θ ← θ − lr · (g + μ v); with lr 1 and momentum 0 this is the mean. In float64, every product and
+    sum rounded by itself, so that a number's bits do not depend on where in a tensor it stands.
+
+    Args:
+        start: (n,) fp32, θ at the start of the round.
+        mean: (n,) float64, the weighted mean of the clones.
+        velocity: (n,) fp32, v, changed in place; None with momentum 0.
+
+    Returns:
+        (n,) fp32.
+    """
+    gradient = start.to(torch.float64).sub_(mean)
+    if velocity is not None:
+        velocity.copy_(velocity.to(torch.float64).mul_(momentum).add_(gradient))
+        gradient.add_(velocity.to(torch.float64).mul_(momentum))
+    return start.to(torch.float64).sub_(gradient.mul_(lr)).to(torch.float32)
+
+
+class Layout:
+    """Named fp32 tensors seen as one vector of numbers, in their order; other tensors have no place in it.
+
+    Args:
+        tensors: the floating-point ones among them are fp32.
+
+    Attributes:
+        shapes: of the tensors that have a place.
+        size: how many numbers they hold.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        odd = [name for name, tensor in floats.items() if tensor.dtype != torch.float32]
+        if odd:
+            raise ValueError(f"{odd[0]} is {floats[odd[0]].dtype}; what is merged must be fp32")
+        self.shapes = {name: tensor.shape for name, tensor in floats.items()}
+        self._names = list(floats)
+        self._starts: list[int] = []
+        self.size = 0
+        for tensor in floats.values():
+            self._starts.append(self.size)
+            self.size += tensor.numel()
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """The named tensors as views of a vector of at least `size` numbers."""
+        places = zip(self._names, self._starts, self.shapes.values(), strict=True)
+        return {name: vector[start : start + shape.numel()].view(shape) for name, start, shape in places}
+
+    @torch.no_grad()
+    def read(self, tensors: Mapping[str, Tensor], start: int, out: Tensor) -> None:
+        """Copies the numbers from `start` on of the named tensors into `out` (n,); beyond the end they are 0."""
+        stop = min(start + out.numel(), self.size)
+        out[max(stop - start, 0) :].zero_()
+        place, index = start, max(bisect_right(self._starts, start) - 1, 0)
+        while place < stop:
+            name, first = self._names[index], self._starts[index]
+            flat = tensors[name].detach().reshape(-1)
+            end = min(first + flat.numel(), stop)
+            out[place - start : end - start].copy_(flat[place - first : end - first])
+            place, index = end, index + 1
 
 
 class WeightedSum:
@@ -39,10 +122,10 @@ class WeightedSum:
         if not tensor.is_floating_point():
             if first:
                 self.sums[name] = tensor.clone()
-        elif first:
-            self.sums[name] = tensor.to(torch.float64).mul(weight)
-        else:
-            self.sums[name].add_(tensor.to(torch.float64), alpha=weight)
+            return
+        if first:
+            self.sums[name] = torch.empty(tensor.shape, dtype=torch.float64)
+        add_weighted(self.sums[name].view(-1), tensor.reshape(-1), weight, first=first)
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The optimizer, and the course of the learning rate as a function of a clone's step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,33 @@ def masked_step(optimizer: torch.optim.Optimizer, masked: Tensor) -> None:
         optimizer.step()
     elif not masked.item():
         optimizer.step()
+
+
+def fresh_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state before its first step, in the form of its `state_dict()["state"]`: all zeros."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        index: {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+        for index, parameter in enumerate(parameters)
+    }
+
+
+def named_moments(state: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a `state_dict()["state"]` as one mapping, named "parameter's number.what it is"."""
+    return {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
+
+
+def moments_by_parameter(named: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """What `named_moments` was made from."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in named.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    return state
 
 
 def learning_rate_course(optimizer: OptimizerConfig, total_steps: int, base: float) -> Callable[[int], float]:

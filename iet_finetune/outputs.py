@@ -1,5 +1,6 @@
 """The output folder: whether it may be used, and how finished things get into it."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ import yaml
 from .config import Config
 from .errors import UserError, one_line
 from .files import clean, no_space_named, partial_name, removed_on_error, replaced_folder, written_beside
+from .groups import Ranks
 
 try:
     import fcntl
@@ -88,6 +90,29 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
     except BaseException:
         lock.release()
         raise
+    return lock
+
+
+def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | None:
+    """`claim` on rank 0, for all; the others make sure that they see the same folder.
+
+    Returns:
+        the lock on rank 0, None on the others.
+
+    Raises:
+        UserError: as `claim`, or a rank does not see what rank 0 writes there.
+    """
+    lock = claim(folder, resuming) if ranks.is_main else None
+    with contextlib.ExitStack() as stack:
+        sign = None
+        if ranks.is_main:
+            sign = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial")).name
+        name = Path(ranks.gather(sign)[0]).name
+        if not (folder / name).exists():
+            raise UserError(
+                f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they share."
+            )
+        ranks.meet()
     return lock
 
 

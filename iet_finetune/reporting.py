@@ -22,6 +22,8 @@ def warn(text: str) -> None:
 class Reporter:
     """Keeps the records of a run; begins with those of the rounds that are already done.
 
+    Every rank has one and calls it in the same way; the main one alone writes, draws and speaks.
+
     Args:
         config: the run's settings.
         parts: what it works with; read, and for pictures the merged weights are put into the live denoiser.
@@ -32,12 +34,15 @@ class Reporter:
         self._config = config
         self._parts = parts
         self._output = config.output_path
-        for name in (METRICS, TIMINGS):
-            cut_back(self._output / name, parts.ensemble.round)
-        # Pictures of rounds that are done again, or all if they were drawn in another way.
-        validation.forget_rounds(self._output, parts.ensemble.round if same_pictures else -1)
+        self._speaks = parts.ranks.is_main
+        if self._speaks:
+            for name in (METRICS, TIMINGS):
+                cut_back(self._output / name, parts.ensemble.round)
+            # Pictures of rounds that are done again, or all if they were drawn in another way.
+            validation.forget_rounds(self._output, parts.ensemble.round if same_pictures else -1)
         self._trackers = Trackers(parts.accelerator, config.logging.tracker_project_name, config.to_flags())
-        self._progress = Progress(sum(parts.schedule.total_steps), parts.ensemble.step)
+        self._step = parts.ensemble.step
+        self._progress = Progress(sum(parts.schedule.total_steps), self._step, silent=not self._speaks)
         self._round_began = time.perf_counter()
         self._last = RoundSums.nothing()
         self._closed = False
@@ -54,9 +59,10 @@ class Reporter:
         """A clone starts or goes on: what its meter holds has been told already."""
         self._last = clone.meter.read()
 
-    def step(self, samples: int) -> None:
-        """One step of `samples` images is done."""
-        self._progress.advance(samples)
+    def step(self, total: int, samples: int) -> None:
+        """All clones together have taken `total` steps, after `samples` images more."""
+        self._step = total
+        self._progress.reach(total, samples)
 
     def log(self, clone: Clone) -> RoundSums:
         """Reads the device once and tells what came since the last time; returns the clone's sums of the round."""
@@ -66,16 +72,18 @@ class Reporter:
         place = f"round {ensemble.round + 1}/{self._rounds} shard {clone.shard + 1}/{len(ensemble.clones)}"
         self._progress.describe(place, since.loss, since.skip_rate)
         rate = self._parts.courses[clone.shard](clone.step - 1)
-        self._trackers.log({"loss": since.loss, "skip_rate": since.skip_rate, "lr": rate}, ensemble.step)
+        self._trackers.log({"loss": since.loss, "skip_rate": since.skip_rate, "lr": rate}, self._step)
         return sums
 
     def round(self, drift: float) -> None:
-        """A round is merged: its line of metrics; the clones' meters start again."""
+        """A round is merged: its line of metrics; the clones' meters start again. Every rank takes part."""
         ensemble = self._parts.ensemble
         line = self._round_line(drift)
-        append_line(self._output / METRICS, line)
         for clone in ensemble.clones:
             clone.meter.clear()
+        if not self._speaks:
+            return
+        append_line(self._output / METRICS, line)
         numbers = {f"round/{name}": value for name, value in line.items() if isinstance(value, float)}
         self._trackers.log(numbers, ensemble.step)
         self._progress.say(
@@ -87,7 +95,9 @@ class Reporter:
 
     def _round_line(self, drift: float) -> dict[str, Any]:
         clones = self._parts.ensemble.clones
-        sums = [clone.meter.read() for clone in clones]
+        own = [(clone.shard, clone.drift, clone.meter.read().numbers) for clone in self._parts.ensemble.own]
+        told = sorted(facts for rank in self._parts.ranks.gather(own) for facts in rank)
+        sums = [RoundSums(*numbers) for _, _, numbers in told]
         total = sums[0]
         for other in sums[1:]:
             total = total.combined(other)
@@ -98,7 +108,7 @@ class Reporter:
             "skip_rate": total.skip_rate,
             "skip_rate_by_noise_level": total.skip_rate_by_level,
             "merge_drift": drift,
-            "clone_drift": [clone.drift for clone in clones],
+            "clone_drift": [drift for _, drift, _ in told],
             "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
             "shard_skip_rate": [shard.skip_rate for shard in sums],
             "lr": [self._parts.courses[clone.shard](max(clone.step - 1, 0)) for clone in clones],
@@ -111,13 +121,13 @@ class Reporter:
     def draw_round(self) -> None:
         """Pictures from the merged denoiser of the round just done, when they are due."""
         round_ = self._parts.ensemble.round
-        if round_ % self._config.validation.validation_rounds == 0 or round_ == self._rounds:
+        if self._speaks and (round_ % self._config.validation.validation_rounds == 0 or round_ == self._rounds):
             self.load_result()
             self._draw(round_)
 
     def _draw(self, round_: int) -> None:
         settings, path = self._config.validation, validation.round_file(self._output, round_)
-        if not settings.validation_prompts or path.exists():
+        if not self._speaks or not settings.validation_prompts or path.exists():
             return
         rows = validation.draw_images(
             self._parts.family, settings, self._config.training.seed, self._config.data.resolution
@@ -125,8 +135,7 @@ class Reporter:
         prompts = list(settings.validation_prompts)
         validation.save_picture(validation.grid(rows, prompts), path)
         flat = [(picture, prompt) for row, prompt in zip(rows, prompts, strict=True) for picture in row]
-        step = self._parts.ensemble.step
-        self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], step)
+        self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], self._parts.ensemble.step)
 
     def load_result(self) -> None:
         """Puts the merged weights, or their moving average if there is one, into the live denoiser."""

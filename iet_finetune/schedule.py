@@ -73,3 +73,32 @@ class Schedule:
             Step(number, pass_, first, min(first + self.samples_per_step, size))
             for number, (pass_, _), first in zip(range(start, stop), places, firsts, strict=True)
         ]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Clones that train at the same time, one a rank or group of ranks, and the steps they have before them.
+
+    Attributes:
+        shards: in order.
+        steps: steps that each of them still takes in this round.
+        before: steps that all clones of the run together had taken when the wave began.
+    """
+
+    shards: tuple[int, ...]
+    steps: tuple[int, ...]
+    before: int
+
+    @property
+    def length(self) -> int:
+        """Steps of the clone that has most."""
+        return max(self.steps)
+
+    def total(self, taken: int) -> int:
+        """Steps of all clones of the run when each clone of the wave has taken `taken` steps, or all that it has."""
+        return self.before + sum(min(taken, steps) for steps in self.steps)
+
+    def checkpoints(self, every: int) -> list[int]:
+        """After how many steps in the wave the steps of all clones reach or pass a multiple of `every`."""
+        totals = [self.total(taken) // every for taken in range(self.length + 1)]
+        return [taken for taken in range(1, len(totals)) if totals[taken] > totals[taken - 1]]

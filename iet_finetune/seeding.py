@@ -25,9 +25,13 @@ def pass_order(seed: int, shard: int, pass_: int, num_samples: int) -> np.ndarra
     return _generator(seed, _ORDER, shard, pass_).permutation(num_samples)
 
 
-def network_seed(seed: int, shard: int, round_: int) -> int:
-    """The seed (63 bits) of torch's global generators while a clone trains in a round: dropout uses those."""
-    state = np.random.SeedSequence(seed, spawn_key=(_NETWORK, shard, round_)).generate_state(1, np.uint64)[0]
+def network_seed(seed: int, shard: int, round_: int, member: int = 0) -> int:
+    """The seed (63 bits) of torch's global generators while a clone trains in a round: dropout uses those.
+
+    `member` is the rank's place in the group that trains the clone: each drops out something else.
+    """
+    key = (_NETWORK, shard, round_, member) if member else (_NETWORK, shard, round_)
+    state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]
     return int(state >> np.uint64(1))
 
 

@@ -94,6 +94,11 @@ class RoundSums:
         )
 
     @property
+    def numbers(self) -> list[Any]:
+        """What `RoundSums(*numbers)` makes the same sums of, in plain types."""
+        return [self.loss_sum, self.broken_step, self.seen, self.skipped]
+
+    @property
     def loss(self) -> float:
         """Mean loss; NaN if nothing was seen."""
         return self.loss_sum / sum(self.seen) if sum(self.seen) else math.nan
@@ -131,18 +136,22 @@ def cut_back(path: Path, rounds: int) -> None:
 
 
 class Progress:
-    """One progress bar over the steps of all clones; where there is no terminal, one line a round instead."""
+    """One progress bar over the steps of all clones; where there is no terminal, one line a round instead.
 
-    def __init__(self, total_steps: int, done: int) -> None:
-        self._terminal = sys.stderr.isatty()
+    `silent` is for the ranks that leave talking to another.
+    """
+
+    def __init__(self, total_steps: int, done: int, silent: bool = False) -> None:
+        self._silent = silent
+        self._terminal = sys.stderr.isatty() and not silent
         self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True)
         self._images = 0
         self._since = time.perf_counter()
 
-    def advance(self, samples: int) -> None:
-        """One step of `samples` images is done."""
+    def reach(self, steps: int, samples: int) -> None:
+        """All clones together have taken so many steps, after `samples` images more."""
         self._images += samples
-        self._bar.update(1)
+        self._bar.update(steps - self._bar.n)
 
     def describe(self, place: str, loss: float, skip_rate: float) -> None:
         """Shows where the run stands and how fast it is."""
@@ -154,7 +163,10 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._bar.write(text, file=sys.stderr) if self._terminal else print(text, file=sys.stderr, flush=True)
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        elif not self._silent:
+            print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

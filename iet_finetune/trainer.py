@@ -16,10 +16,12 @@ from .config import Config
 from .ensemble import Clone
 from .errors import UserError
 from .families import save_pipeline
+from .groups import Ranks
 from .hub import check_push, push
 from .identity import check_identity, differences, environment, free_settings
 from .ledger import write_ledger
 from .reporting import Reporter, warn
+from .schedule import Step, Wave
 from .tracking import RoundSums
 
 LEDGER = "ledger.parquet"
@@ -28,7 +30,8 @@ LEDGER = "ledger.parquet"
 class Trainer:
     """Fine-tunes one pipeline with IET-AGC: `Trainer(Config.from_flags(...)).train()`.
 
-    The output folder is held for this trainer until `train` ends or the trainer is gone.
+    Under `accelerate launch` or `torchrun` every rank has one. The output folder, which all ranks must see, is held
+    for this trainer until `train` ends or the trainer is gone.
 
     Args:
         config: the settings; see `iet_finetune.config`.
@@ -43,37 +46,51 @@ class Trainer:
         self.config = config
         self.output = config.output_path
         accelerator = start_accelerator(config)
-        self._lock = outputs.claim(self.output, resuming=resume is not None)
+        self.ranks = Ranks.join(config.training.ddp_timeout)
+        self._lock: outputs.FolderLock | None = None
         try:
-            self._prepare(accelerator, resume)
+            with self.ranks.one_voice():
+                self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
+                self._prepare(accelerator, resume)
         except BaseException:
-            self._lock.release()
+            self._release()
             raise
 
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `DiffusionPipeline.from_pretrained` loads."""
         try:
-            self.train_rounds()
-            return self.finish()
+            with self.ranks.one_voice():
+                self.train_rounds()
+                self.finish()
+                self.ranks.leave()
         finally:
             self.reporter.close()
+            self._release()
+        return self.output
+
+    def _release(self) -> None:
+        if self._lock is not None:
             self._lock.release()
 
     def train_rounds(self) -> None:
-        """Iterative ensemble training: every round trains each clone on its shard and merges them."""
+        """Iterative ensemble training: every round trains each clone on its shard and merges them.
+
+        The ranks take the shards in waves, one each or one a group; between a wave's ends none waits for another.
+        """
         self.reporter.draw_base()
         if not self.ensemble.in_midst_of_round:
             self.reporter.draw_round()
         for _ in self.rounds():
-            for shard in self.ensemble.pending_shards:
-                clone = self.ensemble.checkout(shard)
-                self.train_locally(clone)
-                self.ensemble.collect(clone)
-                if self.checkpoint_is_due() and self.ensemble.in_midst_of_round:
-                    self.save_checkpoint()
+            for shards in self.ensemble.pending_waves:
+                clone = self.ensemble.checkout(shards)
+                self.train_locally(clone, wave := self._wave(shards))
+                self.ensemble.collect(shards)
+                self.reporter.step(self.ensemble.step, 0)
+                if wave.length in wave.checkpoints(self._checkpoint_every) and self.ensemble.in_midst_of_round:
+                    self.save_checkpoint(self.ensemble.step)
             drift = self.ensemble.merge()
             self.reporter.round(drift)
-            self.save_checkpoint()
+            self.save_checkpoint(self.ensemble.step)
             self.reporter.draw_round()
 
     def rounds(self) -> Iterator[int]:
@@ -81,26 +98,55 @@ class Trainer:
         while self.ensemble.in_midst_of_round or self.schedule.remaining_rounds(self.ensemble.steps):
             yield self.ensemble.round + 1
 
-    def train_locally(self, clone: Clone) -> None:
-        """Takes the live clone through its steps of this round, logging and writing checkpoints on the way."""
+    def _wave(self, shards: list[int]) -> Wave:
+        """How many steps each of the shards still takes in this round; the same on every rank."""
+        steps = []
+        for clone in (self.ensemble.clones[shard] for shard in shards):
+            began = clone.began if self.ensemble.is_amid(clone.shard) else clone.step
+            steps.append(self.schedule.round_end(clone.shard, began) - clone.step)
+        return Wave(tuple(shards), tuple(steps), self.ensemble.step)
+
+    def train_locally(self, clone: Clone | None, wave: Wave) -> None:
+        """Takes this rank's clone through its steps of this round, logging and writing checkpoints on the way.
+
+        A checkpoint falls on the same steps of all the wave's clones; a rank that has no more writes its part at once.
+        """
+        due = [taken for taken in wave.checkpoints(self._checkpoint_every) if taken < wave.length]
+        taken, stop = 0, self.schedule.round_end(clone.shard, clone.began) if clone is not None else 0
+        for step in self._steps(clone):
+            assert clone is not None
+            self.ranks.check()
+            taken += 1
+            before, total = wave.total(taken - 1), wave.total(taken)
+            self.reporter.step(total, (total - before) * (step.stop - step.start))
+            if clone.step % self.config.logging.logging_steps == 0 and clone.step < stop:
+                self.stop_if_broken(clone, self.reporter.log(clone))
+            if taken in due:
+                self.stop_if_broken(clone, clone.meter.read())
+                self.save_checkpoint(total)
+        if clone is not None:
+            self.parts.local.park(clone)
+        if clone is not None and taken:
+            self.stop_if_broken(clone, self.reporter.log(clone))
+        for later in (place for place in due if place > taken):
+            self.save_checkpoint(wave.total(later))
+
+    def _steps(self, clone: Clone | None) -> Iterator[Step]:
+        """Takes the clone's steps one after the other; yields each when it is done."""
+        if clone is None:
+            return
+        self.reporter.begin_clone(clone)
         stop = self.schedule.round_end(clone.shard, clone.began)
         steps = self.schedule.steps(clone.shard, clone.step, stop)
-        self.reporter.begin_clone(clone)
         shard, course = self.parts.shards[clone.shard], self.parts.courses[clone.shard]
-        for step in self.parts.local.run(clone, shard, steps, course):
-            self.reporter.step(step.stop - step.start)
-            if clone.step % self.config.logging.logging_steps == 0 or clone.step == stop:
-                self.stop_if_broken(clone, self.reporter.log(clone))
-            if self.checkpoint_is_due() and clone.step < stop:
-                self.stop_if_broken(clone, clone.meter.read())
-                self.save_checkpoint()
-        self.parts.local.park(clone)
+        yield from self.parts.local.run(clone, shard, steps, course)
 
     def stop_if_broken(self, clone: Clone, sums: RoundSums) -> None:
         """Ends a run whose loss or gradient was not finite, with good weights saved.
 
         Broken steps changed no weight, but a finite step before them may have driven the weights too far. So what is
-        saved is the start of this clone's round, unless a checkpoint written since then stands.
+        saved is the start of this clone's round, unless a checkpoint written since then stands. With several ranks,
+        whose other clones are in the midst of theirs, it is the newest checkpoint that stands.
 
         Raises:
             UserError: says where it happened and what to try.
@@ -108,22 +154,33 @@ class Trainer:
         if sums.broken_step < 0:
             return
         if self.ensemble.set_back() and not self.store.has(self.ensemble.step):
-            self.save_checkpoint(keep_older=True)
-        *older, newest = self.store.all()
-        go_back = f"; if that breaks too, with `--resume_from_checkpoint {older[-1].name}`" if older else ""
+            self.save_checkpoint(self.ensemble.step, keep_older=True)
         raise UserError(
             f"the loss or gradient was not finite in round {self.ensemble.round + 1}, shard {clone.shard + 1} of "
-            f"{len(self.ensemble.clones)}, step {sums.broken_step + 1}. The last good weights are saved in {newest}: "
-            "lower `--learning_rate` or use `--mixed_precision no`, and go on with `--resume_from_checkpoint latest`"
-            f"{go_back}."
+            f"{len(self.ensemble.clones)}, step {sums.broken_step + 1}. {self._after_a_break()}."
         )
 
-    def checkpoint_is_due(self) -> bool:
-        """Whether the steps of all clones together have reached a multiple of `--checkpointing_steps`."""
-        return self.ensemble.step % self.config.checkpoint.checkpointing_steps == 0
+    def _after_a_break(self) -> str:
+        advice = "lower `--learning_rate` or use `--mixed_precision no`"
+        if not (saved := self.store.all()):
+            return f"Nothing was saved yet: {advice}, and start anew in another `--output_dir`"
+        *older, newest = saved
+        go_back = f"; if that breaks too, with `--resume_from_checkpoint {older[-1].name}`" if older else ""
+        return (
+            f"The last good weights are saved in {newest}: {advice}, and go on with "
+            f"`--resume_from_checkpoint latest`{go_back}"
+        )
 
-    def save_checkpoint(self, *, keep_older: bool = False) -> Path:
-        """Writes down where the run stands; returns the checkpoint's folder."""
+    @property
+    def _checkpoint_every(self) -> int:
+        return self.config.checkpoint.checkpointing_steps
+
+    def save_checkpoint(self, step: int, *, keep_older: bool = False) -> Path:
+        """Writes down where this rank stands, as its part of the checkpoint after `step` steps of all clones.
+
+        Returns:
+            the checkpoint's folder, which is there once all ranks have written their parts.
+        """
         if self.ensemble.live is not None:
             self.parts.local.park(self.ensemble.live)
         facts = {
@@ -133,10 +190,21 @@ class Trainer:
             "pictures": self._pictures(),
             "environment": environment(),
         }
-        return self.store.save(self.ensemble.step, self.ensemble.pieces(), facts, keep_older=keep_older)
+        path = self.store.save(step, self.ensemble.pieces(), facts, keep_older=keep_older)
+        if self.parts.placement.group_size > 1:
+            # The others of a group must not wait in a collective for the one that writes.
+            self.ranks.meet()
+        return path
 
-    def finish(self) -> Path:
-        """Saves the pipeline, the ledger and the model card, and pushes them if asked to."""
+    def finish(self) -> None:
+        """Saves the pipeline, the ledger and the model card, and pushes them if asked to: rank 0 alone."""
+        self.ranks.meet()
+        if self.ranks.is_main:
+            self._finish()
+        self.ranks.meet()
+
+    def _finish(self) -> None:
+        self._gather_clones()
         self.reporter.load_result()
         outputs.publish(self.output, self._save_pipeline)
         parts, clones = self.parts, self.ensemble.clones
@@ -148,32 +216,53 @@ class Trainer:
         self._print_summary(picture)
         if self.config.hub.push_to_hub:
             print(f"pushed to {push(self.output, self.config.hub)}")
-        return self.output
+
+    def _gather_clones(self) -> None:
+        """The clones of the other ranks as they stand in the checkpoint that every run ends with."""
+        if self.ranks.size > 1:
+            self.ensemble.load_clones(self.store.open(self.store.all()[-1]))
 
     def _prepare(self, accelerator: Accelerator, resume: str | None) -> None:
-        if self.config.hub.push_to_hub:
+        if self.config.hub.push_to_hub and self.ranks.is_main:
             check_push(self.output, self.config.hub)
-        self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit)
-        checkpoint = self.store.find(resume) if resume is not None else None
-        self.parts = build_parts(self.config, accelerator)
+        self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
+        checkpoint = self._checkpoint(resume)
+        self.parts = build_parts(self.config, accelerator, self.ranks)
         self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
         same_pictures = checkpoint is not None and checkpoint.manifest["pictures"] == self._pictures()
         if checkpoint is not None:
             self._take_up(checkpoint)
+        if self.ranks.is_main:
+            self._prepare_folder(checkpoint)
+        self.ranks.meet()
+        self.reporter = Reporter(self.config, self.parts, same_pictures)
+
+    def _checkpoint(self, resume: str | None) -> Checkpoint | None:
+        """The checkpoint to go on from, which rank 0 looks for and all open."""
+        found = self.store.find(resume) if resume is not None and self.ranks.is_main else None
+        path = self.ranks.gather(str(found.path) if found is not None else None)[0]
+        return found if found is not None or path is None else self.store.open(Path(path))
+
+    def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         self._check_space()
+        if idle := self.parts.placement.idle():
+            warn(
+                f"`--num_shards {len(self.ensemble.clones)}` on {self.ranks.size} ranks: "
+                f"{', '.join(f'rank {rank}' for rank in idle)} will have nothing to do in the last part of every round"
+            )
         if self.config.logging.report_to != "none":
             outputs.make_logging_folder(self.output / self.config.logging.logging_dir)
         if checkpoint is not None:
             self.store.go_back_to(checkpoint)
         outputs.write_config(self.output, self.config)
-        self.reporter = Reporter(self.config, self.parts, same_pictures)
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.manifest
         check_identity(saved["identity"], self.parts.identity, str(checkpoint.path))
         changed = differences(saved["settings"], self._settings())
         for line in changed + differences(saved["environment"], environment()):
-            warn(f"resuming, but {line}: the weights may differ from those of a run without a stop")
+            if self.ranks.is_main:
+                warn(f"resuming, but {line}: the weights may differ from those of a run without a stop")
         self.ensemble.restore(checkpoint)
         if any(done > total for done, total in zip(self.ensemble.steps, self.schedule.total_steps, strict=True)):
             raise UserError(

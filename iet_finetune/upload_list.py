@@ -21,7 +21,10 @@ OWN_FILES = (INDEX_NAME, LORA_NAME, CARD_NAME, CONFIG_NAME, AUDIT_NAME)
 COMPONENT_SUFFIXES = (".json", ".safetensors")
 TOKENIZER_FILES = ("merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
-LOCAL_FLAGS = ("train_data_dir", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", *SECRET_FLAGS)
+LOCAL_FLAGS = (
+    *("train_data_dir", "output_dir", "cache_dir", "offload_dir", "logging_dir", "resume_from_checkpoint"),
+    *SECRET_FLAGS,
+)
 NAMED_FLAGS = ("pretrained_model_name_or_path", "dataset_name")  # a Hub id or a folder
 # diffusers and transformers note in a configuration where it was loaded from: a folder of this machine.
 ORIGIN_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""What holds for every test: no network, caches in a temporary folder, one thread, repeatable draws.
+"""What holds for every test: no network, caches in a temporary folder, one thread, repeatable draws, small disks.
 
 The environment is set before anything imports torch, datasets or huggingface_hub, which read it at import.
 """
@@ -7,7 +7,9 @@ import atexit
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One folder a process, and so one for each worker of pytest-xdist.
@@ -25,8 +27,9 @@ os.environ["HF_DATASETS_CACHE"] = str(_SCRATCH / "datasets")
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest  # noqa: E402 - conftest's imports follow the environment
 import torch  # noqa: E402 - it reads the environment above
-from hypothesis import settings  # noqa: E402 - as above: conftest's imports follow the environment
+from hypothesis import settings  # noqa: E402 - as above
 
 torch.set_num_threads(1)
 
@@ -34,3 +37,26 @@ torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable" if os.environ.get("CI") else "explore")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mounts a disk of so many bytes and returns its folder; skips the test where that is not allowed."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            pytest.skip(f"cannot mount a small disk: {error}")
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

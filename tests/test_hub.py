@@ -195,8 +195,8 @@ def test_only_the_pipeline_its_card_and_public_settings_leave_the_machine(hub: H
 def test_the_uploaded_settings_repeat_the_run_but_for_paths_and_secrets(finished: Path):
     local = yaml.safe_load((finished / "training_config.yaml").read_text())
     public = yaml.safe_load(bytes(upload_list(finished)["training_config.yaml"]))
-    gone = {"train_data_dir", "output_dir", "cache_dir", "logging_dir", "resume_from_checkpoint", "hub_token"}
-    assert local.keys() - public.keys() == gone | {"pretrained_model_name_or_path"}
+    gone = {"train_data_dir", "output_dir", "cache_dir", "offload_dir", "logging_dir", "resume_from_checkpoint"}
+    assert local.keys() - public.keys() == gone | {"hub_token", "pretrained_model_name_or_path"}
     assert public.items() <= local.items()
     assert Config.from_flags(**public).optimizer.learning_rate == 1e-5
 

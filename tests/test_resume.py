@@ -67,11 +67,11 @@ def run_until(trainer: Trainer, steps: int) -> None:
     """Trains until the run has taken `steps` more steps, and then is gone without cleaning up."""
     taken = 0
 
-    def step(samples: int) -> None:
+    def step(total: int, samples: int) -> None:
         nonlocal taken
         if taken == steps:
             raise Killed
-        taken += 1
+        taken += samples > 0
 
     trainer.reporter.step = step
     with pytest.raises(Killed):
@@ -218,7 +218,7 @@ def test_a_run_that_breaks_leaves_good_weights_and_can_go_on(world, tmp_path, br
     output = tmp_path / "out"
     trainer = Trainer(config(world, output))
 
-    def poison(samples: int) -> None:
+    def poison(total: int, samples: int) -> None:
         if trainer.ensemble.step == broken:
             trainer.parts.family.schedule.alphas_cumprod.fill_(float("nan"))
 

@@ -25,7 +25,8 @@ ROOMS = (
         "schedule",
         "identity",
     ),
-    *("data", "families", "adapters", "optimizers", "ema", "ledger", "groups", "checkpoint", "outputs", "tracking"),
+    *("data", "families", "adapters", "optimizers", "ema", "ledger", "placement", "watch", "meetings", "groups"),
+    *("host", "budget", "checkpoint", "merger", "outputs", "tracking"),
     *("ensemble", "local", "validation", "assembly", "reporting"),
     *("audit", "card", "upload_list", "hub", "trainer", "cli"),
 )

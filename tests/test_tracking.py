@@ -72,10 +72,10 @@ class Terminal(io.StringIO):
 def test_the_bar_tells_place_loss_skip_rate_speed_and_time_left(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     progress = Progress(total_steps=40, done=10)
-    for _ in range(5):
-        progress.advance(8)
+    for step in range(11, 16):
+        progress.reach(step, 8)
     progress.describe("round 1/3 shard 2/4", 0.1234, 0.25)
-    progress.advance(8)
+    progress.reach(16, 8)
     progress._bar.refresh()
     progress.close()
     shown = sys.stderr.getvalue().split("\r")[-1]
@@ -86,7 +86,7 @@ def test_the_bar_tells_place_loss_skip_rate_speed_and_time_left(monkeypatch):
 def test_without_a_terminal_there_are_lines_and_no_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     progress = Progress(total_steps=40, done=0)
-    progress.advance(8)
+    progress.reach(1, 8)
     progress.describe("round 1/3 shard 2/4", 0.1, 0.2)
     progress.say("round 1/3: done")
     progress.close()

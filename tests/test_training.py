@@ -259,7 +259,7 @@ def test_validation_draws_the_same_noise_before_and_after(world, tmp_path):
 def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "out", use_ema=True))
     ensemble, local = trainer.ensemble, trainer.parts.local
-    clone = ensemble.checkout(0)
+    clone = ensemble.checkout([0])
     steps = list(trainer.schedule.steps(0, 0, 3))
     run = local.run(clone, trainer.parts.shards[0], steps, trainer.parts.courses[0])
     next(run)

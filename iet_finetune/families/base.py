@@ -25,6 +25,7 @@ class Family(ABC):
 
     Attributes:
         schedule: the noise schedule that the denoiser is trained on.
+        network: what `predict` calls: the denoiser, or what wraps it where several ranks train it together.
     """
 
     denoiser_name: ClassVar[str] = "unet"
@@ -36,6 +37,7 @@ class Family(ABC):
                 pipeline.scheduler.config, prediction_type=prediction_type
             )
         self.pipeline = pipeline
+        self.network: Callable[..., Any] = self.denoiser
         training = DDPMScheduler.from_config(pipeline.scheduler.config)
         try:
             self.schedule = NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)

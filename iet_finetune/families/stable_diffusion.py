@@ -43,4 +43,4 @@ class StableDiffusion(Family):
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The UNet's output for (x_t, t, text)."""
-        return self.pipeline.unet(noisy_latents, timesteps, **conditions, return_dict=False)[0]
+        return self.network(noisy_latents, timesteps, **conditions, return_dict=False)[0]

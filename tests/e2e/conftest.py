@@ -1,7 +1,5 @@
-"""What the end-to-end tests share: a small pipeline and its images, a finished run, and small disks."""
+"""What the end-to-end tests share: a small pipeline and its images, and a finished run."""
 
-import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,26 +25,3 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     assert cli.main(["train", *words(flags(folder, folder / "trained"))]) == 0
     return folder
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a disk of so many bytes and returns its folder; skips the test where that is not allowed."""
-    mounted = []
-
-    def mount(size: int) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            pytest.skip(f"cannot mount a small disk: {error}")
-        if done.returncode:
-            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)

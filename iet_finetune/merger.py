@@ -1,0 +1,249 @@
+"""What all clones start a round from, and the merge of what they made of it: summed by slices, one slice a rank."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, Piece, slice_piece, tensors_piece
+from .groups import Ranks
+from .host import HostMemory
+from .merging import Layout, add_weighted, outer_step
+
+# Distances are summed by rows of so many numbers, and slices end at rows: the same rows on any number of ranks.
+ROW = 1 << 10
+# Numbers of each rank exchanged at once: 256 MB together; within one rank as many as stay in a processor's cache.
+BUCKET, ALONE = 1 << 26, 1 << 16
+
+
+class Merger:
+    """One set of named tensors: its value at the start of the round, and the running Σ n_k θ_k of the clones.
+
+    Every rank holds the whole value and one slice of the sum, in float64; it adds the clones' numbers in the order of
+    the shards, divides once and rounds once. So the result has the same bits on any number of ranks. Tensors that are
+    not floating point (counters) come from the first clone.
+
+    Args:
+        name: of the files in a checkpoint.
+        tensors: what the first round starts from; on the device where the clones train.
+        only_clone: whether there is but one clone, on one rank: it is its own mean, and no sum is kept.
+        measured: whether `collect` and `merge` are asked how far the tensors have moved; otherwise they answer 0.
+        outer: (lr, momentum) of the outer optimizer; (1, 0) is the mean itself.
+
+    Attributes:
+        tensors: the value at the start of the round, on the host; changed in place by `merge`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        ranks: Ranks,
+        host: HostMemory,
+        *,
+        only_clone: bool = False,
+        measured: bool = True,
+        outer: tuple[float, float] = (1.0, 0.0),
+    ) -> None:
+        self._name = name
+        self._ranks = ranks
+        self._host = host
+        self._layout = Layout(tensors)
+        self._device = next(iter(tensors.values())).device if ranks.size == 1 else ranks.device
+        self._measured = measured
+        self._outer = outer if outer != (1.0, 0.0) else None
+        self._only_clone = only_clone and self._outer is None
+        self._slice = slice_size(self._layout.size, ranks.size)
+        self._chunk = min(self._slice, ALONE if ranks.size == 1 else max(BUCKET // ranks.size // ROW, 1) * ROW)
+        self._value = host.empty((self._slice * ranks.size,), torch.float32)
+        self.tensors = self._layout.views(self._value)
+        counters = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if n not in self.tensors}
+        self.tensors |= counters
+        self._counters = {name: counter.clone() for name, counter in counters.items()}
+        for start in range(0, len(self._value), ALONE):
+            self._layout.read(tensors, start, self._value[start : start + ALONE])
+        self._sum = self._velocity = None
+        if not self._only_clone:
+            self._sum = host.empty((self._slice,), torch.float64)
+        if self._outer and self._outer[1]:
+            self._velocity = host.empty((self._slice,), torch.float32).zero_()
+        self._total: float = 0
+        self._moved = 0.0
+        self.rest()
+
+    # --- the sum -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, clone: Mapping[str, Tensor] | None, weights: Sequence[float]) -> float:
+        """Adds one wave of clones to the sum; every rank takes part.
+
+        Args:
+            clone: the live tensors of this rank's clone; None if it has none.
+            weights: of each rank's clone in the merge; 0 for one that is left out.
+
+        Returns:
+            ‖θ_k − θ‖ / ‖θ‖ of this rank's clone, θ being the start of the round.
+        """
+        moved = Distance()
+        if not any(weights):
+            return 0.0
+        if not self._total:
+            self._take_counters(clone, next(rank for rank, weight in enumerate(weights) if weight))
+        self._ranks.meet()
+        for start, stop in self._chunks():
+            parts = torch.empty(self._ranks.size * (stop - start), dtype=torch.float32, device=self._device)
+            if clone is not None:
+                self._read_clone(clone, start, stop, parts, moved)
+            self._add(start, stop, self._ranks.exchange(parts, met=True), weights)
+        self._total += sum(weights)
+        self._moved = moved.relative
+        self.rest()
+        return self._moved
+
+    def _read_clone(
+        self, clone: Mapping[str, Tensor], start: int, stop: int, parts: Tensor, moved: "Distance"
+    ) -> None:
+        for rank, part in enumerate(parts.split(stop - start)):
+            first = rank * self._slice + start
+            self._layout.read(clone, first, part)
+            value = self._value[first : first + len(part)]
+            if self._measured:
+                moved.add(part, value.to(part.device, non_blocking=True))
+            if self._only_clone:
+                value.copy_(part)
+
+    def _add(self, start: int, stop: int, parts: Tensor, weights: Sequence[float]) -> None:
+        if self._sum is None:
+            return
+        first = not self._total
+        for part, weight in zip(parts.cpu().split(stop - start), weights, strict=True):
+            if weight:
+                add_weighted(self._sum[start:stop], part, weight, first=first)
+                first = False
+
+    def _take_counters(self, clone: Mapping[str, Tensor] | None, source: int) -> None:
+        for name, counter in self._counters.items():
+            buffer = counter.to(self._device)
+            if clone is not None and self._ranks.rank == source:
+                buffer = clone[name].detach().to(self._device, copy=True)
+            self._ranks.broadcast(buffer, source)
+            counter.copy_(buffer)
+
+    # --- the merge ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """θ ← Σ n_k θ_k / Σ n_k, or what the outer optimizer makes of it; every rank takes part.
+
+        Returns:
+            ‖θ_new − θ‖ / ‖θ‖; 0 if no clone was collected.
+        """
+        if not self._total:
+            return 0.0
+        moved = Distance()
+        self._ranks.meet()
+        for start, stop in self._chunks() if self._sum is not None else ():
+            part = self._mean(start, stop).to(self._device)
+            self._take_over(start, self._ranks.share(part, met=True).cpu().split(stop - start), moved)
+        for name, counter in self._counters.items():
+            self.tensors[name].copy_(counter)
+        self._total = 0
+        self.rest()
+        return self._moved if self._only_clone else moved.relative
+
+    def _mean(self, start: int, stop: int) -> Tensor:
+        assert self._sum is not None
+        mean = self._sum[start:stop] / self._total
+        if self._outer is None:
+            return mean.to(torch.float32)
+        first = self._ranks.rank * self._slice + start
+        velocity = self._velocity[start:stop] if self._velocity is not None else None
+        return outer_step(self._value[first : first + len(mean)], mean, velocity, *self._outer)
+
+    def _take_over(self, start: int, parts: Sequence[Tensor], moved: "Distance") -> None:
+        for rank, part in enumerate(parts):
+            first = rank * self._slice + start
+            value = self._value[first : first + len(part)]
+            if self._measured:
+                moved.add(part, value)
+            value.copy_(part)
+
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        for start in range(0, self._slice, self._chunk):
+            yield start, min(start + self._chunk, self._slice)
+
+    def rest(self) -> None:
+        """Lets the process's memory go that holds what lies under `--offload_dir`."""
+        self._host.rest(*(tensor for tensor in (self._value, self._sum, self._velocity) if tensor is not None))
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    def total(self) -> float:
+        """Σ n_k of the clones that have been added in this round."""
+        return self._total
+
+    def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
+        """What this rank writes of it into a checkpoint, by file name; rank 0 writes what all ranks hold.
+
+        Args:
+            start: version of the round's start.
+            so_far: version of the sum.
+        """
+        pieces: dict[str, Piece] = {}
+        if self._ranks.is_main:
+            pieces[f"{self._name}.safetensors"] = tensors_piece(start, self.tensors)
+            if self._counters and self._total:
+                pieces[f"{self._name}_counters.safetensors"] = tensors_piece(so_far, self._counters)
+        first = self._ranks.rank * self._slice
+        end = f"{self._ranks.rank + 1:05d}-of-{self._ranks.size:05d}.safetensors"
+        if first >= self._layout.size:
+            return pieces
+        if self._total and self._sum is not None:
+            pieces[f"{self._name}_sum-{end}"] = slice_piece(so_far, first, self._sum)
+        if self._velocity is not None:
+            pieces[f"{self._name}_velocity-{end}"] = slice_piece(start, first, self._velocity)
+        return pieces
+
+    def restore(self, checkpoint: Checkpoint, total: float) -> None:
+        """Takes up what `pieces` of any number of ranks gave."""
+        for name, tensor in checkpoint.tensors(f"{self._name}.safetensors").items():
+            self.tensors[name].copy_(tensor)
+        first = self._ranks.rank * self._slice
+        if total and self._sum is not None:
+            checkpoint.read_slice(f"{self._name}_sum-", first, self._sum)
+        if total and self._counters:
+            self._counters = checkpoint.tensors(f"{self._name}_counters.safetensors")
+        if self._velocity is not None:
+            checkpoint.read_slice(f"{self._name}_velocity-", first, self._velocity)
+        self._total = total
+        self.rest()
+
+
+class Distance:
+    """‖a − b‖ / ‖b‖ over the parts of two vectors, the same number whatever the parts and their order."""
+
+    def __init__(self) -> None:
+        self._moved: list[float] = []
+        self._norm: list[float] = []
+
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """One part: (n,) fp32, n a multiple of 1024."""
+        rows = torch.stack(
+            [(ours - theirs).view(-1, ROW).square().sum(dim=1), theirs.view(-1, ROW).square().sum(dim=1)]
+        )
+        moved, norm = rows.tolist()
+        self._moved += moved
+        self._norm += norm
+
+    @property
+    def relative(self) -> float:
+        """The distance so far; 0 if nothing was added or everything is 0."""
+        norm = math.fsum(self._norm)
+        return math.sqrt(math.fsum(self._moved) / norm) if norm else 0.0
+
+
+def slice_size(numbers: int, ranks: int) -> int:
+    """How many numbers each rank's slice has: whole rows, and together at least all."""
+    return -(-numbers // (ranks * ROW)) * ROW
