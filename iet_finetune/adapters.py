@@ -34,4 +34,5 @@ class Trainable:
         """Copies values into the live tensors; those not in `values` stay as they are."""
         live = self.tensors
         for name, value in values.items():
-            live[name].copy_(value)
+            # From pinned memory a GPU copies while the host goes on; nobody changes the values before it has.
+            live[name].copy_(value, non_blocking=live[name].is_cuda)

@@ -14,8 +14,9 @@ from .errors import UserError, disk_full
 from .flags import nearest
 
 PROGRAM = "iet-finetune"
-# Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended.
-PATIENCE = 10
+# Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended. It
+# is longer where the ranks could not settle yet which of them that is.
+PATIENCE, LONG_PATIENCE = 2, 10
 HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
 
 
@@ -114,7 +115,11 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
         with _interrupted_by_sigterm():
             function()
     except UserError as error:
-        return _stop(f"error: {error}", 2, _speaks(error))
+        code = _stop(f"error: {error}", 2, _speaks(error))
+        if error.speaker is not None:
+            # With ranks that may be dead, the collective library might wait for them when Python ends.
+            os._exit(code)
+        return code
     except KeyboardInterrupt:
         return _stop(f"interrupted; {after_interrupt}.", 130, os.environ.get("RANK", "0") == "0")
     except Exception as error:
@@ -142,7 +147,8 @@ def _speaks(error: UserError) -> bool:
     """Whether it is this rank that tells of an error; if not, returns when the one that does has had time for it."""
     if error.speaker or (error.speaker is None and os.environ.get("LOCAL_RANK", "0") == "0"):
         return True
-    time.sleep(PATIENCE)
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(LONG_PATIENCE if error.speaker is None else PATIENCE)
     # Still here: then an error that is not settled between the ranks was one of this rank alone.
     return error.speaker is None
 

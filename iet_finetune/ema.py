@@ -44,4 +44,4 @@ class EMA:
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Goes on from another average."""
         for name, value in values.items():
-            self.tensors[name].copy_(value)
+            self.tensors[name].copy_(value, non_blocking=self.tensors[name].is_cuda)

@@ -191,18 +191,25 @@ class Meetings:
         if _is_broken_connection(error):
             self._watch.wait_for_news()
         instead = self._watch.error()  # a KeyboardInterrupt, too, is then the launcher's answer to it
-        if instead is None and isinstance(error, Exception):
-            news = self._watch.report(self._store, _as_one_line(error, self.rank))
-            instead = self._watch.error()
-            if news.speaker and isinstance(error, UserError):
+        if instead is None and isinstance(error, Exception) and self._first_to_report(error):
+            if isinstance(error, UserError):
                 error.speaker = True
-            if news.speaker:
-                instead = None
+        elif instead is None:
+            instead = self._watch.error()
         self._watch.confirm(self._store)
         if self.is_main or instead is None or instead.speaker:
             with contextlib.suppress(KeyboardInterrupt):  # of the launcher: then one has ended, and all have heard
                 self._watch.wait_until_heard(self._store)
         return instead
+
+    def _first_to_report(self, error: Exception) -> bool:
+        assert self._watch is not None
+        try:
+            first = self._watch.report(self._store, _as_one_line(error, self.rank)).speaker
+        except RuntimeError:  # without the store nobody decides: better said twice than not at all
+            return True
+        self._watch.error()  # noticed
+        return first
 
 
 def _is_broken_connection(error: BaseException) -> bool:

@@ -203,4 +203,6 @@ class Trackers:
 
     def close(self) -> None:
         """Writes out what is pending."""
-        self._accelerator.end_training()
+        # Not `end_training`, which also takes down the process group: that may wait for ranks that are gone.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()

@@ -1,5 +1,6 @@
 """A run, from load to save: tells the story and leaves every part of it to the room that knows it."""
 
+import atexit
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,8 @@ class Trainer:
         finally:
             self.reporter.close()
             self._release()
+        # Not now: there may be another run in the same processes. And not after an error: ranks may be gone.
+        atexit.register(self.parts.accelerator.state.destroy_process_group)
         return self.output
 
     def _release(self) -> None:

@@ -124,12 +124,12 @@ class Watch:
             store: the calling thread's handle.
             text: one line for the user.
             deaf: the ranks that cannot hear it.
+
+        Raises:
+            RuntimeError: the store does not answer.
         """
         mine = json.dumps({"rank": self.rank, "text": " ".join(text.splitlines()), "deaf": [*deaf]})
-        try:
-            first = json.loads(store.compare_set("report", "", mine))
-        except RuntimeError:  # no store, no election: better said twice than not at all
-            return self._tell(News(text, True, range(self.size)))
+        first = json.loads(store.compare_set("report", "", mine))
         return self._tell(News(first["text"], first["rank"] == self.rank, first["deaf"]))
 
     def confirm(self, store: "Store") -> None:
@@ -213,7 +213,8 @@ class Watch:
         assert self.news is not None
         if self.news.speaker:
             # Not through sys.stderr: the stuck main thread may hold its lock.
-            os.write(2, f"iet-finetune: error: {self.news.text}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(2, f"iet-finetune: error: {self.news.text}\n".encode())
         else:
             # Launchers stop all ranks when the first one has failed: the speaker goes first.
             time.sleep(self.interval)

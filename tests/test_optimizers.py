@@ -5,7 +5,14 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from iet_finetune.config import SCHEDULES, OptimizerConfig, TrainingConfig
-from iet_finetune.optimizers import build_optimizer, learning_rate_course, masked_step
+from iet_finetune.optimizers import (
+    build_optimizer,
+    fresh_moments,
+    learning_rate_course,
+    masked_step,
+    moments_by_parameter,
+    named_moments,
+)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -42,3 +49,22 @@ def test_a_masked_step_changes_neither_weights_nor_moments(fused):
     assert all(torch.equal(value, moments[name]) for name, value in optimizer.state[parameter].items())
     step(False)
     assert not torch.equal(parameter, weights)
+
+
+def test_fresh_moments_are_those_of_an_optimizer_that_has_not_stepped_yet():
+    torch.manual_seed(0)
+    start = [torch.randn(3, 4), torch.randn(5)]
+    results = []
+    for fresh in (False, True):
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+        if fresh:
+            named = named_moments(fresh_moments(optimizer))
+            assert set(named) == {f"{i}.{name}" for i in (0, 1) for name in ("step", "exp_avg", "exp_avg_sq")}
+            state = {**optimizer.state_dict(), "state": moments_by_parameter(named)}
+            optimizer.load_state_dict(state)
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        results.append([*parameters, *named_moments(optimizer.state_dict()["state"]).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

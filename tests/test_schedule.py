@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iet_finetune.config import EnsembleConfig, TrainingConfig
-from iet_finetune.schedule import Schedule
+from iet_finetune.schedule import Schedule, Wave
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
 count = st.integers(1, 7)
@@ -80,3 +80,18 @@ def test_merge_steps_are_counted_per_clone():
     training = TrainingConfig(train_batch_size=5, max_train_steps=20)
     schedule = Schedule.plan((10, 100), training, EnsembleConfig(merge_every_steps=8))
     assert list(rounds(schedule, [0, 0])) == [[(0, 8)] * 2, [(8, 16)] * 2, [(16, 20)] * 2]
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.integers(0, 100), st.integers(1, 12))
+def test_checkpoints_fall_where_the_steps_of_all_clones_reach_a_multiple(steps, before, every):
+    wave = Wave(tuple(range(len(steps))), tuple(steps), before)
+    # One step after the other, each by all clones that have one left.
+    total, expected = before, []
+    for taken in range(1, max(steps) + 1):
+        former = total
+        total += sum(taken <= own for own in steps)
+        assert wave.total(taken) == total
+        if any(number % every == 0 for number in range(former + 1, total + 1)):
+            expected.append(taken)
+    assert wave.checkpoints(every) == expected
+    assert wave.total(wave.length + 5) == before + sum(steps)
