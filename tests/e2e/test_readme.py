@@ -1,4 +1,4 @@
-"""What the README tells the reader to type works as it stands there."""
+"""What the README and the page on several GPUs tell the reader to type works as it stands there."""
 
 import re
 import shlex
@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.commands.launch import launch_command_parser
 from tiny import save_images, save_tiny_sd, tiny_sd
+from torch.distributed.run import get_args_parser
 
 from iet_finetune import Config
 from iet_finetune.config import flag_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs" / "distributed.md").read_text()
+# What parses the words between a launcher's name and the script's.
+LAUNCHERS = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
+LAUNCHER_FLAGS = {flag.removeprefix("--") for parser in LAUNCHERS.values() for flag in parser._option_string_actions}
 
 
 def blocks(language: str, containing: str) -> list[str]:
@@ -67,9 +73,36 @@ def test_the_shell_command_has_only_flags_that_exist():
     assert len(config.validation.validation_prompts) == 2
 
 
-def test_every_flag_named_in_the_text_exists_with_the_default_given():
-    for name in re.findall(r"`--(\w+)", README):
-        assert name in [*flag_names(), "config", "help"], name
+def commands(text: str) -> list[str]:
+    """The commands of all shell blocks that start the script, each on one line."""
+    shell = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+    return [line for line in shell.replace("\\\n", " ").splitlines() if "train_iet_agc.py" in line]
+
+
+@pytest.mark.parametrize("command", commands(README) + commands(PAGE))
+def test_a_command_has_only_flags_that_its_launcher_and_the_script_know(command, tmp_path, monkeypatch):
+    (tmp_path / "my_run.yaml").write_text("pretrained_model_name_or_path: base\ntrain_data_dir: my_photos\n")
+    monkeypatch.chdir(tmp_path)
+    before, after = command.split("train_iet_agc.py")
+    launcher = re.sub(r"^(\w+=\w+ )*", "", before).strip()
+    for name, parser in LAUNCHERS.items():
+        if launcher.startswith(name):
+            typed = parser.parse_args([*shlex.split(launcher.removeprefix(name)), "train_iet_agc.py"])
+            file = getattr(typed, "config_file", None)
+            assert file is None or (ROOT / file).is_file()
+            break
+    else:
+        assert launcher == "python"
+    Config.from_command_line(shlex.split(after))
+
+
+@pytest.mark.parametrize("text", [README, PAGE], ids=["README", "distributed"])
+def test_every_flag_named_in_a_text_exists(text):
+    for name in re.findall(r"`--(\w+)", text):
+        assert name in {*flag_names(), *LAUNCHER_FLAGS, "config", "help"}, name
+
+
+def test_the_defaults_in_the_table_of_flags_are_those_of_the_flags():
     defaults = Config().to_flags()
     for name, default in re.findall(r"^\| `--(\w+)` \|.*\| (\w[\w.]*) \|$", README, flags=re.MULTILINE):
         assert str(defaults[name]).removesuffix(".0") == default, name
@@ -80,6 +113,7 @@ def test_the_makefile_has_the_commands(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-def test_files_the_readme_links_to_are_there():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/distributed.md"])
+def test_files_a_page_links_to_are_there(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).is_file(), target
