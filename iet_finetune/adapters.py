@@ -25,10 +25,6 @@ class Trainable:
         """All tensors by name, detached and live: they change with the next step."""
         return {name: tensor.detach() for name, tensor in (*self.parameters.items(), *self.buffers.items())}
 
-    def read(self) -> dict[str, Tensor]:
-        """A copy of all tensors on the host."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors.items()}
-
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Copies values into the live tensors; those not in `values` stay as they are."""

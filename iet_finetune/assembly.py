@@ -15,17 +15,18 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from .adapters import Trainable
 from .agc import AntiGradientControl
 from .budget import check_memory, host_need
+from .clone import Clone
 from .config import Config
 from .data.dataset import TrainingImages, load_images
 from .data.loader import Shard
 from .data.transforms import ImageTransform
 from .ema import EMA
-from .ensemble import Clone, Ensemble
+from .ensemble import Ensemble
 from .errors import UserError, one_line
 from .families import Family, PipelineSource, family_class, find_pipeline, load_family
 from .groups import Group, Placement, Ranks
 from .host import HostMemory, check_offload
-from .identity import run_identity
+from .identity import common_flags, run_identity
 from .ledger import ShardLedger
 from .local import LocalTraining
 from .optimizers import build_optimizer, learning_rate_course
@@ -73,6 +74,7 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     Raises:
         UserError: whatever the user can mend.
     """
+    _check_same_everywhere(ranks, common_flags(config))
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
     with ranks.first_on_machine():
         source = find_pipeline(config.model)
@@ -89,10 +91,11 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
         family = load_family(source, config.model)
     _check_validation(config, family)
     shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
+    identity = run_identity(config, images.fingerprint, family.fingerprint())
+    # Before a group is made, whose members begin with the weights of the first: then there is no telling.
+    _check_same_everywhere(ranks, identity)
     group = ranks.group(placement)
     _prepare_denoiser(config, family, accelerator, group)
-    identity = run_identity(config, images.fingerprint, family.fingerprint())
-    _check_same_everywhere(ranks, identity)
     return Parts(
         accelerator=accelerator,
         ranks=ranks,
@@ -109,9 +112,9 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     )
 
 
-def _check_same_everywhere(ranks: Ranks, identity: dict[str, Any]) -> None:
+def _check_same_everywhere(ranks: Ranks, values: dict[str, Any]) -> None:
     """Raises a `UserError` that names what the ranks do not agree on: each machine may have its own files."""
-    first, *others = ranks.gather(identity)
+    first, *others = ranks.gather(values)
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:
@@ -160,7 +163,8 @@ def start_accelerator(config: Config) -> Accelerator:
     """Accelerate for this rank, with the trackers that are asked for.
 
     Raises:
-        UserError: a tracker that is not installed, a precision the device has not, or an engine that splits models.
+        UserError: a tracker that is not installed, a precision the device has not, an engine that splits models, or
+            other ranks that do not come.
     """
     report_to = config.logging.report_to
     available = [str(tracker.value) for tracker in get_available_trackers()]
@@ -179,6 +183,12 @@ def start_accelerator(config: Config) -> Accelerator:
     except ValueError as error:
         precision = config.training.mixed_precision
         raise UserError(f"Accelerate cannot run with `--mixed_precision {precision}`: {one_line(error)}") from None
+    except torch.distributed.DistError as error:
+        timeout, reason = config.training.ddp_timeout, one_line(error).rstrip(".")
+        raise UserError(
+            f"the ranks did not come together within `--ddp_timeout {timeout}` ({reason}): look for an error of "
+            "another rank, and whether all machines were started and reach the first one."
+        ) from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate itself, whose own configuration may ask for it, would train in fp32 without a word.
         raise UserError("`--mixed_precision fp16` needs a GPU: use `--mixed_precision bf16` or `no` on a CPU.")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,10 +55,21 @@ def state_piece(version: str, state: Any) -> Piece:
     """A piece holding nested dicts and lists of tensors and numbers, loadable without pickle's dangers."""
 
     def write(path: Path) -> None:
-        with path.open("wb") as stream:
+        with path.open("wb") as stream, _ctrl_c_unmasked():
             torch.save(state, stream)
 
     return Piece(version, write)
+
+
+@contextlib.contextmanager
+def _ctrl_c_unmasked() -> Iterator[None]:
+    """Around `torch.save`, which finishes its file when it is interrupted, and fails at that with another error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,8 @@ class CheckpointStore:
         self._ranks = ranks or Ranks.alone()
         self._previous: Checkpoint | None = None
         self._saved = 0
+        # A run's own, where several ranks write: some of one that was killed may live on for a while, and write too.
+        self._own = f".{self._ranks.gather(secrets.token_hex(4))[0]}" if self._ranks.size > 1 else ""
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -186,7 +200,13 @@ class CheckpointStore:
                 later.rename(aside)
 
     def save(
-        self, step: int, pieces: Mapping[str, Piece], facts: Mapping[str, Any], *, keep_older: bool = False
+        self,
+        step: int,
+        pieces: Mapping[str, Piece],
+        facts: Mapping[str, Any],
+        *,
+        keep_older: bool = False,
+        needed: Path | None = None,
     ) -> Path:
         """Writes this rank's part of `checkpoint-{step}`, and completes it if all others have written theirs.
 
@@ -196,12 +216,14 @@ class CheckpointStore:
         Args:
             pieces: relative file name -> piece; each name is one rank's.
             facts: what the manifest says besides, the same on all ranks.
+            keep_older: whether to remove none this time.
+            needed: a checkpoint that is kept beyond the limit, as it is still to be read from; the same on all ranks.
 
         Raises:
             UserError: no space left on the device; what was there before is untouched.
         """
         final = self._folder / f"checkpoint-{step}"
-        partial = partial_name(final)
+        partial = self._partial(final)
         part = {name: piece.version for name, piece in pieces.items()}
         self._saved += 1
         with no_space_named(final):
@@ -210,8 +232,11 @@ class CheckpointStore:
             if self._ranks.last_to(f"checkpoint {self._saved}"):
                 self._complete(partial, final, facts)
                 if not keep_older:
-                    self._remove_old(final)
+                    self._remove_old(final, needed)
         return final
+
+    def _partial(self, final: Path) -> Path:
+        return partial_name(final.with_name(final.name + self._own))
 
     def _write_part(self, partial: Path, pieces: Mapping[str, Piece], part: Mapping[str, str]) -> None:
         if self._ranks.size == 1:
@@ -257,15 +282,16 @@ class CheckpointStore:
     def _link(self, target: Path, name: str, version: str) -> bool:
         if self._previous is None or self._previous.manifest["pieces"].get(name) != version:
             return False
-        # Others may still be writing their parts of the previous checkpoint, or be moving it just now.
+        # Others may still be writing their parts of the previous checkpoint, or be moving it just now. Until it is
+        # moved, an older one of the same number may stand in its place: so that is not where to look first.
         path = self._previous.path
-        return any(_taken_over(folder / name, target) for folder in (path, partial_name(path), path))
+        return any(_taken_over(folder / name, target) for folder in (self._partial(path), path))
 
-    def _remove_old(self, newest: Path) -> None:
+    def _remove_old(self, newest: Path, needed: Path | None) -> None:
         for path in self._folder.glob(f".*{_GIVEN_UP}"):
             remove_folder(path)
         if self._limit is not None:
-            for path in [path for path in self.all() if path != newest][: -self._limit + 1 or None]:
+            for path in [path for path in self.all() if path not in (newest, needed)][: -self._limit + 1 or None]:
                 remove_folder(path)
 
 

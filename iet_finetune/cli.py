@@ -118,6 +118,7 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
         code = _stop(f"error: {error}", 2, _speaks(error))
         if error.speaker is not None:
             # With ranks that may be dead, the collective library might wait for them when Python ends.
+            sys.stdout.flush()
             os._exit(code)
         return code
     except KeyboardInterrupt:

@@ -36,10 +36,6 @@ class EMA:
         averages = list(self.tensors.values())
         torch._foreach_lerp_(averages, self._parameters, [weight] * len(averages))
 
-    def read(self) -> dict[str, Tensor]:
-        """A copy of the average on the host."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self.tensors.items()}
-
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Goes on from another average."""

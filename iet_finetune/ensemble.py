@@ -2,73 +2,24 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapters import Trainable
-from .agc import AntiGradientControl
 from .checkpoint import Checkpoint, Piece, state_piece, tensors_piece
+from .clone import Clone, random_state, set_random_state
 from .ema import EMA
+from .errors import UserError
 from .groups import Placement, Ranks
 from .host import HostMemory
-from .ledger import ShardLedger
 from .merger import Merger
-from .optimizers import fresh_moments, moments_by_parameter, named_moments
+from .optimizers import fresh_moments, moments_by_parameter, named_moments, with_counts_apart
 from .seeding import network_seed
-from .tracking import RoundMeter
 
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass
-class Clone:
-    """What belongs to one shard's clone from round to round; its weights are live only while it is checked out.
-
-    The rank that trains it keeps all of it up to date; the others know `step` and `began` from the last wave on.
-
-    Attributes:
-        shard: k.
-        weight: n_k, or 1, in the merge.
-        step: steps taken over the whole run.
-        began: the same number when its latest round began.
-        moments: the optimizer's state while the clone rests; None at the start and after a reset.
-        scaler: state of the gradient scaler, where fp16 training has one.
-        drift: ‖θ_k − θ‖ / ‖θ‖ of the last round, θ being the denoiser it started from.
-    """
-
-    _PLAIN: ClassVar = ("step", "began", "scaler", "drift")
-    _MODULES: ClassVar = ("agc", "ledger", "meter")
-
-    shard: int
-    weight: int
-    agc: AntiGradientControl
-    ledger: ShardLedger
-    meter: RoundMeter
-    step: int = 0
-    began: int = 0
-    moments: dict[int, Any] | None = None
-    scaler: dict[str, Any] = field(default_factory=dict)
-    drift: float = 0.0
-
-    @property
-    def folder(self) -> str:
-        """Of its files in a checkpoint."""
-        return f"shard-{self.shard:05d}"
-
-    def state(self) -> dict[str, Any]:
-        """Everything but weights and moments, for a checkpoint."""
-        plain = {name: getattr(self, name) for name in self._PLAIN}
-        return {**plain, **{name: getattr(self, name).state_dict() for name in self._MODULES}}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` gave."""
-        for name in self._PLAIN:
-            setattr(self, name, state[name])
-        for name in self._MODULES:
-            getattr(self, name).load_state_dict(state[name])
 
 
 class Ensemble:
@@ -123,9 +74,10 @@ class Ensemble:
         self.round = 0
         self.live: Clone | None = None
         self._finished = 0
-        # The shards of this rank that a checkpoint caught in the middle of their round, until they are checked out.
+        # The shards, of all ranks, that a checkpoint caught in the middle of their round, until they are collected.
         self._amid: dict[int, Checkpoint] = {}
-        self._all_amid: set[int] = set()
+        # Those of this rank, until they are checked out.
+        self._to_resume: set[int] = set()
         self._buffers: dict[int, Any] = {}
         self._start_of_live: dict[str, Any] | None = None
 
@@ -165,11 +117,16 @@ class Ensemble:
     @property
     def in_midst_of_round(self) -> bool:
         """Whether some of this round is done and some is not."""
-        return bool(self._all_amid) or 0 < self._finished < len(self.clones)
+        return bool(self._amid) or 0 < self._finished < len(self.clones)
 
     def is_amid(self, shard: int) -> bool:
         """Whether a checkpoint caught the shard's clone, of whatever rank, in the middle of the present round."""
-        return shard in self._all_amid
+        return shard in self._amid
+
+    @property
+    def needed(self) -> Path | None:
+        """The checkpoint that clones, of whatever rank, may still have to go on from; None if there is none."""
+        return next((checkpoint.path for checkpoint in self._amid.values()), None)
 
     def checkout(self, wave: Sequence[int]) -> Clone | None:
         """Makes this rank's clone of a wave live: the denoiser's weights, its own moments, dropout seeded anew.
@@ -179,15 +136,16 @@ class Ensemble:
         Returns:
             the live clone, or None if this rank has none in the wave.
         """
+        if self._placement.group_size > 1:
+            # A group's collectives begin only when all have come; those without a clone come to the meeting as well.
+            self._ranks.meet()
         shards = [shard for shard in wave if shard in self._placement.shards_of(self._ranks.rank)]
         if not shards:
             return None
         self.live = clone = self.clones[shards[0]]
-        if self._placement.group_size > 1:
-            # The group's collectives begin only when all have come.
-            self._ranks.meet()
-        if clone.shard in self._amid:
-            self._go_on(clone, self._amid.pop(clone.shard))
+        if clone.shard in self._to_resume:
+            self._to_resume.remove(clone.shard)
+            self._go_on(clone, self._amid[clone.shard])
             return clone
         self._trainable.load(self.denoiser)
         if self._ema is not None and self.average is not None:
@@ -246,12 +204,12 @@ class Ensemble:
                 clone.drift = drift
         if clone is not None and self._moments == "keep":
             # Without offloading the moments change owner rather than being copied; on a device they move to the host.
-            state, buffer = self._optimizer.state_dict()["state"], self._buffers.get(clone.shard)
+            state, buffer = with_counts_apart(self._optimizer.state_dict()["state"]), self._buffers.get(clone.shard)
             clone.moments = self._buffers[clone.shard] = self._host.keep(state, into=buffer)
         self._optimizer.state.clear()
         self._rest()
         self._finished = wave[-1] + 1
-        self._all_amid -= set(wave)
+        self._amid = {shard: checkpoint for shard, checkpoint in self._amid.items() if shard not in wave}
         self.live = None
 
     def _tell_steps(self, wave: Sequence[int]) -> list[int]:
@@ -304,19 +262,19 @@ class Ensemble:
         member = self._placement.member(self._ranks.rank)
         if member and self.live is not None:
             version = f"round {self.round} step {self.live.step}"
-            pieces[f"{self.live.folder}/random-{member}.pt"] = state_piece(version, _random_state())
+            pieces[f"{self.live.folder}/random-{member}.pt"] = state_piece(version, random_state())
         return pieces
 
     def _clone_pieces(self, clone: Clone) -> dict[str, Piece]:
         live, version = clone is self.live, f"round {self.round} step {clone.step}"
         moments = self._optimizer.state_dict()["state"] if live else clone.moments
-        pieces = {f"{clone.folder}/moments.pt": state_piece(f"step {clone.step}", moments)} if moments else {}
-        if clone.shard in self._amid:
+        pieces = {f"{clone.folder}/moments.pt": self._moments_piece(clone, moments)} if moments else {}
+        if clone.shard in self._to_resume:
             saved = self._amid[clone.shard]
-            return pieces | {name: saved.piece(name) for name in _names_of_live(clone) if saved.has(name)}
+            return pieces | {name: saved.piece(name) for name in clone.live_files if saved.has(name)}
         state = clone.state()
         if live:
-            state["random"] = _random_state()
+            state["random"] = random_state()
             pieces[f"{clone.folder}/live.safetensors"] = tensors_piece(version, self._trainable.tensors)
             if self._ema is not None:
                 pieces[f"{clone.folder}/live_ema.safetensors"] = tensors_piece(version, self._ema.tensors)
@@ -325,12 +283,31 @@ class Ensemble:
         pieces[f"{clone.folder}/clone.pt"] = state_piece(f"{version} {place}", state)
         return pieces
 
+    def _moments_piece(self, clone: Clone, moments: Any) -> Piece:
+        piece = state_piece(f"step {clone.step}", moments)
+
+        def write(path: Path) -> None:
+            piece.write(path)
+            # Else those of all clones, read from their files one after the other, would be in memory in the end.
+            self._host.rest(moments)
+
+        return Piece(piece.version, write)
+
     def position(self) -> dict[str, Any]:
         """Where the run stands, for a checkpoint's manifest; the same on all ranks."""
         return {"round": self.round, "finished": self._finished, "sum_total": self._mergers["denoiser"].total}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Goes back to where a checkpoint was written, by whatever number of ranks."""
+        """Goes back to where a checkpoint was written, by whatever number of ranks.
+
+        Raises:
+            UserError: it is damaged, or has no average of the moments where there is to be one.
+        """
+        if self._moments == "average" and not checkpoint.has("moments.safetensors"):
+            raise UserError(
+                f"cannot resume from {checkpoint.path} with `--optimizer_across_rounds average`: it was written with "
+                "`keep` or `reset`, and holds no average of the moments. Use one of these."
+            )
         position = checkpoint.manifest["position"]
         self.round, self._finished = position["round"], position["finished"]
         for merger in self._mergers.values():
@@ -339,13 +316,15 @@ class Ensemble:
         for clone in self.clones:
             amid = checkpoint.has(f"{clone.folder}/live.safetensors")
             if amid:
-                self._all_amid.add(clone.shard)
+                self._amid[clone.shard] = checkpoint
             if clone.shard in self._placement.shards_of(self._ranks.rank):
                 if amid:
-                    self._amid[clone.shard] = checkpoint
-                if checkpoint.has(f"{clone.folder}/moments.pt"):
+                    self._to_resume.add(clone.shard)
+                # What rests of a run that kept moments is not wanted in one that does not.
+                if (amid or self._moments == "keep") and checkpoint.has(f"{clone.folder}/moments.pt"):
                     moments = self._host.keep(checkpoint.state(f"{clone.folder}/moments.pt"))
                     clone.moments = self._buffers[clone.shard] = moments
+                    self._host.rest(moments)
         self._rest()
 
     def load_clones(self, checkpoint: Checkpoint) -> None:
@@ -363,23 +342,8 @@ class Ensemble:
         member = self._placement.member(self._ranks.rank)
         theirs = f"{clone.folder}/random-{member}.pt"
         if not member:
-            _set_random_state(checkpoint.state(f"{clone.folder}/clone.pt")["random"])
+            set_random_state(checkpoint.state(f"{clone.folder}/clone.pt")["random"])
         elif checkpoint.has(theirs):
-            _set_random_state(checkpoint.state(theirs))
+            set_random_state(checkpoint.state(theirs))
         else:
             torch.manual_seed(self._network_seed(clone))
-
-
-def _names_of_live(clone: Clone) -> list[str]:
-    return [f"{clone.folder}/{name}" for name in ("live.safetensors", "live_ema.safetensors", "clone.pt")]
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

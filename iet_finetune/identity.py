@@ -19,6 +19,11 @@ _NOT_FREE = (
     *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "ddp_timeout"),
 )
 _FREE_IN_ENSEMBLE = ("optimizer_across_rounds", "outer_lr", "outer_momentum")
+# Each machine may keep its files in places of its own; what is in them is compared by itself.
+_OF_A_MACHINE = (
+    *("pretrained_model_name_or_path", "cache_dir", "train_data_dir", "dataset_name", "dataloader_num_workers"),
+    *("output_dir", "offload_dir"),
+)
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -51,6 +56,11 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         "`--use_8bit_adam`": config.optimizer.use_8bit_adam,
         "the base model": base_model,
     }
+
+
+def common_flags(config: Config) -> dict[str, Any]:
+    """Flag -> value of all that the ranks of a run must have in common; machines may have a `--config` file each."""
+    return {f"`--{name}`": value for name, value in config.to_flags().items() if name not in _OF_A_MACHINE}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: str) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .adapters import Trainable
+from .clone import Clone
 from .config import Config
 from .data.loader import MicroBatch, Shard, Visits, micro_batches
 from .ema import EMA
-from .ensemble import Clone
 from .families.base import Conditions, Family, in_chunks
 from .groups import Group
 from .objective import per_sample_loss

@@ -70,6 +70,8 @@ class Merger:
             self._velocity = host.empty((self._slice,), torch.float32).zero_()
         self._total: float = 0
         self._moved = 0.0
+        # ‖θ‖² of the round's start, from the first time it is asked for to the merge.
+        self._norm: float | None = None
         self.rest()
 
     # --- the sum -----------------------------------------------------------------------------------------------------
@@ -85,26 +87,29 @@ class Merger:
         Returns:
             ‖θ_k − θ‖ / ‖θ‖ of this rank's clone, θ being the start of the round.
         """
-        moved = Distance()
+        moved = Distance(self._norm)
         if not any(weights):
             return 0.0
         if not self._total:
             self._take_counters(clone, next(rank for rank, weight in enumerate(weights) if weight))
         self._ranks.meet()
+        buffer = torch.empty(self._ranks.size * self._chunk, dtype=torch.float32, device=self._device)
         for start, stop in self._chunks():
-            parts = torch.empty(self._ranks.size * (stop - start), dtype=torch.float32, device=self._device)
+            parts = buffer[: self._ranks.size * (stop - start)]
             if clone is not None:
                 self._read_clone(clone, start, stop, parts, moved)
             self._add(start, stop, self._ranks.exchange(parts, met=True), weights)
         self._total += sum(weights)
         self._moved = moved.relative
+        if self._measured and clone is not None:
+            self._norm = moved.norm
         self.rest()
         return self._moved
 
     def _read_clone(
         self, clone: Mapping[str, Tensor], start: int, stop: int, parts: Tensor, moved: "Distance"
     ) -> None:
-        for rank, part in enumerate(parts.split(stop - start)):
+        for rank, part in enumerate(self._by_rank(parts)):
             first = rank * self._slice + start
             self._layout.read(clone, first, part)
             value = self._value[first : first + len(part)]
@@ -117,7 +122,7 @@ class Merger:
         if self._sum is None:
             return
         first = not self._total
-        for part, weight in zip(parts.cpu().split(stop - start), weights, strict=True):
+        for part, weight in zip(self._by_rank(parts.cpu()), weights, strict=True):
             if weight:
                 add_weighted(self._sum[start:stop], part, weight, first=first)
                 first = False
@@ -141,14 +146,14 @@ class Merger:
         """
         if not self._total:
             return 0.0
-        moved = Distance()
+        moved = Distance(self._norm)
         self._ranks.meet()
         for start, stop in self._chunks() if self._sum is not None else ():
             part = self._mean(start, stop).to(self._device)
-            self._take_over(start, self._ranks.share(part, met=True).cpu().split(stop - start), moved)
+            self._take_over(start, self._by_rank(self._ranks.share(part, met=True).cpu()), moved)
         for name, counter in self._counters.items():
             self.tensors[name].copy_(counter)
-        self._total = 0
+        self._total, self._norm = 0, None
         self.rest()
         return self._moved if self._only_clone else moved.relative
 
@@ -168,6 +173,9 @@ class Merger:
             if self._measured:
                 moved.add(part, value)
             value.copy_(part)
+
+    def _by_rank(self, parts: Tensor) -> tuple[Tensor, ...]:
+        return parts.view(self._ranks.size, -1).unbind()
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self._slice, self._chunk):
@@ -217,31 +225,47 @@ class Merger:
             self._counters = checkpoint.tensors(f"{self._name}_counters.safetensors")
         if self._velocity is not None:
             checkpoint.read_slice(f"{self._name}_velocity-", first, self._velocity)
-        self._total = total
+        self._total, self._norm = total, None
         self.rest()
 
 
 class Distance:
-    """‖a − b‖ / ‖b‖ over the parts of two vectors, the same number whatever the parts and their order."""
+    """‖a − b‖ / ‖b‖ over the parts of two vectors, the same number whatever the parts and their order.
 
-    def __init__(self) -> None:
+    Args:
+        norm: ‖b‖² where it is known from an earlier measurement; it is not computed again then.
+    """
+
+    def __init__(self, norm: float | None = None) -> None:
         self._moved: list[float] = []
-        self._norm: list[float] = []
+        self._parts_of_norm: list[float] = []
+        self._norm = norm
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
         """One part: (n,) fp32, n a multiple of 1024."""
-        rows = torch.stack(
-            [(ours - theirs).view(-1, ROW).square().sum(dim=1), theirs.view(-1, ROW).square().sum(dim=1)]
-        )
-        moved, norm = rows.tolist()
-        self._moved += moved
-        self._norm += norm
+        rows = [_sums_of_squares(ours - theirs)]
+        if self._norm is None:
+            rows.append(_sums_of_squares(theirs.clone()))
+        # Both at once: reading waits for the device.
+        numbers = torch.cat(rows).tolist() if len(rows) > 1 else rows[0].tolist()
+        self._moved += numbers[: len(rows[0])]
+        self._parts_of_norm += numbers[len(rows[0]) :]
+
+    @property
+    def norm(self) -> float:
+        """‖b‖², of what was added so far where it was not given."""
+        return math.fsum(self._parts_of_norm) if self._norm is None else self._norm
 
     @property
     def relative(self) -> float:
         """The distance so far; 0 if nothing was added or everything is 0."""
-        norm = math.fsum(self._norm)
+        norm = self.norm
         return math.sqrt(math.fsum(self._moved) / norm) if norm else 0.0
+
+
+def _sums_of_squares(numbers: Tensor) -> Tensor:
+    """Σ x² of each row of a part, which is overwritten: a second large temporary would cost more than the sums."""
+    return numbers.view(-1, ROW).square_().sum(dim=1)
 
 
 def slice_size(numbers: int, ranks: int) -> int:

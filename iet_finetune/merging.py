@@ -79,7 +79,8 @@ class Layout:
     def read(self, tensors: Mapping[str, Tensor], start: int, out: Tensor) -> None:
         """Copies the numbers from `start` on of the named tensors into `out` (n,); beyond the end they are 0."""
         stop = min(start + out.numel(), self.size)
-        out[max(stop - start, 0) :].zero_()
+        if stop - start < out.numel():
+            out[max(stop - start, 0) :].zero_()
         place, index = start, max(bisect_right(self._starts, start) - 1, 0)
         while place < stop:
             name, first = self._names[index], self._starts[index]

@@ -77,6 +77,21 @@ def moments_by_parameter(named: Mapping[str, Tensor]) -> dict[int, dict[str, Ten
     return state
 
 
+def with_counts_apart(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """An optimizer's state with copies of its step counts, which lie in memory between its large tensors.
+
+    Left there when the large ones go to files, they keep the C library from using the space as a whole again: memory
+    would grow with every clone.
+    """
+    return {
+        index: {
+            name: value.clone() if isinstance(value, Tensor) and not value.dim() else value
+            for name, value in values.items()
+        }
+        for index, values in state.items()
+    }
+
+
 def learning_rate_course(optimizer: OptimizerConfig, total_steps: int, base: float) -> Callable[[int], float]:
     """Learning rate of a clone's step, from diffusers' schedule of that name over its `total_steps`."""
     if base == 0:

@@ -7,8 +7,8 @@ from typing import Any
 
 from . import validation
 from .assembly import Parts
+from .clone import Clone
 from .config import Config
-from .ensemble import Clone
 from .tracking import Progress, RoundSums, Trackers, append_line, cut_back, read_lines
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"

@@ -71,7 +71,7 @@ class RoundMeter(nn.Module):
 
 
 class RoundSums:
-    """A meter's sums on the host; `+` adds those of several clones and `-` leaves what came since."""
+    """A meter's sums on the host; `combined` adds those of several clones, or leaves what came since."""
 
     def __init__(self, loss_sum: float, broken_step: int, seen: list[float], skipped: list[float]) -> None:
         self.loss_sum = loss_sum

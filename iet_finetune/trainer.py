@@ -13,8 +13,8 @@ from . import outputs
 from .assembly import build_parts, start_accelerator
 from .card import CardFacts, base_license, write_model_card
 from .checkpoint import Checkpoint, CheckpointStore
+from .clone import Clone
 from .config import Config
-from .ensemble import Clone
 from .errors import UserError
 from .families import save_pipeline
 from .groups import Ranks
@@ -181,6 +181,8 @@ class Trainer:
     def save_checkpoint(self, step: int, *, keep_older: bool = False) -> Path:
         """Writes down where this rank stands, as its part of the checkpoint after `step` steps of all clones.
 
+        Without groups no rank waits here for another.
+
         Returns:
             the checkpoint's folder, which is there once all ranks have written their parts.
         """
@@ -193,7 +195,8 @@ class Trainer:
             "pictures": self._pictures(),
             "environment": environment(),
         }
-        path = self.store.save(step, self.ensemble.pieces(), facts, keep_older=keep_older)
+        pieces, needed = self.ensemble.pieces(), self.ensemble.needed
+        path = self.store.save(step, pieces, facts, keep_older=keep_older, needed=needed)
         if self.parts.placement.group_size > 1:
             # The others of a group must not wait in a collective for the one that writes.
             self.ranks.meet()
@@ -282,14 +285,19 @@ class Trainer:
 
     def _check_space(self) -> None:
         weights = sum(tensor.nbytes for tensor in self.ensemble.denoiser.values())
+        ensemble, clones = self.config.ensemble, len(self.ensemble.clones)
         averages = 2 if self.config.optimizer.use_ema else 1
-        sums = 2 if len(self.ensemble.clones) > 1 else 0
-        moments = len(self.ensemble.clones) if self.config.ensemble.optimizer_across_rounds == "keep" else 1
+        live = min(clones, self.ranks.size)
+        moments = clones if ensemble.optimizer_across_rounds == "keep" else live
+        merged = averages + (2 if ensemble.optimizer_across_rounds == "average" else 0)
+        sums = 2 * merged if clones > 1 else 0
+        velocity = 1 if ensemble.outer_momentum else 0
         components = self.parts.family.pipeline.components.values()
         models = [component for component in components if isinstance(component, torch.nn.Module)]
         pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
-        # A checkpoint in the middle of a round: the round's start, the live clone, the sum in float64, the moments.
-        outputs.check_space(self.output, (2 + sums) * weights * averages + 2 * weights * moments + pipeline)
+        # A checkpoint in the middle of a round: the round's start, its sums in float64, live clones, and moments.
+        checkpoint = (merged + sums + velocity + live * averages + 2 * moments) * weights
+        outputs.check_space(self.output, checkpoint + pipeline)
 
     def _save_pipeline(self, folder: Path) -> None:
         family, dtypes = self.parts.family, dict(self.parts.source.dtypes)

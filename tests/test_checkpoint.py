@@ -1,17 +1,34 @@
 """Checkpoints are complete or absent, whatever happens while one is written."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 from iet_finetune import UserError
 from iet_finetune.checkpoint import CheckpointStore, Piece, state_piece, tensors_piece
+from iet_finetune.groups import Ranks
 
 
 @pytest.fixture
 def store(tmp_path):
     return CheckpointStore(tmp_path)
+
+
+class OneOfTwo(Ranks):
+    """One of two ranks that live in the same process and count together."""
+
+    def __init__(self, rank: int, said: Counter) -> None:
+        super().__init__(rank, 2)
+        self._said = said
+
+    def last_to(self, what: str) -> bool:
+        self._said[what] += 1
+        return self._said[what] == 2
+
+    def gather(self, value: str) -> list[str]:
+        return ["of rank 0"] * 2
 
 
 def pieces(value: float, version: str = "one"):
@@ -85,6 +102,16 @@ def test_older_ones_beyond_the_limit_are_kept_if_asked_for(tmp_path):
     assert [path.name for path in store.all()] == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_one_that_is_still_needed_is_kept_beyond_the_limit_until_it_is_not(tmp_path):
+    store = CheckpointStore(tmp_path, 1)
+    needed = store.save(1, pieces(1.0), {})
+    for step in (2, 3):
+        store.save(step, pieces(float(step)), {}, needed=needed)
+        assert [path.name for path in store.all()] == ["checkpoint-1", f"checkpoint-{step}"]
+    store.save(4, pieces(4.0), {})
+    assert [path.name for path in store.all()] == ["checkpoint-4"]
+
+
 def test_a_checkpoint_of_another_folder_is_refused(store, tmp_path):
     store.save(1, pieces(1.0), {})
     other = CheckpointStore(tmp_path / "other")
@@ -105,6 +132,26 @@ def test_pieces_of_the_same_version_are_linked_and_others_written(store, tmp_pat
     one, two = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
     assert (one / "shard/state.pt").samefile(two / "shard/state.pt")
     assert not (one / "weights.safetensors").samefile(two / "weights.safetensors")
+
+
+def test_a_rank_ahead_of_the_others_links_to_what_it_wrote_and_not_to_what_it_replaces(tmp_path):
+    said: Counter = Counter()
+    ahead, behind = (CheckpointStore(tmp_path, ranks=OneOfTwo(rank, said)) for rank in range(2))
+
+    def weights(value: float):
+        return {"weights.safetensors": tensors_piece(f"{value}", {"w": torch.full((3,), value)})}
+
+    others = {"other.pt": state_piece("one", 1)}
+    for value in (1.0, 2.0):
+        ahead.save(5, weights(value), {})
+        if value == 1.0:
+            behind.save(5, others, {})
+    # Here checkpoint-5 is still the first one: the second waits for the rank that is behind.
+    ahead.save(6, weights(2.0), {})
+    for step in (5, 6):
+        behind.save(step, others, {})
+        assert behind.open(tmp_path / f"checkpoint-{step}").tensors("weights.safetensors")["w"].tolist() == [2.0] * 3
+    assert (tmp_path / "checkpoint-5" / "weights.safetensors").samefile(tmp_path / "checkpoint-6/weights.safetensors")
 
 
 @pytest.mark.parametrize("damage", ["no json", '{"format": 1}', '{"format": 9, "pieces": {}}'])

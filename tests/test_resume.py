@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import textwrap
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from ranks import Ended, run_ranks
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd
 
-from iet_finetune import Config, Trainer, UserError
+from iet_finetune import Config, Trainer, UserError, outputs
 from iet_finetune.checkpoint import CheckpointStore
 
 
@@ -76,6 +78,31 @@ def run_until(trainer: Trainer, steps: int) -> None:
     trainer.reporter.step = step
     with pytest.raises(Killed):
         trainer.train()
+
+
+def train_on_ranks(size: int, settings: Config, before: str = "") -> list[Ended]:
+    """Trains on so many ranks; `before` are lines that each runs before, with its `trainer`."""
+    environment = {"ACCELERATE_USE_CPU": "true", "FLAGS": json.dumps(settings.to_flags())}
+    # What is told on stdout is for tests to read.
+    body = f"""
+sys.stdout = sys.stderr
+from iet_finetune import Config, Trainer
+trainer = Trainer(Config.from_flags(**json.loads(os.environ["FLAGS"])))
+{textwrap.dedent(before)}
+trainer.train()
+"""
+    return run_ranks(body, size, environments={rank: {**environment, "LOCAL_RANK": str(rank)} for rank in range(size)})
+
+
+GONE_AT_THE_FIRST_CHECKPOINT = """
+    def step(total, samples):
+        if trainer.ensemble.clones[ranks.rank].step == 3:
+            while not trainer.store.all():
+                time.sleep(0.01)
+            os._exit(9)
+
+    trainer.reporter.step = step
+"""
 
 
 def files(folder: Path) -> list[str]:
@@ -270,6 +297,68 @@ def test_clones_of_unequal_shards_resume_exactly_too(world, tmp_path, stop):
             trainer.train()
     Trainer(config(world, output, resume_from_checkpoint="latest", **settings)).train()
     assert_same_outcome(output, tmp_path / "whole")
+
+
+def test_clones_that_trained_side_by_side_go_on_one_after_the_other_though_few_checkpoints_are_kept(world, tmp_path):
+    output = tmp_path / "out"
+    train_on_ranks(2, config(world, output), GONE_AT_THE_FIRST_CHECKPOINT)
+    (found,) = CheckpointStore(output).all()
+    assert len(list(found.glob("shard-*/live.safetensors"))) == 2
+    one = {"resume_from_checkpoint": "latest", "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    run_until(Trainer(config(world, output, **one)), 1)
+    Trainer(config(world, output, **one)).train()
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-30"]
+    shutil.copytree(world / "whole" / "checkpoint-27", output / "checkpoint-27")
+    assert_same_outcome(output, world / "whole")
+
+
+def test_groups_go_on_in_the_midst_of_a_round_of_which_some_of_them_have_nothing_left_to_train(world, tmp_path):
+    save_tiny_sd(tmp_path / "base", timesteps=10)
+    shutil.copytree(world / "data", tmp_path / "data")
+    settings = {"num_shards": 2, "num_train_epochs": 3, "adam_epsilon": 1e-4, "learning_rate": 2e-4}
+    settings |= {"validation_prompts": [], "resume_from_checkpoint": "latest"}
+    Trainer(config(tmp_path, tmp_path / "one", **settings)).train()
+    # A round of a clone is 6 steps: the first shard is done, and the second begun.
+    output = tmp_path / "out"
+    run_until(Trainer(config(tmp_path, output, **settings)), 10)
+    ended = train_on_ranks(4, config(tmp_path, output, **settings))
+    assert [rank.code for rank in ended] == [0] * 4, ended
+    one, other = (load_file(path / "unet/diffusion_pytorch_model.safetensors") for path in (tmp_path / "one", output))
+    assert max((one[name] - other[name]).abs().max().item() for name in one) <= 1e-5
+    ledgers = [pq.read_table(path / "ledger.parquet")["skipped"] for path in (tmp_path / "one", output)]
+    assert ledgers[0] == ledgers[1]
+
+
+def test_moments_that_were_not_averaged_cannot_be_taken_up_as_an_average(world, tmp_path):
+    output = tmp_path / "out"
+    run_until(Trainer(config(world, output)), 4)
+    average = {"resume_from_checkpoint": "latest", "optimizer_across_rounds": "average"}
+    with pytest.raises(UserError, match="`--optimizer_across_rounds average`: it was written with `keep` or `reset`"):
+        Trainer(config(world, output, **average))
+    Trainer(config(world, output, resume_from_checkpoint="latest")).train()
+    assert_same_outcome(output, world / "whole")
+
+
+def test_moments_that_rest_are_dropped_where_they_are_no_longer_kept(world, tmp_path):
+    output = tmp_path / "out"
+    run_until(Trainer(config(world, output)), 16)
+    reset = config(world, output, resume_from_checkpoint="latest", optimizer_across_rounds="reset")
+    moments = [clone.moments for clone in Trainer(reset).ensemble.clones]
+    assert [bool(state) for state in moments] == [True, False, False]
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "average"])
+def test_the_room_on_the_disk_that_is_asked_for_is_what_a_checkpoint_takes(world, tmp_path, monkeypatch, moments):
+    asked = []
+    monkeypatch.setattr(outputs, "check_space", lambda folder, needed: asked.append(needed))
+    trainer = Trainer(config(world, tmp_path / "out", optimizer_across_rounds=moments, outer_momentum=0.9))
+    run_until(trainer, 18)
+    models = [part for part in trainer.parts.family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    # In the midst of the second round: one clone is done, one is live.
+    checkpoint = tmp_path / "out" / "checkpoint-18"
+    taken = sum((checkpoint / name).stat().st_size for name in files(checkpoint))
+    assert taken == pytest.approx(asked[0] - pipeline, rel=0.1)
 
 
 def test_a_shorter_run_than_the_one_that_was_is_refused(world, tmp_path):

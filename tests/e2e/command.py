@@ -1,16 +1,25 @@
 """The real command in tests: the flags of a small run, a process of its own, and what an error must look like."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+from ranks import free_port
 from tiny import RESOLUTION
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(ROOT / "train_iet_agc.py")]
-ERROR = "iet-finetune: error: "
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+PROGRAM = "iet-finetune: "
+ERROR = f"{PROGRAM}error: "
+# Several ranks on one CPU: without the second, gloo looks for a network that a machine without one has not.
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
 
 # 12 images in 3 shards, 2 to a step: a pass of a shard is two steps.
 SMALL: dict[str, Any] = {
@@ -22,6 +31,27 @@ SMALL: dict[str, Any] = {
     "lr_warmup_steps": 0,
     "report_to": "none",
 }
+# 12 images in 4 shards, in steps of two micro-batches and of one. A round is 16 steps, with a checkpoint within it
+# after all of them or every second one, and AGC skips.
+IN_FOUR: dict[str, Any] = {
+    "num_shards": 4,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 8,
+    "merge_every_epochs": 2,
+    "learning_rate": 1e-3,
+    "agc_threshold": 0.99,
+    "agc_decay": 0.1,
+    "use_ema": True,
+    "outer_lr": 0.7,
+    "outer_momentum": 0.9,
+    "random_flip": True,
+    "logging_steps": 2,
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": 2,
+    "resume_from_checkpoint": "latest",
+}
+STEPS_IN_FOUR = 64
 
 
 def flags(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -51,6 +81,73 @@ def run_script(*arguments: str, **settings: str) -> subprocess.CompletedProcess[
     return subprocess.run(
         [*SCRIPT, *arguments], env=environment(**settings), capture_output=True, text=True, timeout=120, check=False
     )
+
+
+def torchrun(ranks: int, settings: dict[str, Any]) -> list[str]:
+    """The command line that starts so many ranks on this machine with these flags."""
+    # Its own port is one for the whole machine, and another test may be running.
+    launcher = [*TORCHRUN, "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    return [*launcher, SCRIPT[-1], *words(settings)]
+
+
+@contextlib.contextmanager
+def started(command: list[str], **settings: str) -> Iterator["subprocess.Popen[str]"]:
+    """The process of a command with its output in pipes; neither it nor one that it started outlives the block."""
+    with subprocess.Popen(command, env=environment(**ON_CPU, **settings), text=True, stdout=-1, stderr=-1) as process:
+        try:
+            yield process
+        finally:
+            for still in family(process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    still.kill()
+
+
+@contextlib.contextmanager
+def by_hand(*settings: dict[str, Any]) -> Iterator[list["subprocess.Popen[str]"]]:
+    """A rank for each of `settings`, its flags: processes that no launcher looks after."""
+    size = str(len(settings))
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with contextlib.ExitStack() as stack:
+        ranks = []
+        for rank, flags_ in enumerate(settings):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            ranks.append(stack.enter_context(started([*SCRIPT, *words(flags_)], **place, **meeting)))
+        yield ranks
+
+
+def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """A process and all that it has started, as far as they still run."""
+    try:
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def run_torchrun(ranks: int, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """So many ranks under `torchrun`, run to their end."""
+    with started(torchrun(ranks, settings)) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_for(there: Callable[[], object], process: "subprocess.Popen[str]", limit: float = 60) -> None:
+    """Waits until something is there, which `process` must bring about."""
+    end = time.monotonic() + limit
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def the_line(code: int | None, stderr: str) -> str:
+    """The one line that all ranks together say when they fail, whatever torch and its launcher say about that."""
+    assert code not in (0, None), stderr
+    for ours in ("train_iet_agc.py", "iet_finetune"):
+        assert f'File "{ROOT / ours}' not in stderr, stderr
+    said = [line[line.index(PROGRAM) :] for line in stderr.splitlines() if PROGRAM in line]
+    assert len(said) == 1, stderr
+    return said[0]
 
 
 def the_error(code: int | None, stdout: str, stderr: str) -> str:

@@ -1,18 +1,18 @@
 """What goes wrong while training: bad pixels, numbers that are not finite, a full disk; one line, and nothing lost."""
 
+import io
 import json
-import os
 import shutil
+import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from e2e.command import ERROR, ROOT, SCRIPT, contents, environment, flags, leftovers, run_script, the_error, words
+from e2e.command import ERROR, SCRIPT, contents, environment, flags, leftovers, run_script, the_error, wait_for, words
 from safetensors.torch import load_file
 
 from iet_finetune import cli, trainer
@@ -106,13 +106,6 @@ def fill(filler: Path) -> None:
                 continue
 
 
-def wait_for(there: Callable[[], object], process: subprocess.Popen) -> None:
-    """Waits until something is there, which `process` must bring about."""
-    while not there():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
 def test_a_disk_that_fills_up_while_training_costs_nothing_that_was_saved(world, small_disk, tmp_path, capfd):
     disk = small_disk(40 * MB)
     longer = {"num_train_epochs": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
@@ -139,6 +132,30 @@ def test_a_disk_that_fills_up_while_training_costs_nothing_that_was_saved(world,
     assert_finished(disk / "out")
 
 
+def test_ctrl_c_in_the_middle_of_a_file_of_a_checkpoint_is_still_ctrl_c(world, tmp_path, monkeypatch, capfd):
+    class Interrupted(io.FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 1000:
+                signal.raise_signal(signal.SIGINT)
+            return super().write(data)
+
+    real = Path.open
+
+    def opened(path: Path, *arguments: Any, **named: Any) -> Any:
+        chosen = path.name == "moments.pt" and arguments == ("wb",)
+        return Interrupted(path, "wb") if chosen else real(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", opened)
+    settings = flags(world, tmp_path / "out", checkpointing_steps=2, **LATEST)
+    assert train(settings) == 130
+    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith(("round ", "[transformers] "))]
+    assert said == ["iet-finetune: interrupted; `--resume_from_checkpoint latest` goes on from the last checkpoint."]
+    monkeypatch.undo()
+    assert train(settings) == 0
+    assert_same_weights(tmp_path / "out", world / "trained")
+    assert_finished(tmp_path / "out")
+
+
 @pytest.mark.parametrize("function", ["save_pipeline", "write_ledger", "write_model_card"])
 def test_a_disk_that_is_full_at_the_end_costs_only_the_end(world, small_disk, monkeypatch, capfd, function):
     disk = small_disk(40 * MB)
@@ -160,20 +177,3 @@ def test_a_disk_that_is_full_at_the_end_costs_only_the_end(world, small_disk, mo
     assert train(settings) == 0
     assert_same_weights(disk / "out", world / "trained")
     assert_finished(disk / "out")
-
-
-def test_several_processes_are_refused_by_each_of_them(world, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train_iet_agc.py")]
-    done = subprocess.run(
-        [*launcher, *words(flags(world, tmp_path / "out"))],
-        env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME=os.environ.get("GLOO_SOCKET_IFNAME", "lo")),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "iet-finetune: error: " in line]
-    assert lines, done.stderr
-    assert all("training runs in one process, not 2: use `--num_processes 1`" in line for line in lines)
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,142 @@
+"""The benchmarks run and measure what they say; how good the figures are is theirs to tell, not for a test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Lets a test import the benchmarks as they import each other."""
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+def run_benchmark(name: str, tmp_path: Path, *flags: str) -> tuple[dict, list[str]]:
+    """What a benchmark wrote to its JSON file and to stdout; its exit code must fit what it found."""
+    record, scratch = tmp_path / "record.json", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *flags, "--dir", str(scratch), "--json", str(record)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert record.exists(), done.stderr
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert done.returncode == int(not all(check["holds"] for check in found["checks"]))
+    assert list(scratch.iterdir()) == [], "something is left on the disk"
+    return found, done.stdout.splitlines()
+
+
+def table_of(lines: list[str]) -> list[list[str]]:
+    """The cells of every line of the tables, heads and rules too."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+@linux
+@pytest.mark.slow
+def test_the_memory_of_real_runs_is_measured_and_compared(tmp_path):
+    flags = ["--clones", "2", "3", "--channels", "16", "32", "--images", "3", "--rounds", "1"]
+    found, printed = run_benchmark("memory", tmp_path, *flags, "--modes", "keep", "keep, offloaded")
+    rows = found["rows"]
+    assert [(row["K"], row["moments"]) for row in rows] == [
+        (2, "keep"),
+        (3, "keep"),
+        (2, "keep, offloaded"),
+        (3, "keep, offloaded"),
+    ]
+    for row in rows:
+        # Python with torch and diffusers, in MB. The peaks of the parts need not fall together.
+        assert 100 < row["own"] < row["peak resident MB"] < 4000
+        assert row["peak resident MB"] - 20 <= row["own"] + row["of files"] + row["shared"]
+    assert [row["growth MB"] for row in rows[::2]] == [0, 0]
+    assert [row["kept moments MB"] for row in rows] == [0, found["parameters"] * 8 // 10**6, None, None]
+    assert len(found["checks"]) == 2
+    assert [line[:2] for line in table_of(printed)[2:]] == [[str(row["K"]), row["moments"]] for row in rows]
+
+
+@linux
+def test_a_peak_that_has_passed_is_seen(programs):
+    code = """
+import json, time, torch
+from measured_run import peak_resident, sampled_peaks
+peaks = {}
+def look():
+    return {"resident": peak_resident(), **peaks}
+with sampled_peaks(peaks):
+    time.sleep(0.1)
+    before = look()
+    held = torch.ones(50_000_000)
+    time.sleep(0.3)
+    del held
+    time.sleep(0.1)
+print(json.dumps([before, look()]))
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, after = json.loads(done.stdout)
+    for name in ("resident", "RssAnon"):
+        assert 195e6 < after[name] - before[name] < 260e6
+
+
+@pytest.mark.parametrize(
+    ("mode", "grown", "kept", "holds"),
+    [
+        ("reset", 90, 0, True),
+        ("reset", 110, 0, False),
+        ("reset", -500, 0, True),
+        ("keep", 8000, 8000, True),
+        ("keep", 8400, 8000, True),
+        ("keep", 8600, 8000, False),
+        ("keep", 100, 8000, False),
+    ],
+)
+def test_memory_that_grows_otherwise_than_expected_is_a_miss(programs, mode, grown, kept, holds):
+    from memory import checks_of
+
+    mb = 10**6
+    peaks, first = ({"resident": size * mb, "device": None} for size in (2000 + grown, 2000))
+    ((text, found),) = checks_of(32, mode, peaks, first, kept * mb)
+    assert found is holds
+    assert f"{grown} MB" in text
+
+
+def test_device_memory_must_not_grow_with_the_clones(programs):
+    from memory import checks_of
+
+    first = {"resident": 100, "device": 1000}
+    verdicts = [checks_of(8, "reset", {"resident": 100, "device": grown}, first, 0)[1][1] for grown in (1040, 1060)]
+    assert verdicts == [True, False]
+
+
+def test_a_disk_without_room_is_said_before_anything_is_trained(programs, tmp_path):
+    from memory import check_room
+
+    check_room(tmp_path, 1, 1)
+    with pytest.raises(SystemExit, match="GB are needed in .* name a disk with --dir"):
+        check_room(tmp_path, 10**15, 32)
+
+
+@pytest.mark.slow
+def test_the_speed_of_real_ranks_and_merges_is_measured(tmp_path):
+    training = ["--images", "8", "--batch", "1", "--passes", "1", "--rounds", "2", "--runs", "1", "--resolution", "16"]
+    found, printed = run_benchmark("scaling", tmp_path, *training, "--channels", "16", "32", "--repeats", "1")
+    one, two = found["speeds"]
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    assert found["speedup"] == pytest.approx(two["images/s"] / one["images/s"])
+    for ranks, row in enumerate(found["merges"], start=1):
+        assert row["ranks"] == ranks
+        assert row["MB of a clone"] == 1
+        assert all(row[name] > 0 for name in ("collect, s", "merge, s", "copy, s", "overwrite, s"))
+        # All of it is the merge and 4 or 2 collects, at least two of which took no less than their median.
+        spent = 4 * row["all / copy"] * row["copy, s"]
+        assert spent == pytest.approx(4 * row["all / overwrite"] * row["overwrite, s"])
+        assert spent >= 0.999 * (row["merge, s"] + 2 * row["collect, s"])
+    heads = [line for line in table_of(printed) if line[0] == "ranks"]
+    assert heads == [list(one), list(found["merges"][0])]
+    assert len(found["checks"]) == 2
