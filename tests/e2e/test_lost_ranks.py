@@ -132,7 +132,7 @@ def workers(launcher: "subprocess.Popen[str]") -> list[psutil.Process]:
     """The ranks that a launcher has started, by number."""
     ranks = {}
     for process in family(launcher)[1:]:
-        with contextlib.suppress(psutil.Error):  # not yet, or no longer, a rank
+        with contextlib.suppress(psutil.Error, KeyError):  # not yet, or no longer, a rank
             ranks[process.environ()["RANK"]] = process
     return [ranks[number] for number in sorted(ranks)]
 
