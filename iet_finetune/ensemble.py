@@ -208,6 +208,7 @@ class Ensemble:
             clone.moments = self._buffers[clone.shard] = self._host.keep(state, into=buffer)
         self._optimizer.state.clear()
         self._rest()
+        self._host.give_back()
         self._finished = wave[-1] + 1
         self._amid = {shard: checkpoint for shard, checkpoint in self._amid.items() if shard not in wave}
         self.live = None

@@ -1,5 +1,7 @@
 """Where tensors rest on the host between the clones' turns: in ordinary memory, pinned, or in files."""
 
+import ctypes
+import functools
 import math
 import mmap
 import os
@@ -104,6 +106,14 @@ class HostMemory:
             # The mapping is shared: what was written stays in the file and the system's cache of it.
             region.madvise(mmap.MADV_DONTNEED)
 
+    def give_back(self) -> None:
+        """With files, gives the system the memory that was freed when tensors went there.
+
+        The C library would keep most of it, in pieces too small for what is allocated next, and more with every clone.
+        """
+        if self._folder is not None and (trim := _malloc_trim()) is not None:
+            trim(0)
+
     def _new(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Uninitialised tensors at rest with the shapes, dtypes and strides of others, large ones in one region."""
         total = sum(_aligned_size(tensor) for tensor in like if self._goes_to_region(tensor))
@@ -159,6 +169,12 @@ def _aligned_size(tensor: Tensor) -> int:
 
 def _address(region: mmap.mmap) -> int:
     return torch.frombuffer(region, dtype=torch.uint8).data_ptr()
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """The C library's function that gives freed memory back; glibc has it."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 # --- pinned memory and files -----------------------------------------------------------------------------------------

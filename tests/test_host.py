@@ -266,6 +266,36 @@ print(resident()["VmRSS:"], resident()["RssFile:"])
         assert read[kind] - rested[kind] > 0.9 * size
 
 
+def test_with_files_freed_memory_is_given_back_to_the_system(tmp_path):
+    # Small blocks that stay among large ones that go: the C library keeps the gaps.
+    code = """
+import sys
+import torch
+from pathlib import Path
+from iet_finetune.host import HostMemory
+
+def resident():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS:"))) * 1024
+
+pairs = [(torch.zeros(25_000), torch.zeros(1)) for _ in range(3000)]
+stay = [small for _, small in pairs]
+del pairs
+print(resident())
+HostMemory(torch.device("cpu"), Path(sys.argv[1])).give_back()
+print(resident())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before - after > 0.5 * 3000 * 100_000
+
+
 def test_rest_without_files_changes_nothing():
     host = HostMemory(CPU)
     tensor = host.empty((2 * TINY,), torch.float32).fill_(3)
