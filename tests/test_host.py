@@ -70,6 +70,14 @@ def places(state: Any) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors_of(state)]
 
 
+def said_by_a_fresh_process(code: str, folder: Path) -> list[list[int]]:
+    """The numbers, by line, that Python prints when it runs the code with the folder as its argument."""
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [[int(number) for number in line.split()] for line in done.stdout.splitlines()]
+
+
 # --- ordinary memory -------------------------------------------------------------------------------------------------
 
 
@@ -250,15 +258,7 @@ for i, part in zip(range(0, size, 4096), single.split(4096)):
 assert all(state[i]["exp_avg"].unique().tolist() == [i] and state[i]["step"] == 1 for i in range(64))
 print(resident()["VmRSS:"], resident()["RssFile:"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    before, written, rested, read = ([int(n) for n in line.split()] for line in done.stdout.splitlines())
+    before, written, rested, read = said_by_a_fresh_process(code, tmp_path)
     size = 2 * (1 << 22) * 4
     for kind in (0, 1):
         assert written[kind] - before[kind] > 0.9 * size
@@ -284,15 +284,7 @@ print(resident())
 HostMemory(torch.device("cpu"), Path(sys.argv[1])).give_back()
 print(resident())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
+    ((before,), (after,)) = said_by_a_fresh_process(code, tmp_path)
     assert before - after > 0.5 * 3000 * 100_000
 
 

@@ -171,3 +171,17 @@ def leftovers(folder: Path) -> list[str]:
     """What an interrupted write would leave behind."""
     names = (path.name for path in folder.rglob(".*"))
     return sorted(name for name in names if name.endswith((".partial", ".replaced", ".given-up")))
+
+
+def repeatable(output: Path) -> dict[str, bytes]:
+    """The files of a run by path, without those that hold times; the output folder's own name is taken out."""
+    files = {name: data for name, data in contents(output).items() if not name.startswith("logs/")}
+    del files["timings.jsonl"]
+    config = files["training_config.yaml"].decode()
+    assert str(output) in config
+    return files | {"training_config.yaml": config.replace(str(output), "OUTPUT").encode()}
+
+
+def assert_same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in theirs if ours[name] != theirs[name]] == []

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from e2e.command import SCRIPT, contents, environment, flags, leftovers, words
+from e2e.command import SCRIPT, assert_same, environment, flags, leftovers, repeatable, words
 
 from iet_finetune import cli
 from iet_finetune.checkpoint import CheckpointStore, tensors_piece
@@ -120,20 +120,6 @@ def story(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     end = Stop(done.returncode, done.stdout, done.stderr, *newest(output))
     return Story(folder / "whole", output, [*stops, interrupt, terminate, end])
-
-
-def repeatable(output: Path) -> dict[str, bytes]:
-    """The files of a run by path, without those that hold times; the output folder's own name is taken out."""
-    files = {name: data for name, data in contents(output).items() if not name.startswith("logs/")}
-    del files["timings.jsonl"]
-    config = files["training_config.yaml"].decode()
-    assert str(output) in config
-    return files | {"training_config.yaml": config.replace(str(output), "OUTPUT").encode()}
-
-
-def assert_same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
-    assert sorted(ours) == sorted(theirs)
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
 
 
 def test_the_kills_hit_training_and_the_middle_of_rounds(story):

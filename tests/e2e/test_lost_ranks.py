@@ -20,10 +20,12 @@ from e2e.command import (
     IN_FOUR,
     SCRIPT,
     STEPS_IN_FOUR,
+    assert_same,
     by_hand,
     family,
     flags,
     leftovers,
+    repeatable,
     run_torchrun,
     started,
     the_line,
@@ -31,7 +33,7 @@ from e2e.command import (
     wait_for,
     words,
 )
-from e2e.test_kill import assert_same, newest, repeatable
+from e2e.test_kill import newest
 
 from iet_finetune import cli
 
