@@ -51,6 +51,17 @@ def push(argv: list[str]) -> None:
     print(push_command(argv))
 
 
+def merge(argv: list[str]) -> None:
+    """Merge the adapters or models that the arguments name, and print what the result is and what loads it.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .merge_command import merge_command
+
+    print(merge_command(argv))
+
+
 COMMANDS = {
     "train": Command(
         "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
@@ -58,6 +69,9 @@ COMMANDS = {
         HOW_TO_GO_ON,
     ),
     "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
+    "merge": Command(
+        "merge LoRA files, pipelines or denoisers trained elsewhere", merge, "the same command starts anew"
+    ),
 }
 
 

@@ -26,10 +26,11 @@ ROOMS = (
         "schedule",
         "identity",
     ),
-    *("data", "families", "adapters", "optimizers", "ema", "ledger", "placement", "watch", "meetings", "groups"),
+    *("data", "families", "adapters", "lora_file", "optimizers", "ema", "ledger", "placement", "watch"),
+    *("meetings", "groups"),
     *("host", "budget", "checkpoint", "merger", "outputs", "tracking"),
     *("clone", "ensemble", "local", "validation", "assembly", "reporting"),
-    *("audit", "card", "upload_list", "hub", "trainer", "cli"),
+    *("audit", "card", "upload_list", "hub", "model_folder", "merge_command", "trainer", "cli"),
 )
 # Only names the others: the package itself, lazily, and the entry of `python -m`.
 DOORS = {Path("__init__.py"), Path("__main__.py")}
