@@ -13,7 +13,7 @@ from .merging import Layout, add_weighted, outer_step
 
 # Distances are summed by rows of so many numbers, and slices end at rows: the same rows on any number of ranks.
 ROW = 1 << 10
-# Numbers of each rank exchanged at once: 256 MB together; within one rank as many as stay in a processor's cache.
+# Numbers that leave a device, or a rank, at once: 256 MB together; within one CPU as many as stay in its cache.
 BUCKET, ALONE = 1 << 26, 1 << 16
 
 
@@ -55,7 +55,8 @@ class Merger:
         self._outer = outer if outer != (1.0, 0.0) else None
         self._only_clone = only_clone and self._outer is None
         self._slice = slice_size(self._layout.size, ranks.size)
-        self._chunk = min(self._slice, ALONE if ranks.size == 1 else max(BUCKET // ranks.size // ROW, 1) * ROW)
+        alone = ranks.size == 1 and self._device.type == "cpu"
+        self._chunk = min(self._slice, ALONE if alone else max(BUCKET // ranks.size // ROW, 1) * ROW)
         self._value = host.empty((self._slice * ranks.size,), torch.float32)
         self.tensors = self._layout.views(self._value)
         counters = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if n not in self.tensors}
