@@ -136,7 +136,7 @@ def _kind(path: Path) -> str:
 
 def _output(given: str | None, models: Sequence[Path]) -> Path:
     """The folder to make; nothing is made yet. It must not lie in one of `models`, whose folders are copied."""
-    if given is None:
+    if not given:
         raise UserError("`--output` is missing: give a new or empty folder for the result.")
     output = Path(given).resolve()
     try:
