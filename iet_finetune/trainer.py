@@ -116,7 +116,7 @@ class Trainer:
         """
         due = [taken for taken in wave.checkpoints(self._checkpoint_every) if taken < wave.length]
         taken, stop = 0, self.schedule.round_end(clone.shard, clone.began) if clone is not None else 0
-        for step in self._steps(clone):
+        for step in self._steps(clone, stop):
             assert clone is not None
             self.ranks.check()
             taken += 1
@@ -134,12 +134,11 @@ class Trainer:
         for later in (place for place in due if place > taken):
             self.save_checkpoint(wave.total(later))
 
-    def _steps(self, clone: Clone | None) -> Iterator[Step]:
-        """Takes the clone's steps one after the other; yields each when it is done."""
+    def _steps(self, clone: Clone | None, stop: int) -> Iterator[Step]:
+        """Takes the clone's steps up to number `stop` one after the other; yields each when it is done."""
         if clone is None:
             return
         self.reporter.begin_clone(clone)
-        stop = self.schedule.round_end(clone.shard, clone.began)
         steps = self.schedule.steps(clone.shard, clone.step, stop)
         shard, course = self.parts.shards[clone.shard], self.parts.courses[clone.shard]
         yield from self.parts.local.run(clone, shard, steps, course)
