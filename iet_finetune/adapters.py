@@ -1,24 +1,40 @@
-"""What is trained, seen as one ordered set of named tensors that can be read and loaded in place."""
+"""What is trained, seen as one ordered set of named tensors: a whole denoiser, or a LoRA adapter on a frozen one."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+
+from .errors import UserError
+from .low_rank import LowRank, Matrix, as_matrix, fold_scaling, unfold_scaling
+from .seeding import adapter_seed
+from .settings import AdapterConfig
+
+NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
+Tensors = Mapping[str, Tensor]
 
 
 class Trainable:
     """The tensors of a module that differ from clone to clone: its trainable parameters and its buffers.
+
+    Args:
+        module: the denoiser.
+        buffers: whether its buffers count; those of a frozen one do not.
 
     Attributes:
         parameters: name -> parameter, in the module's order, each fp32 on the training device.
         buffers: name -> buffer, taken along unchanged by the optimizer.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, buffers: bool = True) -> None:
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad
         }
-        self.buffers: dict[str, Tensor] = dict(module.named_buffers())
+        self.buffers: dict[str, Tensor] = dict(module.named_buffers()) if buffers else {}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -26,9 +42,195 @@ class Trainable:
         return {name: tensor.detach() for name, tensor in (*self.parameters.items(), *self.buffers.items())}
 
     @torch.no_grad()
-    def load(self, values: Mapping[str, Tensor]) -> None:
+    def load(self, values: Tensors) -> None:
         """Copies values into the live tensors; those not in `values` stay as they are."""
         live = self.tensors
         for name, value in values.items():
             # From pinned memory a GPU copies while the host goes on; nobody changes the values before it has.
             live[name].copy_(value, non_blocking=live[name].is_cuda)
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer of the denoiser with its adapter: the layer's weight is W + scaling · B A.
+
+    Attributes:
+        weight: W, (out, in) or (out, in, kh, kw), frozen, on the training device.
+        up, down: names of the parameters B and A.
+        up_weight, down_weight: those parameters: (out, r) and (r, in), or (out, r, 1, 1) and (r, in, kh, kw).
+        scaling: alpha / r, or alpha / √r with rsLoRA.
+    """
+
+    weight: Tensor
+    up: str
+    down: str
+    up_weight: nn.Parameter
+    down_weight: nn.Parameter
+    scaling: float
+
+    def update(self, tensors: Tensors) -> LowRank:
+        """scaling · B A as factors (out, r) and (r, in·kh·kw), float64; a frozen A is not among the tensors."""
+        down = tensors.get(self.down, self.down_weight)
+        return fold_scaling(as_matrix(tensors[self.up].cpu(), down.cpu()), self.scaling)
+
+    def factors(self, update: LowRank) -> LowRank:
+        """B and A as matrices in fp32, of which `update` gives this update; rounded once."""
+        return LowRank(*(factor.to(torch.float32) for factor in unfold_scaling(update, self.scaling)))
+
+
+class Adapter:
+    """The LoRA layers of a denoiser, and what of earlier rounds lies in the frozen weights below them.
+
+    The *remainder* of a layer is the part of the update that an adapter of rank r could not hold. It is added to the
+    layer's frozen weight, so that it costs no step any time; the weight as it came waits on the host from then on.
+
+    Args:
+        denoiser: with the adapter that `add_adapter` gave it, still on the host.
+
+    Attributes:
+        layers: module's name -> layer, in the module's order.
+        rank: r.
+        norm: ‖W‖, the Frobenius norm over all these layers as they came.
+        shown: module's name -> remainder that lies in the frozen weights now.
+    """
+
+    def __init__(self, denoiser: Any, rank: int) -> None:
+        self._denoiser = denoiser
+        self.rank = rank
+        self.layers = dict(_layers(denoiser))
+        squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
+        self.norm = math.sqrt(math.fsum(squares))
+        self._original: dict[str, Tensor] = {}
+        self.shown: Mapping[str, Matrix] = {}
+
+    @torch.no_grad()
+    def show(self, remainders: Mapping[str, Matrix]) -> None:
+        """Frozen weight ← weight as it came + remainder, rounded once; a layer without one is as it came.
+
+        Args:
+            remainders: module's name -> (out, in·kh·kw); not to be changed afterwards.
+        """
+        if remainders is self.shown:
+            return
+        for name in self.layers:
+            if name in remainders or name in self._original:
+                self._put(name, *_present(remainders, name))
+        self.shown = remainders
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Frozen weight ← weight as it came + remainder + scaling · B A, rounded once; the adapter stays as it is."""
+        for name, update in self.updates(self.live).items():
+            self._put(name, *_present(self.shown, name), update)
+
+    def remove(self) -> None:
+        """Takes the adapter out of the denoiser, whose layers are again those that came."""
+        self._denoiser.unload_lora()
+
+    def _put(self, name: str, *added: Matrix) -> None:
+        weight = self.layers[name].weight
+        if name not in self._original:
+            self._original[name] = weight.detach().to("cpu", copy=True)
+        total = self._original[name].double().flatten(1)
+        for matrix in added:
+            total += dense(matrix)
+        weight.copy_(total.view(weight.shape).to(torch.float32))
+
+    @property
+    def live(self) -> dict[str, Tensor]:
+        """The parameters B and A of all layers, detached and live."""
+        pairs = [((layer.up, layer.up_weight), (layer.down, layer.down_weight)) for layer in self.layers.values()]
+        return {name: weight.detach() for pair in pairs for name, weight in pair}
+
+    def updates(self, tensors: Tensors) -> dict[str, LowRank]:
+        """scaling · B A of every layer, by the module's name."""
+        return {name: layer.update(tensors) for name, layer in self.layers.items()}
+
+    def distance(self, ours: Mapping[str, LowRank], theirs: Mapping[str, LowRank]) -> float:
+        """‖ΔW − ΔW'‖ / ‖W‖ over all layers: how far two updates are apart, by the size of what they change."""
+        return self.relative([apart(ours[name], theirs[name]) for name in self.layers])
+
+    def relative(self, energies: Sequence[float]) -> float:
+        """√(Σ energy) / ‖W‖; 0 if all weights are."""
+        return math.sqrt(math.fsum(energies)) / self.norm if self.norm else 0.0
+
+
+def _present(matrices: Mapping[str, Matrix], name: str) -> list[Matrix]:
+    return [matrices[name]] if name in matrices else []
+
+
+def apart(one: LowRank, other: LowRank) -> float:
+    """The energy of the difference of two matrices, which is not formed."""
+    return LowRank(torch.cat([one.up, -other.up], dim=1), torch.cat([one.down, other.down])).energy()
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """(m, n) float64 on the host."""
+    return matrix.double() if isinstance(matrix, Tensor) else matrix.dense()
+
+
+def energy(matrix: Matrix) -> float:
+    """The squared Frobenius norm."""
+    return matrix.double().square().sum().item() if isinstance(matrix, Tensor) else matrix.energy()
+
+
+def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[str], seed: int) -> Adapter:
+    """Freezes the denoiser and gives it a trainable adapter, A drawn from the seed and B = 0.
+
+    Args:
+        denoiser: a diffusers model, on the host in fp32.
+        default_layers: of the family, if `--lora_layers` names none.
+
+    Raises:
+        UserError: the model takes no adapters, or a layer is not there or cannot be merged.
+    """
+    layers = config.layer_names if config.lora_layers else tuple(default_layers)
+    _check_layers(denoiser, layers)
+    denoiser.requires_grad_(False)
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        init_lora_weights="gaussian",
+        target_modules=list(layers),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(adapter_seed(seed))
+        denoiser.add_adapter(settings, adapter_name=NAME)
+    adapter = Adapter(denoiser, config.rank)
+    for layer in adapter.layers.values():
+        layer.down_weight.requires_grad_(config.lora_merge != "freeze_a")
+    return adapter
+
+
+def _check_layers(denoiser: Any, layers: Sequence[str]) -> None:
+    if not hasattr(denoiser, "add_adapter"):
+        raise UserError(f"`--use_lora`: a {type(denoiser).__name__} takes no adapters: train it whole.")
+    for layer in layers:
+        found = {name: module for name, module in denoiser.named_modules() if f".{name}".endswith(f".{layer}")}
+        if not found:
+            raise UserError(f"`--lora_layers`: the {type(denoiser).__name__} has no layer named {layer}.")
+        for name, module in found.items():
+            if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) != 1:
+                raise UserError(
+                    f"`--lora_layers`: {name} is a {type(module).__name__}, and only linear layers and convolutions "
+                    "without groups can have an adapter that is merged."
+                )
+
+
+def _layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "lora_A") and NAME in module.lora_A:
+            ups, downs = module.lora_B, module.lora_A
+            yield (
+                name,
+                AdaptedLayer(
+                    weight=module.get_base_layer().weight,
+                    up=f"{name}.lora_B.{NAME}.weight",
+                    down=f"{name}.lora_A.{NAME}.weight",
+                    up_weight=ups[NAME].weight,
+                    down_weight=downs[NAME].weight,
+                    scaling=module.scaling[NAME],
+                ),
+            )

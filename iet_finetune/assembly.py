@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
-from .adapters import Trainable
+from .adapters import Adapter, Trainable, add_adapter
 from .agc import AntiGradientControl
 from .budget import check_memory, host_need
 from .clone import Clone
@@ -29,6 +29,7 @@ from .host import HostMemory, check_offload
 from .identity import common_flags, run_identity
 from .ledger import ShardLedger
 from .local import LocalTraining
+from .mergers import build_mergers
 from .optimizers import build_optimizer, learning_rate_course
 from .schedule import Schedule
 from .sharding import shard_indices
@@ -45,6 +46,7 @@ class Parts:
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
         schedule: when each clone steps and when they are merged.
+        adapter: the LoRA layers of the denoiser, or None if all of it is trained.
         courses: each clone's learning rate by its step.
         identity: what a run that resumes this one must share with it.
     """
@@ -60,6 +62,7 @@ class Parts:
     shards: list[Shard]
     schedule: Schedule
     trainable: Trainable
+    adapter: Adapter | None
     ensemble: Ensemble
     local: LocalTraining
     courses: list[Callable[[int], float]]
@@ -95,7 +98,7 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
     group = ranks.group(placement)
-    _prepare_denoiser(config, family, accelerator, group)
+    adapter = _prepare_denoiser(config, family, accelerator, group)
     return Parts(
         accelerator=accelerator,
         ranks=ranks,
@@ -108,7 +111,8 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
         shards=shards,
         schedule=schedule,
         identity=identity,
-        **_training_parts(config, family, indices, schedule, accelerator, ranks, placement, group),
+        adapter=adapter,
+        **_training_parts(config, family, adapter, indices, schedule, accelerator, ranks, placement, group),
     )
 
 
@@ -126,6 +130,7 @@ def _check_same_everywhere(ranks: Ranks, values: dict[str, Any]) -> None:
 def _training_parts(
     config: Config,
     family: Family,
+    adapter: Adapter | None,
     indices: tuple[np.ndarray, ...],
     schedule: Schedule,
     accelerator: Accelerator,
@@ -133,20 +138,23 @@ def _training_parts(
     placement: Placement,
     group: Group,
 ) -> dict[str, Any]:
-    trainable = Trainable(family.denoiser)
+    trainable = Trainable(family.denoiser, buffers=adapter is None)
     optimizer = build_optimizer(trainable.parameters.values(), config.optimizer, config.training)
     base_rate = optimizer.param_groups[0]["lr"]
-    ema = EMA(trainable.parameters, config.optimizer.ema_max_decay) if config.optimizer.use_ema else None
+    ema = None
+    if config.optimizer.use_ema:
+        ema = EMA(trainable.parameters, config.optimizer.ema_max_decay, start_share=config.merges_exactly)
+    host = _host_memory(config, trainable, accelerator.device, ranks, placement)
     ensemble = Ensemble(
         trainable,
         optimizer,
         ema,
         [_new_clone(config, shard, len(part), family, accelerator.device) for shard, part in enumerate(indices)],
+        build_mergers(config, trainable, adapter, optimizer, ema, ranks, host),
         ranks,
         placement,
-        _host_memory(config, trainable, accelerator.device, ranks, placement),
+        host,
         moments=config.ensemble.optimizer_across_rounds,
-        outer=(config.ensemble.outer_lr, config.ensemble.outer_momentum),
         seed=config.training.seed,
     )
     return {
@@ -235,14 +243,18 @@ def _shards(
     ]
 
 
-def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, group: Group) -> None:
+def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, group: Group) -> Adapter | None:
     family.place(accelerator.device)
+    adapter = None
+    if config.adapter.use_lora:
+        adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()
     family.denoiser.train()
     # Evaluation mode gives placement and autocast without DistributedDataParallel, which would average clones.
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     family.network = group.wrap(family.denoiser)
+    return adapter
 
 
 def _host_memory(

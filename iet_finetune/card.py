@@ -11,11 +11,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed in __all__
 
-from .files import written_beside
+from .files import LORA_NAME, written_beside
 from .schedule import DEFAULT_MERGE_EPOCHS
 
 CARD_NAME = "README.md"
-LORA_NAME = "pytorch_lora_weights.safetensors"
 AUDIT_NAME = "audit/audit.json"
 GRID_TITLE = "Sample grid"
 # The card is written before the repository's id is known; the push puts the id in this name's place.
@@ -40,6 +39,7 @@ class CardFacts:
     skip_rates: tuple[float, ...]  # fraction of samples skipped, by round
     sample_grid: str | None  # picture, relative to the output folder
     versions: dict[str, str]  # package: version
+    lora_export: str | None = None  # what became of the adapter, in words; None: the whole denoiser was trained
 
 
 def base_license(source_folder: Path) -> str | None:

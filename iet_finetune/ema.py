@@ -6,6 +6,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+# Name of the number that tells how much of the average is still what it started from.
+START_SHARE = "start_share"
+
 
 class EMA:
     """ema ← decay · ema + (1 − decay) · θ, with the warm-up of diffusers' `EMAModel`.
@@ -16,11 +19,20 @@ class EMA:
     Args:
         parameters: name -> live parameter.
         max_decay: the highest decay.
+        start_share: whether to keep the product of all decays since `load`, under the name `START_SHARE`.
+
+    Attributes:
+        tensors: name -> the average, live.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], max_decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], max_decay: float, start_share: bool = False) -> None:
         self._parameters = list(parameters.values())
         self.tensors = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        if start_share:
+            # The average of 1 followed by nothing but 0.
+            device = self._parameters[0].device
+            self._parameters.append(torch.zeros((), device=device))
+            self.tensors[START_SHARE] = torch.ones((), device=device)
         self._rule = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=max_decay)
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ from .ema import EMA
 from .errors import UserError
 from .groups import Placement, Ranks
 from .host import HostMemory
-from .merger import Merger
-from .optimizers import fresh_moments, moments_by_parameter, named_moments, with_counts_apart
+from .merger import MergesClones
+from .optimizers import moments_by_parameter, named_moments, parameter_of, with_counts_apart
 from .seeding import network_seed
 
 Tensors = Mapping[str, Tensor]
@@ -30,10 +30,10 @@ class Ensemble:
         optimizer: works on the trainable's parameters.
         ema: the live moving average, or None.
         clones: one for each shard, in order.
+        mergers: of the "denoiser", and of the "ema" and the "moments" where there are such, in this order.
         ranks: all of them; this rank trains the shards that `placement` gives it.
         host: where the merged weights, the sums and the moments of resting clones lie.
         moments: what becomes of the optimizer's moments at a merge: each clone's are kept, or reset, or averaged.
-        outer: (lr, momentum) of the outer optimizer.
         seed: the run's.
 
     Attributes:
@@ -47,12 +47,12 @@ class Ensemble:
         optimizer: torch.optim.Optimizer,
         ema: EMA | None,
         clones: Sequence[Clone],
+        mergers: Mapping[str, MergesClones],
         ranks: Ranks,
         placement: Placement,
         host: HostMemory,
         *,
         moments: str,
-        outer: tuple[float, float],
         seed: int,
     ) -> None:
         self._trainable = trainable
@@ -64,13 +64,7 @@ class Ensemble:
         self._host = host
         self._moments = moments
         self._seed = seed
-        only = len(self.clones) == ranks.size == 1
-        self._mergers = {"denoiser": Merger("denoiser", trainable.tensors, ranks, host, only_clone=only, outer=outer)}
-        if ema is not None:
-            self._mergers["ema"] = Merger("ema", ema.tensors, ranks, host, only_clone=only, measured=False)
-        if moments == "average":
-            start = named_moments(fresh_moments(optimizer))
-            self._mergers["moments"] = Merger("moments", start, ranks, host, only_clone=only, measured=False)
+        self._mergers = mergers
         self.round = 0
         self.live: Clone | None = None
         self._finished = 0
@@ -147,7 +141,7 @@ class Ensemble:
             self._to_resume.remove(clone.shard)
             self._go_on(clone, self._amid[clone.shard])
             return clone
-        self._trainable.load(self.denoiser)
+        self._mergers["denoiser"].load_into(self._trainable)
         if self._ema is not None and self.average is not None:
             self._ema.load(self.average)
         self._start_moments(clone)
@@ -236,9 +230,33 @@ class Ensemble:
             ‖θ_new − θ‖ / ‖θ‖.
         """
         drift = {name: merger.merge() for name, merger in self._mergers.items()}["denoiser"]
+        self._forget_moments(self._mergers["denoiser"].turned)
         self._finished = 0
         self.round += 1
         return drift
+
+    def _forget_moments(self, names: Sequence[str]) -> None:
+        """The moments of parameters that a merge has put into another basis start anew."""
+        places = {name: index for index, name in enumerate(self._trainable.parameters)}
+        gone = {places[name] for name in names}
+        for clone in self.clones if gone else ():
+            if clone.moments:
+                clone.moments = {index: state for index, state in clone.moments.items() if index not in gone}
+        if "moments" in self._mergers:
+            for key, tensor in self._mergers["moments"].tensors.items():
+                if parameter_of(key) in gone:
+                    tensor.zero_()
+
+    def load_result(self) -> None:
+        """Puts the merged denoiser, or its moving average if there is one, into the live tensors."""
+        for name in ("denoiser", "ema"):
+            if name in self._mergers:
+                self._mergers[name].load_into(self._trainable)
+
+    @property
+    def facts_of_merge(self) -> Mapping[str, float]:
+        """Numbers by name that belong into a round's metrics."""
+        return self._mergers["denoiser"].facts
 
     def _live(self, name: str) -> Tensors:
         if name == "ema" and self._ema is not None:
@@ -285,7 +303,8 @@ class Ensemble:
         return pieces
 
     def _moments_piece(self, clone: Clone, moments: Any) -> Piece:
-        piece = state_piece(f"step {clone.step}", moments)
+        # Some may have been dropped since this step.
+        piece = state_piece(f"step {clone.step}, {len(moments)} of them", moments)
 
         def write(path: Path) -> None:
             piece.write(path)
@@ -334,6 +353,7 @@ class Ensemble:
             clone.load_state(checkpoint.state(f"{clone.folder}/clone.pt"))
 
     def _go_on(self, clone: Clone, checkpoint: Checkpoint) -> None:
+        self._mergers["denoiser"].load_into(self._trainable)
         self._trainable.load(checkpoint.tensors(f"{clone.folder}/live.safetensors"))
         if self._ema is not None:
             self._ema.load(checkpoint.tensors(f"{clone.folder}/live_ema.safetensors"))

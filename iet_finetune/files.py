@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .errors import UserError, disk_full
 
+# What diffusers calls a LoRA file, in a folder of its own or in a repository.
+LORA_NAME = "pytorch_lora_weights.safetensors"
+
 
 def partial_name(path: Path) -> Path:
     """Where something is written before it is moved to `path`; `clean` removes what a killed process left there."""

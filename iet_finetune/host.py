@@ -155,7 +155,8 @@ def _over_tensors(function: Callable[[Tensor, Any], Tensor], state: Any, beside:
         return {key: _over_tensors(function, value, others.get(key)) for key, value in state.items()}
     if isinstance(state, list | tuple):
         others = dict(enumerate(beside)) if isinstance(beside, list | tuple) else {}
-        return type(state)([_over_tensors(function, value, others.get(i)) for i, value in enumerate(state)])
+        values = [_over_tensors(function, value, others.get(i)) for i, value in enumerate(state)]
+        return getattr(type(state), "_make", type(state))(values)  # a named tuple takes its values one by one
     return state
 
 

@@ -26,9 +26,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
 from .card import CARD_NAME, THIS_REPOSITORY, CardFacts, base_license, name_fault, write_model_card
-from .config import HubConfig
 from .errors import UserError, one_line
 from .flags import convert, flag_specs, parse_arguments
+from .settings import HubConfig
 from .upload_list import INDEX_NAME, OWN_FILES, Files, component_names, upload_list
 
 __all__ = ["CardFacts", "base_license", "push", "push_command", "write_model_card"]

@@ -18,6 +18,7 @@ _NOT_FREE = (
     *("max_train_samples", "holdout_fraction", "resolution", "dataloader_num_workers", "output_dir", "seed"),
     *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "ddp_timeout"),
 )
+_OF_AN_ADAPTER = ("use_lora", "rank", "lora_alpha", "lora_layers", "use_rslora", "lora_merge")
 _FREE_IN_ENSEMBLE = ("optimizer_across_rounds", "outer_lr", "outer_momentum")
 # Each machine may keep its files in places of its own; what is in them is compared by itself.
 _OF_A_MACHINE = (
@@ -52,6 +53,7 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         "`--agc_decay`": config.agc.agc_decay,
         "`--resolution`": config.data.resolution,
         "`--prediction_type`": config.model.prediction_type,
+        **{f"`--{name}`": getattr(config.adapter, name) for name in _OF_AN_ADAPTER},
         "`--use_ema`": config.optimizer.use_ema,
         "`--use_8bit_adam`": config.optimizer.use_8bit_adam,
         "the base model": base_model,
@@ -113,5 +115,5 @@ def free_settings(config: Config, mixed_precision: str) -> dict[str, Any]:
     groups = (config.data, config.training, config.optimizer)
     settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
     settings |= {name: getattr(config.ensemble, name) for name in _FREE_IN_ENSEMBLE}
-    settings["mixed_precision"] = mixed_precision
+    settings |= {"lora_dropout": config.adapter.lora_dropout, "mixed_precision": mixed_precision}
     return {name: value for name, value in settings.items() if name not in _NOT_FREE}

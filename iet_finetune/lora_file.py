@@ -123,7 +123,8 @@ def merge_loras(
 def write_lora(path: Path, layers: Mapping[str, LoraLayer]) -> None:
     """Writes layers, named as `read_lora` names them, for `pipeline.load_lora_weights`; complete or absent.
 
-    Rank and alpha stand in the header, with patterns where layers differ. Dtypes stay as they are.
+    Rank and alpha stand in the header, with patterns where layers differ. Dtypes stay as they are. The tensors have the
+    names that diffusers' training scripts give them.
 
     Args:
         path: the file; its folder exists.
@@ -134,6 +135,7 @@ def write_lora(path: Path, layers: Mapping[str, LoraLayer]) -> None:
     for name, layer in layers.items():
         down, up = _names_of_factors(name)
         tensors[down], tensors[up] = layer.down.detach().contiguous(), layer.up.detach().contiguous()
+    tensors = _named_as_scripts_do(tensors)
     for component in dict.fromkeys(name.split(".")[0] for name in layers):
         own = {name.partition(".")[2]: layer for name, layer in layers.items() if name.startswith(f"{component}.")}
         header |= {f"{component}.{key}": value for key, value in _lora_config(component, own).items()}
@@ -263,6 +265,21 @@ def _names_of_factors(layer: str) -> tuple[str, str]:
         # diffusers reads lora_A and lora_B in a text encoder only if it has attention layers among them.
         return f"{layer}.lora_linear_layer.down.weight", f"{layer}.lora_linear_layer.up.weight"
     return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
+
+
+def _named_as_scripts_do(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A UNet's attention projections as `to_q.lora.down`, as the scripts name them, which train nothing else there.
+
+    Not where the UNet has other layers too, which the same converter leaves as `lora_A`: diffusers takes the style of
+    all from the first tensor, and silently loads only those named in that.
+    """
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    unet = {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
+    converted = convert_state_dict_to_diffusers(unet) if unet else {}
+    if any(".lora_A." in key for key in converted):
+        return tensors
+    return converted | {key: tensor for key, tensor in tensors.items() if key not in unet}
 
 
 def _lora_config(component: str, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:

@@ -7,45 +7,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-# A singular value below this share of Σ_i |up_i| |down_i| is the rounding of float64 and nothing else: Householder QR
-# errs in every column by a few ε of that column's length, so the product errs by a few ε of this sum.
-TOLERANCE = 16 * torch.finfo(torch.float64).eps
+from .spectra import SMALL, TOLERANCE, LowRank, Matrix, float64, leading, scale_of, spectrum
+
+__all__ = [
+    "TOLERANCE",
+    "LowRank",
+    "Matrix",
+    "Merged",
+    "align",
+    "as_matrix",
+    "as_weights",
+    "combine",
+    "compress",
+    "fold_scaling",
+    "lora_scaling",
+    "merge_layer",
+    "split",
+    "unfold_scaling",
+    "weighted_sum",
+]
+
 # A row of which the rows before leave no larger share than this is no new direction.
 _NEW = 1e-6
-
-
-class LowRank(NamedTuple):
-    """The matrix up · down, kept as its factors.
-
-    Attributes:
-        up: (m, r) of any floating dtype; LoRA's B.
-        down: (r, n); LoRA's A.
-    """
-
-    up: Tensor
-    down: Tensor
-
-    @property
-    def rank(self) -> int:
-        """r, the width of the factors; the rank of the matrix may be smaller."""
-        return self.up.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n)."""
-        return self.up.shape[0], self.down.shape[1]
-
-    def energy(self) -> float:
-        """The squared Frobenius norm, without forming the matrix.
-
-        From the triangles of both factors: Gram matrices would lose half of the digits where columns cancel.
-        """
-        left, right = (torch.linalg.qr(factor, mode="r").R for factor in (_float64(self.up), _float64(self.down).mT))
-        return (left @ right.mT).square().sum().item()
-
-    def dense(self) -> Tensor:
-        """(m, n) float64."""
-        return _float64(self.up) @ _float64(self.down)
 
 
 class Merged(NamedTuple):
@@ -59,21 +42,8 @@ class Merged(NamedTuple):
     """
 
     kept: LowRank
-    rest: LowRank | Tensor
+    rest: Matrix
     lost_share: float
-
-
-class _Spectrum(NamedTuple):
-    """Singular vectors and values above rounding: left (m, p), values (p,) falling, right (p, n)."""
-
-    left: Tensor
-    values: Tensor
-    right: Tensor
-
-    def part(self, start: int, stop: int | None) -> LowRank:
-        """The singular values from `start` to before `stop`, in balanced factors U √S and √S Vᵀ."""
-        roots = self.values[start:stop].sqrt()
-        return LowRank(self.left[:, start:stop] * roots, roots[:, None] * self.right[start:stop])
 
 
 @torch.no_grad()
@@ -93,30 +63,63 @@ def weighted_sum(parts: Sequence[LowRank], weights: Sequence[float], total: floa
         ValueError: no part, other number of weights, a weight that is not positive, or different shapes.
     """
     _check_sum(parts, weights)
-    ups = [_float64(part.up) * weight for part, weight in zip(parts, weights, strict=True)]
+    ups = [float64(part.up) * weight for part, weight in zip(parts, weights, strict=True)]
     total = sum(weights) if total is None else total
-    return LowRank(torch.cat(ups, dim=1) / total, torch.cat([_float64(part.down) for part in parts]))
+    return LowRank(torch.cat(ups, dim=1) / total, torch.cat([float64(part.down) for part in parts]))
 
 
 @torch.no_grad()
-def compress(matrix: LowRank, tolerance: float = TOLERANCE) -> LowRank:
+def combine(terms: Sequence[tuple[float, Matrix]]) -> Matrix:
+    """Σ_i c_i M_i in float64, exactly but for rounding.
+
+    Args:
+        terms: at least one pair (c_i, M_i), the matrices of one shape (m, n), the numbers of any sign. Those of 0 only
+            give the shape.
+
+    Returns:
+        factors as `compress` makes them, as long as they are at most half as wide as the smaller side and no term is
+        dense; else (m, n), a tensor of its own. Factors alone are compressed before any matrix is formed of them.
+
+    Raises:
+        ValueError: no term, different shapes, or a number that is not finite.
+    """
+    _check_terms(terms)
+    first, used = terms[0][1], [(coefficient, matrix) for coefficient, matrix in terms if coefficient]
+    parts = [LowRank(coefficient * float64(m.up), m.down) for coefficient, m in used if isinstance(m, LowRank)]
+    total = weighted_sum(parts, [1] * len(parts), total=1) if parts else _nothing(first)
+    dense = [(coefficient, matrix) for coefficient, matrix in used if isinstance(matrix, Tensor)]
+    if not dense:
+        return _narrow(compress(total))
+    result = total.dense()
+    for coefficient, matrix in dense:
+        result.add_(matrix, alpha=coefficient)
+    return result
+
+
+@torch.no_grad()
+def compress(matrix: Matrix, tolerance: float = TOLERANCE) -> LowRank:
     """The same matrix in as few columns as it needs, as the balanced factors U √S and √S Vᵀ.
 
     The columns of `up` and the rows of `down` are orthogonal and of equal length, √σ, σ falling; the largest component
     of every column of `up` is positive.
 
     Args:
-        tolerance: singular values up to this share of Σ_i |up_i| |down_i| are dropped.
+        matrix: dense, or factors, which are not multiplied out.
+        tolerance: singular values up to this share of Σ_i |up_i| |down_i|, or of a dense matrix's norm, are dropped.
 
     Raises:
         ValueError: a number is not finite.
     """
-    return _spectrum(matrix, tolerance).part(0, None)
+    return spectrum(matrix, tolerance).part(0, None)
 
 
 @torch.no_grad()
-def split(matrix: LowRank, rank: int, spare: Tensor | None = None) -> tuple[LowRank, LowRank, float]:
+def split(matrix: Matrix, rank: int, spare: Tensor | None = None) -> tuple[LowRank, Matrix, float]:
     """The best approximation of rank `rank`, what it leaves, and the share of the energy in that.
+
+    Best but for rounding where the smaller side, or the width of the factors, is at most 256. Of a larger matrix the
+    kept part holds at least 1 - 1e-6 of the energy that the best could (`spectra.leading`). Kept and rest are
+    orthogonal and add up to the matrix, but for rounding, in any case.
 
     The factors are balanced as those of `compress`. Where the matrix has fewer singular values than `rank`, the
     first factor is filled up: with columns of 0 in `up`, and in `down` with orthogonal directions that are not there
@@ -124,57 +127,63 @@ def split(matrix: LowRank, rank: int, spare: Tensor | None = None) -> tuple[LowR
 
     Args:
         spare: (c, n), rows from which those directions are taken first, and whose root mean square length they get;
-            `matrix.down` if None.
+            if None, `matrix.down`, or for a dense matrix unit vectors.
 
     Returns:
-        the kept part, of exactly `rank` columns; the rest, of rank 0 if nothing is left; 0 to 1.
+        the kept part, of exactly `rank` columns; the rest, of rank 0 if nothing is left, and dense where the matrix is
+        or where its factors would be wider than half the smaller side (those wider than 256 are not compressed); 0 to
+        1.
 
     Raises:
         ValueError: the rank is not positive, or a number is not finite.
     """
     _check_rank(rank)
-    spectrum = _spectrum(matrix, TOLERANCE)
-    kept = _filled(spectrum.part(0, rank), rank, _float64(matrix.down if spare is None else spare))
-    energies = spectrum.values.square()
+    if isinstance(matrix, Tensor):
+        total = matrix.detach().to(torch.float64, copy=True)
+        return _split_dense(total, rank, scale_of(matrix), total[:0] if spare is None else float64(spare))
+    spare = float64(matrix.down if spare is None else spare)
+    if min(matrix.rank, *matrix.shape) > SMALL:
+        return _split_wide(LowRank(*map(float64, matrix)), rank, spare)
+    whole = spectrum(matrix, TOLERANCE)
+    energies = whole.values.square()
     share = (energies[rank:].sum() / energies.sum()).item() if len(energies) > rank else 0.0
-    return kept, spectrum.part(rank, None), share
+    return _filled(whole.part(0, rank), rank, spare), _narrow(whole.part(rank, None)), share
 
 
 @torch.no_grad()
 def merge_layer(
-    clones: Sequence[LowRank], weights: Sequence[float], rank: int, remainder: LowRank | Tensor | None = None
+    clones: Sequence[LowRank], weights: Sequence[float], rank: int, remainder: Matrix | None = None
 ) -> Merged:
     """Merges one layer of K adapters exactly: kept + rest = remainder + Σ_k n_k B_k A_k / Σ_k n_k.
 
     Clones that are equal bit for bit come back as they are, and so does the remainder: one clone is not changed by
-    the merges between its rounds, nor are several by a learning rate of 0.
+    the merges between its rounds, nor are several by a learning rate of 0. Else kept is the best of its rank, as
+    `split` finds it.
 
     Args:
         clones: the K updates in shard order, their scaling folded in (`fold_scaling`).
         weights: one positive number each, best integers.
         rank: of the adapter that trains on.
-        remainder: what the merge before left: its `rest`; None for none.
+        remainder: what the merge before left: its `rest`; None for none. Where it is dense, so is the new one.
 
     Raises:
         ValueError: as `weighted_sum` and `split` do, or the remainder has another shape.
     """
     _check_sum(clones, weights)
     _check_rank(rank)
-    m, n = clones[0].shape
-    if remainder is None:
-        remainder = LowRank(clones[0].up.new_zeros(m, 0), clones[0].down.new_zeros(0, n))
-    if tuple(remainder.shape) != (m, n):
-        raise ValueError(f"the remainder has shape {tuple(remainder.shape)}, the update {(m, n)}")
+    remainder = _nothing(clones[0]) if remainder is None else remainder
+    if tuple(remainder.shape) != clones[0].shape:
+        raise ValueError(f"the remainder has shape {tuple(remainder.shape)}, the update {clones[0].shape}")
     if clones[0].rank == rank and all(_equal(clones[0], clone) for clone in clones[1:]):
-        same, left = LowRank(*map(_float64, clones[0])), _as_float64(remainder)
-        _scale(same)  # refuses what is not finite, as the other way does
+        same, left = LowRank(*map(float64, clones[0])), _as_float64(remainder)
+        scale_of(same)  # refuses what is not finite, as the other way does
         return Merged(same, left, _share(same, left))
     update = weighted_sum(clones, weights)
     if isinstance(remainder, Tensor):
-        return _split_dense(_float64(remainder), update, rank)
+        dense = torch.addmm(float64(remainder), update.up, update.down)
+        return Merged(*_split_dense(dense, rank, scale_of(update, remainder), update.down))
     total = weighted_sum([update, remainder], [1, 1], total=1) if remainder.rank else update
-    kept, rest, share = split(total, rank, spare=update.down)
-    return Merged(kept, rest.dense() if 2 * rest.rank > min(m, n) else rest, share)
+    return Merged(*split(total, rank, spare=update.down))
 
 
 @torch.no_grad()
@@ -192,8 +201,8 @@ def align(matrix: LowRank, like: LowRank) -> LowRank:
     """
     if (matrix.shape, matrix.rank) != (like.shape, like.rank):
         raise ValueError(f"a {matrix.shape} of rank {matrix.rank} cannot be turned to {like.shape}, rank {like.rank}")
-    up, down = map(_float64, matrix)
-    left, _, right = torch.linalg.svd(up.mT @ _float64(like.up) + down @ _float64(like.down).mT)
+    up, down = map(float64, matrix)
+    left, _, right = torch.linalg.svd(up.mT @ float64(like.up) + down @ float64(like.down).mT)
     turn = left @ right
     return LowRank(up @ turn, turn.mT @ down)
 
@@ -209,13 +218,13 @@ def fold_scaling(factors: LowRank, scaling: float) -> LowRank:
     Float64; fp32 factors that `unfold_scaling` takes out of it again are, in fp32, the same bit for bit.
     """
     root = _root(scaling)
-    return LowRank(_float64(factors.up) * root, _float64(factors.down) * root)
+    return LowRank(float64(factors.up) * root, float64(factors.down) * root)
 
 
 def unfold_scaling(update: LowRank, scaling: float) -> LowRank:
     """The factors B and A, float64, of which scaling · B A is the update."""
     root = _root(scaling)
-    return LowRank(_float64(update.up) / root, _float64(update.down) / root)
+    return LowRank(float64(update.up) / root, float64(update.down) / root)
 
 
 def as_matrix(up_weight: Tensor, down_weight: Tensor) -> LowRank:
@@ -248,12 +257,8 @@ def as_weights(matrix: LowRank, up_like: Tensor, down_like: Tensor) -> tuple[Ten
     return up.to(up_like), down.to(down_like)
 
 
-def _float64(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64)
-
-
-def _as_float64(matrix: LowRank | Tensor) -> LowRank | Tensor:
-    return _float64(matrix) if isinstance(matrix, Tensor) else LowRank(*map(_float64, matrix))
+def _as_float64(matrix: Matrix) -> Matrix:
+    return float64(matrix) if isinstance(matrix, Tensor) else LowRank(*map(float64, matrix))
 
 
 def _equal(one: LowRank, other: LowRank) -> bool:
@@ -266,46 +271,39 @@ def _root(scaling: float) -> float:
     return math.sqrt(scaling)
 
 
-def _scale(matrix: LowRank, remainder: Tensor | None = None) -> float:
-    """Σ_i |up_i| |down_i| + |remainder|, of which the rounding of the sum is a few ε."""
-    scale = (matrix.up.norm(dim=0) @ matrix.down.norm(dim=1)).item()
-    scale += 0 if remainder is None else remainder.norm().item()
-    if not math.isfinite(scale):
-        raise ValueError("an update has numbers that are not finite")
-    return scale
-
-
-def _share(kept: LowRank, rest: LowRank | Tensor) -> float:
+def _share(kept: LowRank, rest: Matrix) -> float:
     """The energy of the rest as a share of both; of the whole matrix, as far as both are orthogonal."""
     lost = rest.square().sum().item() if isinstance(rest, Tensor) else rest.energy()
     return lost / (kept.energy() + lost) if lost else 0.0
 
 
-def _spectrum(matrix: LowRank, tolerance: float) -> _Spectrum:
-    """up = Q R and downᵀ = P T, so up · down = Q (R Tᵀ) Pᵀ, and only R Tᵀ, of the factors' width, needs an SVD."""
-    left, right = torch.linalg.qr(_float64(matrix.up)), torch.linalg.qr(_float64(matrix.down).mT)
-    floor = tolerance * _scale(LowRank(left.R, right.R.mT))  # the triangles' columns are as long as the factors'
-    core = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
-    count = int(core.S.gt(floor).sum())
-    return _signed(left.Q @ core.U[:, :count], core.S[:count], core.Vh[:count] @ right.Q.mT)
+def _nothing(like: Matrix) -> LowRank:
+    """The 0 of the same shape, of rank 0, in float64."""
+    (m, n), tensor = like.shape, like if isinstance(like, Tensor) else like.up
+    return LowRank(*(tensor.new_zeros(shape, dtype=torch.float64) for shape in ((m, 0), (0, n))))
 
 
-def _signed(left: Tensor, values: Tensor, right: Tensor) -> _Spectrum:
-    """An SVD leaves the sign of each pair of vectors open; here the left one's largest component is positive."""
-    negative = left.amin(dim=0).neg() > left.amax(dim=0)
-    signs = torch.where(negative, -1.0, 1.0).to(left)
-    return _Spectrum(left * signs, values, signs[:, None] * right)
+def _narrow(matrix: LowRank) -> Matrix:
+    """Dense where the factors are wider than half the smaller side: then they are hardly smaller, and slower."""
+    return matrix.dense() if 2 * matrix.rank > min(matrix.shape) else matrix
 
 
-def _split_dense(remainder: Tensor, update: LowRank, rank: int) -> Merged:
-    """As `split` of remainder + update, with a dense rest: the difference, so that nothing is lost."""
-    total = torch.addmm(remainder, update.up, update.down)
-    floor = TOLERANCE * _scale(update, remainder)
-    left, values, right = torch.linalg.svd(total, full_matrices=False)
-    count = min(rank, int(values.gt(floor).sum()))
-    kept = _filled(_signed(left[:, :count], values[:count], right[:count]).part(0, None), rank, update.down)
+def _split_dense(total: Tensor, rank: int, scale: float, spare: Tensor) -> tuple[LowRank, Tensor, float]:
+    """As `split`, of a float64 matrix that becomes the rest: the difference, so that nothing is lost."""
+    kept = _filled(leading(total, rank, TOLERANCE * scale).part(0, None), rank, spare)
     rest = total.addmm_(kept.up, kept.down, alpha=-1)
-    return Merged(kept, rest, _share(kept, rest))
+    return kept, rest, _share(kept, rest)
+
+
+def _split_wide(total: LowRank, rank: int, spare: Tensor) -> tuple[LowRank, Matrix, float]:
+    """As `split`, of many float64 columns, which stay as they are: M (I - V Vᵀ) is the rest of M, V what is kept."""
+    scale = scale_of(total)
+    found = leading(total, rank, TOLERANCE * scale)
+    kept = _filled(found.part(0, None), rank, spare)
+    rest = LowRank(total.up, total.down - (total.down @ found.right.mT) @ found.right)
+    if math.sqrt(rest.energy()) <= TOLERANCE * scale:
+        return kept, _nothing(total), 0.0
+    return kept, _narrow(rest), _share(kept, rest)
 
 
 def _filled(matrix: LowRank, rank: int, spare: Tensor) -> LowRank:
@@ -348,8 +346,26 @@ def _check_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> None:
             raise ValueError(f"an update's weight must be positive, not {weight}")
         if part.shape != parts[0].shape:
             raise ValueError(f"an update has shape {part.shape}, the first one {parts[0].shape}")
-        if part.down.shape[0] != part.rank:
-            raise ValueError(f"factors of rank {part.rank} and {part.down.shape[0]} make no update")
+        _check_pair(part)
+
+
+def _check_terms(terms: Sequence[tuple[float, Matrix]]) -> None:
+    if not terms:
+        raise ValueError("a sum needs at least one term")
+    first = tuple(terms[0][1].shape)
+    for coefficient, matrix in terms:
+        if not math.isfinite(coefficient):
+            raise ValueError(f"a coefficient must be finite, not {coefficient}")
+        if tuple(matrix.shape) != first:
+            raise ValueError(f"a term has shape {tuple(matrix.shape)}, the first one {first}")
+        if isinstance(matrix, LowRank):
+            _check_pair(matrix)
+        scale_of(matrix)
+
+
+def _check_pair(part: LowRank) -> None:
+    if part.down.shape[0] != part.rank:
+        raise ValueError(f"factors of rank {part.rank} and {part.down.shape[0]} make no update")
 
 
 def _check_rank(rank: int) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .card import LORA_NAME
 from .errors import UserError, one_line
-from .files import partial_name, removed_on_error
+from .files import LORA_NAME, partial_name, removed_on_error
 from .flags import parse_arguments
 from .upload_list import INDEX_NAME
 

@@ -1,11 +1,14 @@
 """What all clones start a round from, and the merge of what they made of it: summed by slices, one slice a rank."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from .adapters import Trainable
 from .checkpoint import Checkpoint, Piece, slice_piece, tensors_piece
 from .groups import Ranks
 from .host import HostMemory
@@ -17,7 +20,69 @@ ROW = 1 << 10
 BUCKET, ALONE = 1 << 26, 1 << 16
 
 
-class Merger:
+class MergesClones(ABC):
+    """A set of named tensors that all clones start a round from, and the merge of what they made of it.
+
+    Every rank has one, and calls `collect` and `merge` in the same order as the others.
+
+    Attributes:
+        tensors: the value at the start of the round, on the host; changed in place by `merge`.
+        turned: names of the parameters whose moments do not belong to them any more since the last merge.
+        facts: numbers by name that are told of the last merge.
+    """
+
+    tensors: dict[str, Tensor]
+    turned: Sequence[str] = ()
+    facts: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    @abstractmethod
+    def total(self) -> float:
+        """Σ n_k of the clones that have been added in this round."""
+
+    @abstractmethod
+    def load_into(self, trainable: Trainable) -> None:
+        """Puts what all clones start from into the live tensors."""
+
+    @abstractmethod
+    def collect(self, clone: Mapping[str, Tensor] | None, weights: Sequence[float]) -> float:
+        """Takes up one wave of clones.
+
+        Args:
+            clone: the live tensors of this rank's clone; None if it has none.
+            weights: of each rank's clone in the merge; 0 for one that is left out.
+
+        Returns:
+            how far this rank's clone has moved from the start of the round, by the length of what it moves.
+        """
+
+    @abstractmethod
+    def merge(self) -> float:
+        """Makes the next round's start of the clones that were collected.
+
+        Returns:
+            how far the start has moved, by the length of what it moves; 0 if no clone was collected.
+        """
+
+    @abstractmethod
+    def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
+        """What this rank writes of it into a checkpoint, by file name; rank 0 writes what all ranks hold.
+
+        Args:
+            start: version of the round's start.
+            so_far: version of what has been collected.
+        """
+
+    @abstractmethod
+    def restore(self, checkpoint: Checkpoint, total: float) -> None:
+        """Takes up what `pieces` of any number of ranks gave."""
+
+    @abstractmethod
+    def rest(self) -> None:
+        """Lets the process's memory go that holds what lies under `--offload_dir`."""
+
+
+class Merger(MergesClones):
     """One set of named tensors: its value at the start of the round, and the running Σ n_k θ_k of the clones.
 
     Every rank holds the whole value and one slice of the sum, in float64; it adds the clones' numbers in the order of
@@ -74,6 +139,10 @@ class Merger:
         # ‖θ‖² of the round's start, from the first time it is asked for to the merge.
         self._norm: float | None = None
         self.rest()
+
+    def load_into(self, trainable: Trainable) -> None:
+        """Puts what all clones start from into the live tensors."""
+        trainable.load(self.tensors)
 
     # --- the sum -----------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from .config import OptimizerConfig, TrainingConfig
 from .errors import UserError
+from .settings import OptimizerConfig, TrainingConfig
 
 
 def build_optimizer(
@@ -72,9 +72,13 @@ def moments_by_parameter(named: Mapping[str, Tensor]) -> dict[int, dict[str, Ten
     """What `named_moments` was made from."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in named.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(parameter_of(key), {})[key.split(".", 1)[1]] = tensor
     return state
+
+
+def parameter_of(name: str) -> int:
+    """The parameter's number in a name that `named_moments` gave."""
+    return int(name.split(".", 1)[0])
 
 
 def with_counts_apart(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

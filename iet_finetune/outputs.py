@@ -1,6 +1,7 @@
 """The output folder: whether it may be used, and how finished things get into it."""
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -12,7 +13,16 @@ import yaml
 
 from .config import Config
 from .errors import UserError, one_line
-from .files import clean, no_space_named, partial_name, removed_on_error, replaced_folder, written_beside
+from .files import (
+    LORA_NAME,
+    clean,
+    no_space_named,
+    partial_name,
+    remove_folder,
+    removed_on_error,
+    replaced_folder,
+    written_beside,
+)
 from .groups import Ranks
 
 try:
@@ -22,6 +32,8 @@ except ImportError:  # Windows
 
 INDEX = "model_index.json"
 CONFIG = "training_config.yaml"
+# Without one of these there is no finished result in a folder.
+MARKS = (INDEX, LORA_NAME)
 
 
 class FolderLock:
@@ -147,7 +159,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def publish(folder: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` write a pipeline beside its place and moves it there, model_index.json last.
+    """Lets `save` write a pipeline or a LoRA file beside its place and moves it there, what marks it as complete last.
+
+    What marks one of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
 
     Raises:
         UserError: no space left on the device.
@@ -155,15 +169,26 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
     partial = partial_name(folder / "pipeline")
     shutil.rmtree(partial, ignore_errors=True)
     with no_space_named(folder), removed_on_error(partial):
+        partial.mkdir()
         save(partial)
-    (folder / INDEX).unlink(missing_ok=True)
-    for entry in sorted(partial.iterdir(), key=lambda path: path.name == INDEX):
+    if not (partial / INDEX).is_file():
+        _remove_pipeline(folder)
+    for mark in MARKS:
+        (folder / mark).unlink(missing_ok=True)
+    for entry in sorted(partial.iterdir(), key=lambda path: path.name in MARKS):
         if entry.is_dir():
             with replaced_folder(folder / entry.name):
                 entry.rename(folder / entry.name)
         else:
             entry.replace(folder / entry.name)
     partial.rmdir()
+
+
+def _remove_pipeline(folder: Path) -> None:
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        for name in (name for name, value in index.items() if isinstance(value, list)):
+            remove_folder(folder / name)
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -108,6 +108,7 @@ class Reporter:
             "skip_rate": total.skip_rate,
             "skip_rate_by_noise_level": total.skip_rate_by_level,
             "merge_drift": drift,
+            **self._parts.ensemble.facts_of_merge,
             "clone_drift": [drift for _, drift, _ in told],
             "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
             "shard_skip_rate": [shard.skip_rate for shard in sums],
@@ -122,7 +123,7 @@ class Reporter:
         """Pictures from the merged denoiser of the round just done, when they are due."""
         round_ = self._parts.ensemble.round
         if self._speaks and (round_ % self._config.validation.validation_rounds == 0 or round_ == self._rounds):
-            self.load_result()
+            self._parts.ensemble.load_result()
             self._draw(round_)
 
     def _draw(self, round_: int) -> None:
@@ -136,12 +137,6 @@ class Reporter:
         validation.save_picture(validation.grid(rows, prompts), path)
         flat = [(picture, prompt) for row, prompt in zip(rows, prompts, strict=True) for picture in row]
         self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], self._parts.ensemble.step)
-
-    def load_result(self) -> None:
-        """Puts the merged weights, or their moving average if there is one, into the live denoiser."""
-        self._parts.trainable.load(self._parts.ensemble.denoiser)
-        if self._parts.ensemble.average is not None:
-            self._parts.trainable.load(self._parts.ensemble.average)
 
     def before_after(self) -> Path | None:
         """The picture that shows the first drawing beside the last; None if nothing was drawn."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .config import EnsembleConfig, TrainingConfig
+from .settings import EnsembleConfig, TrainingConfig
 
 DEFAULT_MERGE_EPOCHS = 5
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SPLIT, _ORDER, _SAMPLE, _NETWORK = range(4)
+_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER = range(5)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -30,7 +30,15 @@ def network_seed(seed: int, shard: int, round_: int, member: int = 0) -> int:
 
     `member` is the rank's place in the group that trains the clone: each drops out something else.
     """
-    key = (_NETWORK, shard, round_, member) if member else (_NETWORK, shard, round_)
+    return _torch_seed(seed, _NETWORK, shard, round_, *((member,) if member else ()))
+
+
+def adapter_seed(seed: int) -> int:
+    """The seed (63 bits) of torch's global generator while an adapter's first weights are drawn."""
+    return _torch_seed(seed, _ADAPTER)
+
+
+def _torch_seed(seed: int, *key: int) -> int:
     state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]
     return int(state >> np.uint64(1))
 

@@ -17,10 +17,13 @@ from .clone import Clone
 from .config import Config
 from .errors import UserError
 from .families import save_pipeline
+from .files import LORA_NAME
 from .groups import Ranks
 from .hub import check_push, push
 from .identity import check_identity, differences, environment, free_settings
 from .ledger import write_ledger
+from .lora_export import Export, plan_export
+from .lora_file import write_lora
 from .reporting import Reporter, warn
 from .schedule import Step, Wave
 from .tracking import RoundSums
@@ -210,15 +213,16 @@ class Trainer:
 
     def _finish(self) -> None:
         self._gather_clones()
-        self.reporter.load_result()
-        outputs.publish(self.output, self._save_pipeline)
+        self.ensemble.load_result()
+        export = self._plan_export()
+        outputs.publish(self.output, lambda folder: self._save(folder, export))
         parts, clones = self.parts, self.ensemble.clones
         ledgers = [clone.ledger for clone in clones]
         write_ledger(self.output / LEDGER, parts.images, parts.heldout, parts.indices, ledgers)
         picture = self.reporter.before_after()
-        write_model_card(self.output, self._card_facts(picture))
+        write_model_card(self.output, self._card_facts(picture, export))
         self.reporter.close()
-        self._print_summary(picture)
+        self._print_summary(picture, export)
         if self.config.hub.push_to_hub:
             print(f"pushed to {push(self.output, self.config.hub)}")
 
@@ -298,14 +302,35 @@ class Trainer:
         checkpoint = (merged + sums + velocity + live * averages + 2 * moments) * weights
         outputs.check_space(self.output, checkpoint + pipeline)
 
+    def _plan_export(self) -> Export | None:
+        """What becomes of the adapter; None if the whole denoiser was trained."""
+        if self.parts.adapter is None:
+            return None
+        name, form = self.parts.family.denoiser_name, self.config.adapter.lora_export
+        return plan_export(self.parts.adapter, name, form, self._save_dtype or torch.float32)
+
+    def _save(self, folder: Path, export: Export | None) -> None:
+        if export is None or export.layers is None:
+            self._save_pipeline(folder)
+        else:
+            write_lora(folder / LORA_NAME, export.layers)
+
+    @property
+    def _save_dtype(self) -> torch.dtype | None:
+        name = self.config.model.save_dtype
+        return getattr(torch, name) if name is not None else None
+
     def _save_pipeline(self, folder: Path) -> None:
         family, dtypes = self.parts.family, dict(self.parts.source.dtypes)
-        if self.config.model.save_dtype is not None:
-            dtypes[family.denoiser_name] = getattr(torch, self.config.model.save_dtype)
+        if self._save_dtype is not None:
+            dtypes[family.denoiser_name] = self._save_dtype
+        if self.parts.adapter is not None:
+            self.parts.adapter.fuse()
+            self.parts.adapter.remove()
         self.parts.accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
         save_pipeline(family.pipeline, folder, dtypes, self.parts.source.classes)
 
-    def _card_facts(self, picture: Path | None) -> CardFacts:
+    def _card_facts(self, picture: Path | None, export: Export | None) -> CardFacts:
         return CardFacts(
             base_model=str(self.config.model.pretrained_model_name_or_path),
             base_license=base_license(self.parts.source.folder),
@@ -319,11 +344,17 @@ class Trainer:
             skip_rates=tuple(line["skip_rate"] for line in self.reporter.lines),
             sample_grid=picture.relative_to(self.output).as_posix() if picture is not None else None,
             versions=environment()["versions"],
+            lora_export=export.words if export is not None else None,
         )
 
-    def _print_summary(self, picture: Path | None) -> None:
+    def _print_summary(self, picture: Path | None, export: Export | None) -> None:
         rates = " ".join(f"{line['skip_rate']:.1%}" for line in self.reporter.lines)
         print(f"skipped by round: {rates}")
         if picture is not None:
             print(f"before and after: {picture}")
-        print(f'load it with: DiffusionPipeline.from_pretrained("{self.output}")', flush=True)
+        if export is not None:
+            print(f"saved as {export.words}")
+        if export is None or export.layers is None:
+            print(f'load it with: DiffusionPipeline.from_pretrained("{self.output}")', flush=True)
+        else:
+            print(f'load it with: pipeline.load_lora_weights("{self.output}")', flush=True)

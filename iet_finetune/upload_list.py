@@ -9,9 +9,10 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import ModelCard
 
-from .card import AUDIT_NAME, CARD_NAME, GRID_TITLE, LORA_NAME
+from .card import AUDIT_NAME, CARD_NAME, GRID_TITLE
 from .config import SECRET_FLAGS, flag_names
 from .errors import UserError, one_line
+from .files import LORA_NAME
 
 Files = dict[str, Path | bytes]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from .config import ValidationConfig
 from .families.base import Family
 from .files import written_beside
+from .settings import ValidationConfig
 
 FOLDER = "validation"
 BEFORE_AFTER = f"{FOLDER}/before_after.png"

@@ -14,6 +14,9 @@ from iet_finetune.errors import UserError
 from iet_finetune.flags import FlagSpec, flag_specs
 
 SPECS = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(group)}
+# Flags of LoRA, which need `use_lora`; one of them is always refused.
+ADAPTER = [spec.name for spec in flag_specs(GROUPS["adapter"][1])]
+REFUSED = "use_dora"
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 
 
@@ -52,12 +55,15 @@ def values_of(spec: FlagSpec) -> st.SearchStrategy:
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
     """Any configuration that sets any of the flags."""
-    names = draw(st.sets(st.sampled_from(flag_names())))
+    names = draw(st.sets(st.sampled_from(flag_names()))) - {REFUSED}
     flags = {name: draw(values_of(SPECS[name])) for name in sorted(names)}
     if flags.get("train_data_dir") is not None:
         flags.pop("dataset_name", None)
     if flags.get("merge_every_epochs") is not None:
         flags.pop("merge_every_steps", None)
+    if names & set(ADAPTER):
+        flags |= {"use_lora": True, "lora_layers": draw(st.none() | st.just("to_q, proj_in"))}
+        flags |= {"outer_lr": 1.0, "outer_momentum": 0.0} if flags.get("lora_merge", "exact") == "exact" else {}
     stratified = flags.get("shard_strategy") == "stratified"
     flags["shard_by_column"] = draw(SCALARS[str]) if stratified else None
     return Config.from_flags(**flags)
@@ -112,11 +118,13 @@ def test_every_field_is_a_flag_with_a_sentence_of_help_and_a_name_of_its_own():
         assert spec.help.strip().endswith((".", ")")), f"--{spec.name}: {spec.help!r}"
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_every_flag_can_be_given(spec):
+@pytest.mark.parametrize("name", [name for name in SPECS if name != REFUSED])
+def test_every_flag_can_be_given(name):
+    spec = SPECS[name]
     value = spec.choices[-1] if spec.choices else {int: 9, float: 0.5, bool: True, str: "x"}[spec.scalar]
     flags = {spec.name: [value] if spec.many else value}
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
+    flags |= {"use_lora": True} if name in ADAPTER else {}
     sources = SOURCES[:2] if spec.name == "dataset_name" else SOURCES
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])
     (owner,) = (name for name, (_, group) in GROUPS.items() if spec.name in group.__dataclass_fields__)
@@ -138,9 +146,34 @@ def test_a_value_that_is_no_choice_is_answered_with_the_choices(spec):
     assert message == f"`--{spec.name}` must be one of {', '.join(spec.choices or ())}, not 'sideways'."
 
 
+def test_what_only_an_adapter_has_is_refused_without_one():
+    for name in set(ADAPTER) - {"use_lora", REFUSED}:
+        spec = SPECS[name]
+        value = spec.choices[-1] if spec.choices else {int: 9, float: 0.5, bool: True, str: "x"}[spec.scalar]
+        shown = name if value is True else f"{name} {value}"
+        assert message_of(Config.from_flags, **{name: value}) == (
+            f"`--{shown}` does nothing without `--use_lora`: give both."
+        )
+
+
+@pytest.mark.parametrize("layers", ["", "to_q,", ",to_q", "to_q,,to_k", " , to_q"])
+def test_an_empty_name_of_a_layer_is_refused(layers):
+    assert message_of(Config.from_flags, use_lora=True, lora_layers=layers).startswith(f"`--lora_layers {layers}` has")
+
+
+def test_dora_is_refused_with_the_reason():
+    assert message_of(Config.from_flags, use_lora=True, use_dora=True).startswith("`--use_dora`: a DoRA update is not")
+
+
+@pytest.mark.parametrize("flags", [{"outer_lr": 0.5}, {"outer_momentum": 0.9}])
+def test_an_outer_optimizer_goes_with_the_mean_of_matrices_only(flags):
+    Config.from_flags(use_lora=True, lora_merge="average", **flags)
+    assert "`--lora_merge exact`" in message_of(Config.from_flags, use_lora=True, **flags)
+
+
 BELOW_ONE = {
     *("max_train_samples", "num_shards", "merge_every_epochs", "merge_every_steps", "train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "num_validation_images"),
+    *("rank", "lora_alpha", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "num_validation_images"),
     *("validation_rounds", "validation_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     "logging_steps",
 }
@@ -179,7 +212,8 @@ def test_a_value_out_of_range_is_refused_by_name_and_value(name, value):
     ],
 )
 def test_the_ends_of_a_range_are_in_it(name, value):
-    assert Config.from_flags(**{name: value}).to_flags()[name] == value
+    needed = {"use_lora": True} if name in ADAPTER else {}
+    assert Config.from_flags(**{name: value}, **needed).to_flags()[name] == value
 
 
 @pytest.mark.parametrize(

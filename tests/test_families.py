@@ -7,10 +7,10 @@ import torch
 from tiny import RESOLUTION, save_tiny_sd, tiny_sd
 
 from iet_finetune import UserError
-from iet_finetune.config import ModelConfig
 from iet_finetune.families import find_pipeline, in_chunks, load_family, save_pipeline
 from iet_finetune.families.base import check_resolution
 from iet_finetune.families.stable_diffusion import StableDiffusion
+from iet_finetune.settings import ModelConfig
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import torch
 from tiny import save_images
 
-from iet_finetune.config import DataConfig
 from iet_finetune.data.dataset import load_images
 from iet_finetune.ledger import ShardLedger, write_ledger
+from iet_finetune.settings import DataConfig
 
 
 def test_it_counts_visits_and_averages_the_log_of_the_relative_loss():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,6 +273,7 @@ def test_a_transformer_loads_what_is_written_for_it(tmp_path):
     layers = read_lora(tmp_path / "in.safetensors")
     assert_updates(layers, deltas)
     write_lora(tmp_path / NAME, layers)
+    assert_same_tensors(tmp_path / NAME, tmp_path / "in.safetensors")  # as the scripts of transformers name them
     fresh = transformer()
     with safe_open(tmp_path / NAME, framework="pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -294,12 +296,49 @@ def test_the_header_holds_only_what_a_lora_config_takes(tmp_path):
     assert len(config.target_modules) == len(read_lora(tmp_path / NAME))
 
 
-def test_the_names_of_a_unet_s_tensors_are_those_that_diffusers_saves(tmp_path):
-    save_adapter(tmp_path / "a", 1, HEADERS["convolutions"])
-    write_lora(tmp_path / NAME, read_lora(tmp_path / "a" / NAME))
-    ours, theirs = load_file(tmp_path / NAME), load_file(tmp_path / "a" / NAME)
+def saved_as_the_script_saves(folder, settings):
+    """An adapter of `tiny_sd()`'s UNet as diffusers' `train_text_to_image_lora.py` saves it; its dense updates."""
+    unet = tiny_sd().unet
+    add_random_adapter(unet, 1, **settings)
+    converted = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    header = _collate_lora_metadata({"unet": unet})
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=converted, **header)
+    return deltas_of(unet, "unet")
+
+
+def assert_same_tensors(path, other):
+    ours, theirs = load_file(path), load_file(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, ["to_k", "to_v"]], ids=["all", "some"])
+def test_attention_layers_have_the_names_that_the_training_script_writes(tmp_path, targets):
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": targets}
+    deltas = saved_as_the_script_saves(tmp_path / "script", settings)
+    layers = read_lora(tmp_path / "script" / NAME)
+    assert_updates(layers, deltas)
+    write_lora(tmp_path / NAME, layers)
+    assert_same_tensors(tmp_path / NAME, tmp_path / "script" / NAME)
+    assert all(".lora.down." in key or ".lora.up." in key for key in load_file(tmp_path / NAME))
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(tmp_path)
+    assert_same_answers(pipeline, with_dense([deltas], [1.0]))
+
+
+def test_a_unet_s_layers_of_several_kinds_have_the_names_of_which_diffusers_loads_all(tmp_path):
+    """What the script's converter makes of them is read here as well, but diffusers leaves the attention out."""
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": [*ATTENTION, "proj_in", "conv1", "ff.net.2"]}
+    deltas = saved_as_the_script_saves(tmp_path / "script", settings)
+    layers = read_lora(tmp_path / "script" / NAME)
+    assert_updates(layers, deltas)
+    write_lora(tmp_path / NAME, layers)
+    save_adapter(tmp_path / "saved", 1, settings)
+    assert_same_tensors(tmp_path / NAME, tmp_path / "saved" / NAME)
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(tmp_path)
+    assert dict(loaded(pipeline)).keys() == deltas.keys()
+    assert_same_answers(pipeline, with_dense([deltas], [1.0]))
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):

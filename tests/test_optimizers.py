@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
-from iet_finetune.config import SCHEDULES, OptimizerConfig, TrainingConfig
 from iet_finetune.optimizers import (
     build_optimizer,
     fresh_moments,
@@ -13,6 +12,7 @@ from iet_finetune.optimizers import (
     moments_by_parameter,
     named_moments,
 )
+from iet_finetune.settings import SCHEDULES, OptimizerConfig, TrainingConfig
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iet_finetune.config import EnsembleConfig, TrainingConfig
 from iet_finetune.schedule import Schedule, Wave
+from iet_finetune.settings import EnsembleConfig, TrainingConfig
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4).map(tuple)
 count = st.integers(1, 7)

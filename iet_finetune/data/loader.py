@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import DataConfig
 from ..errors import UserError
 from ..schedule import Step
 from ..seeding import SampleDraws, pass_order, sample_draws
+from ..settings import DataConfig
 from .dataset import TrainingImages
 from .transforms import ImageTransform
 

@@ -2,8 +2,8 @@
 
 import importlib
 
-from ..config import ModelConfig
 from ..errors import UserError
+from ..settings import ModelConfig
 from .base import Conditions, Family, in_chunks
 from .loading import PipelineSource, find_pipeline, load_pipeline, save_pipeline
 

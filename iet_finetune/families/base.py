@@ -30,6 +30,8 @@ class Family(ABC):
 
     denoiser_name: ClassVar[str] = "unet"
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    # What gets an adapter unless the user says otherwise: the attention projections, as in diffusers' scripts.
+    lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
 
     def __init__(self, pipeline: Any, prediction_type: str | None = None) -> None:
         if prediction_type is not None:

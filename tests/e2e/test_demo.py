@@ -14,8 +14,8 @@ import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from iet_finetune.config import DataConfig
 from iet_finetune.data.dataset import load_images
+from iet_finetune.settings import DataConfig
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo"
