@@ -10,18 +10,23 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo demo-lora test bench lint format clean
 
 help: ## List these commands.
 	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 # accelerate gives a process one thread unless told otherwise; the demo is one process and may have them all.
 # --quiet: an error of the demo ends with the demo's own line, not with accelerate's traceback as well.
+LAUNCH = $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process "$${OMP_NUM_THREADS:-$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
+	train_iet_agc.py --resume_from_checkpoint latest
+
 demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/; goes on where an interrupted run stopped.
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process "$${OMP_NUM_THREADS:-$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
-		train_iet_agc.py --config configs/demo.yaml --resume_from_checkpoint latest
+	$(LAUNCH) --config configs/demo.yaml
+
+demo-lora: $(INSTALLED) ## The same with LoRA adapters of rank 4.
+	$(LAUNCH) --config configs/demo_lora.yaml
 
 # Two files at a time with one thread each: more threads than cores make torch many times slower.
 test: $(INSTALLED) ## Run the tests.
@@ -29,7 +34,7 @@ test: $(INSTALLED) ## Run the tests.
 
 # The others also where one found a miss. TMPDIR=/path chooses the disk for what they write.
 bench: $(INSTALLED) ## Measure memory and speed; takes 15 minutes or more, 16 GB of memory and 45 GB of disk.
-	@missed=0; for each in memory scaling lora_merge; do \
+	@missed=0; for each in memory scaling lora_merge lora_step; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$each.py || missed=1; \
 	done; exit $$missed
 

@@ -137,6 +137,11 @@ class Adapter:
         weight.copy_(total.view(weight.shape).to(torch.float32))
 
     @property
+    def nbytes(self) -> int:
+        """Of the frozen weights below the adapter."""
+        return sum(layer.weight.nbytes for layer in self.layers.values())
+
+    @property
     def live(self) -> dict[str, Tensor]:
         """The parameters B and A of all layers, detached and live."""
         pairs = [((layer.up, layer.up_weight), (layer.down, layer.down_weight)) for layer in self.layers.values()]

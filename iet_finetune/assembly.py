@@ -144,7 +144,8 @@ def _training_parts(
     ema = None
     if config.optimizer.use_ema:
         ema = EMA(trainable.parameters, config.optimizer.ema_max_decay, start_share=config.merges_exactly)
-    host = _host_memory(config, trainable, accelerator.device, ranks, placement)
+    adapted = adapter.nbytes if adapter is not None and config.merges_exactly else 0
+    host = _host_memory(config, trainable, adapted, accelerator.device, ranks, placement)
     ensemble = Ensemble(
         trainable,
         optimizer,
@@ -258,7 +259,7 @@ def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, 
 
 
 def _host_memory(
-    config: Config, trainable: Trainable, device: torch.device, ranks: Ranks, placement: Placement
+    config: Config, trainable: Trainable, adapted: int, device: torch.device, ranks: Ranks, placement: Placement
 ) -> HostMemory:
     """Where the ensemble's tensors will wait; a `UserError` if there is not room for them."""
     ensemble, folder = config.ensemble, config.ensemble.offload_dir
@@ -273,6 +274,7 @@ def _host_memory(
         device_is_host=device.type == "cpu",
         state_bytes_per_weight_byte=0.5 if config.optimizer.use_8bit_adam else 2.0,
         outer=ensemble.outer_lr != 1,
+        adapted=adapted,
     )
     if folder is not None:
         check_offload(Path(folder), need.offloaded, ranks.local_size)

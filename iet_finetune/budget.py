@@ -17,7 +17,7 @@ class HostNeed:
 
     Attributes:
         merged: what all clones start a round from.
-        sums: this rank's slice of the running sums over the clones.
+        sums: this rank's slice of the running sums over the clones, or its share of the clones' adapters.
         outer: its slice of the outer optimizer's momentum.
         moments: optimizer moments of its resting clones.
         live: what the live clone needs beside its loaded weights, where the device is the host; else 0.
@@ -60,6 +60,7 @@ def host_need(
     device_is_host: bool,
     state_bytes_per_weight_byte: float = 2.0,
     outer: bool = False,
+    adapted: int = 0,
 ) -> HostNeed:
     """What a rank needs on the host (DESIGN rule 2).
 
@@ -76,6 +77,9 @@ def host_need(
             `shards_of_rank` sets one is live.
         state_bytes_per_weight_byte: size of the optimizer's state by that of the weights: 2 for Adam, 0.5 in 8 bits.
         outer: whether the outer optimizer does anything; implied by its momentum.
+        adapted: bytes of the frozen weights under LoRA adapters that are merged exactly; 0 if there are none. They rest
+            as they came, beside remainders that may grow as large. Of the clones' adapters each is held once, and once
+            more while they are brought together.
     """
     state = math.ceil(weights * state_bytes_per_weight_byte)
     average = state if moments == "average" else 0
@@ -84,10 +88,13 @@ def host_need(
     # In float64, so twice the size. A clone that is the only one is its own mean, unless an outer optimizer needs it.
     summed = 0 if only_clone else others
     summed += 0 if only_clone and not (outer or outer_momentum) else weights
+    if adapted:
+        summed = average + num_shards * (weights * (2 if ema else 1))
+    copies = (3 if ema else 2) if num_shards > 1 else 0
     kept = shards_of_rank if moments == "keep" else 0
     returning = state if device_is_host and kept else 0
     return HostNeed(
-        merged=weights + others,
+        merged=weights + others + copies * adapted,
         sums=math.ceil(2 * summed / ranks),
         outer=math.ceil(weights / ranks) if outer_momentum else 0,
         moments=kept * state - returning,

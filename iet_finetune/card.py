@@ -20,6 +20,11 @@ GRID_TITLE = "Sample grid"
 # The card is written before the repository's id is known; the push puts the id in this name's place.
 THIS_REPOSITORY = '"this-repository"'
 PAPER = "[arXiv 2407.15328](https://arxiv.org/abs/2407.15328)"
+MERGES = {
+    "exact": "the mean of their updates",
+    "average": "the mean of each matrix (FedIT)",
+    "freeze_a": "the mean of B, with A frozen (FFA-LoRA)",
+}
 UNCONDITIONAL = ("DDPM", "DDIM", "PNDM", "KarrasVe", "ScoreSdeVe", "LDM")
 
 
@@ -133,9 +138,10 @@ def _introduction(facts: CardFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     source = base if is_hub_id(facts.base_model) else "a local pipeline"
     shards, threshold = facts.flags["num_shards"], facts.flags["agc_threshold"]
+    trained = "LoRA adapter" if facts.flags["use_lora"] else "denoiser"
     ensemble = (
-        f"The data was split into {shards} shards; in each round every shard trained its own clone of the denoiser, "
-        "and the clones were averaged into the denoiser of the next round."
+        f"The data was split into {shards} shards; in each round every shard trained its own clone of the {trained}, "
+        f"and the clones were averaged into the {trained} of the next round."
         if shards > 1
         else "The data was not split (one shard), so no clones were averaged."
     )
@@ -191,6 +197,7 @@ def _recipe_rows(facts: CardFacts) -> list[tuple[str, object]]:
         ("shards (K)", f"{flags['num_shards']} ({flags['shard_strategy']})"),
         ("local training between merges", f"{merge_steps} steps" if merge_steps else f"{passes} passes"),
         ("merges", facts.rounds),
+        *_adapter_rows(facts),
         ("weight of a clone in the merge", flags["merge_weighting"]),
         ("optimizer moments at a merge", flags["optimizer_across_rounds"]),
         ("AGC threshold", f"{threshold:g}" if threshold else "0 (off)"),
@@ -210,6 +217,20 @@ def _recipe_rows(facts: CardFacts) -> list[tuple[str, object]]:
         ("seed", flags["seed"]),
     ]
     return rows
+
+
+def _adapter_rows(facts: CardFacts) -> list[tuple[str, object]]:
+    flags = facts.flags
+    if not flags["use_lora"]:
+        return []
+    alpha = flags["rank"] if flags["lora_alpha"] is None else flags["lora_alpha"]
+    scaling = ", scaled as in rsLoRA" if flags["use_rslora"] else ""
+    return [
+        ("LoRA", f"rank {flags['rank']}, alpha {alpha}{scaling}, dropout {flags['lora_dropout']:g}"),
+        ("layers with an adapter", flags["lora_layers"] or "attention projections"),
+        ("merge of adapters", MERGES[flags["lora_merge"]]),
+        ("saved as", facts.lora_export),
+    ]
 
 
 def _data(facts: CardFacts) -> str:

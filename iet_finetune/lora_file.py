@@ -273,7 +273,7 @@ def _named_as_scripts_do(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     Not where the UNet has other layers too, which the same converter leaves as `lora_A`: diffusers takes the style of
     all from the first tensor, and silently loads only those named in that.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 
     unet = {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
     converted = convert_state_dict_to_diffusers(unet) if unet else {}

@@ -271,9 +271,13 @@ def _root(scaling: float) -> float:
     return math.sqrt(scaling)
 
 
+def _energy(matrix: Matrix) -> float:
+    return matrix.square().sum().item() if isinstance(matrix, Tensor) else matrix.energy()
+
+
 def _share(kept: LowRank, rest: Matrix) -> float:
     """The energy of the rest as a share of both; of the whole matrix, as far as both are orthogonal."""
-    lost = rest.square().sum().item() if isinstance(rest, Tensor) else rest.energy()
+    lost = _energy(rest)
     return lost / (kept.energy() + lost) if lost else 0.0
 
 
@@ -300,10 +304,11 @@ def _split_wide(total: LowRank, rank: int, spare: Tensor) -> tuple[LowRank, Matr
     scale = scale_of(total)
     found = leading(total, rank, TOLERANCE * scale)
     kept = _filled(found.part(0, None), rank, spare)
-    rest = LowRank(total.up, total.down - (total.down @ found.right.mT) @ found.right)
-    if math.sqrt(rest.energy()) <= TOLERANCE * scale:
+    rest = _narrow(LowRank(total.up, total.down - (total.down @ found.right.mT) @ found.right))
+    lost = _energy(rest)
+    if math.sqrt(lost) <= TOLERANCE * scale:
         return kept, _nothing(total), 0.0
-    return kept, _narrow(rest), _share(kept, rest)
+    return kept, rest, lost / (found.values.square().sum().item() + lost)
 
 
 def _filled(matrix: LowRank, rank: int, spare: Tensor) -> LowRank:

@@ -115,7 +115,7 @@ def leading(matrix: Matrix, count: int, floor: float) -> Spectrum:
     so the matrix less left · values · right is orthogonal to both. The same bits each time, and no random numbers.
 
     Args:
-        matrix: (m, n), finite; factors are not multiplied out.
+        matrix: (m, n) float64, finite; factors are not multiplied out.
     """
     if min(matrix.shape) <= SMALL:
         return _first(spectrum(matrix, 0.0), count, floor)
@@ -123,9 +123,9 @@ def leading(matrix: Matrix, count: int, floor: float) -> Spectrum:
         turned = leading(_transposed(matrix), count, floor)
         return _signed(turned.right.mT, turned.values, turned.left.mT)
     space = _krylov_space(matrix, count)
-    if space is None and isinstance(matrix, LowRank):
-        return _first(spectrum(matrix, 0.0), count, floor)
     if space is None:
+        if isinstance(matrix, LowRank):
+            return _first(spectrum(matrix, 0.0), count, floor)
         space = torch.linalg.eigh(matrix.mT @ matrix).eigenvectors[:, -count:]
     left, values, right = torch.linalg.svd(_times(matrix, space), full_matrices=False)
     return _above(floor, left, values, right @ space.mT)
@@ -133,8 +133,8 @@ def leading(matrix: Matrix, count: int, floor: float) -> Spectrum:
 
 def _times(matrix: Matrix, columns: Tensor) -> Tensor:
     if isinstance(matrix, Tensor):
-        return float64(matrix) @ columns
-    return float64(matrix.up) @ (float64(matrix.down) @ columns)
+        return matrix @ columns
+    return matrix.up @ (matrix.down @ columns)
 
 
 def _transposed(matrix: Matrix) -> Matrix:

@@ -294,12 +294,17 @@ class Trainer:
         moments = clones if ensemble.optimizer_across_rounds == "keep" else live
         merged = averages + (2 if ensemble.optimizer_across_rounds == "average" else 0)
         sums = 2 * merged if clones > 1 else 0
+        adapted = 0
+        if self.parts.adapter is not None and self.config.merges_exactly and clones > 1:
+            sums = 2 * (merged - averages) + clones * averages
+            adapted = averages * self.parts.adapter.nbytes
         velocity = 1 if ensemble.outer_momentum else 0
         components = self.parts.family.pipeline.components.values()
         models = [component for component in components if isinstance(component, torch.nn.Module)]
         pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
-        # A checkpoint in the middle of a round: the round's start, its sums in float64, live clones, and moments.
-        checkpoint = (merged + sums + velocity + live * averages + 2 * moments) * weights
+        # A checkpoint in the middle of a round: the round's start, its sums in float64, live clones, and moments; for
+        # adapters, the clones instead of their sums, and remainders.
+        checkpoint = (merged + sums + velocity + live * averages + 2 * moments) * weights + adapted
         outputs.check_space(self.output, checkpoint + pipeline)
 
     def _plan_export(self) -> Export | None:

@@ -10,10 +10,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
+from peft import LoraConfig
 
 
 def rng(seed, *key):
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def with_adapter(pipeline, seed=0, **lora):
+    """The pipeline with an adapter by peft on its frozen UNet, for `Reference` to train; `lora` are peft's settings."""
+    drawn_from = np.random.SeedSequence(seed, spawn_key=(4,)).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    torch.manual_seed(int(drawn_from))
+    pipeline.unet.requires_grad_(False)
+    pipeline.unet.add_adapter(LoraConfig(init_lora_weights="gaussian", **lora))
+    return pipeline
 
 
 class Reference:
@@ -95,7 +105,8 @@ class Reference:
             counter[0] += 1
             if kept:
                 for parameter in unet.parameters():
-                    parameter.grad *= len(positions) / kept
+                    if parameter.requires_grad:
+                        parameter.grad *= len(positions) / kept
                 torch.nn.utils.clip_grad_norm_(unet.parameters(), self.clip)
                 optimizer.step()
                 self.update_average(ema, unet, counter[0])
@@ -133,3 +144,26 @@ class Reference:
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         prediction = unet(noisy, timesteps, hidden).sample
         return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)), timesteps
+
+
+class OneRoundOfAdapters(Reference):
+    """Clones of an adapter that train one round; their merge gives the weights of the UNet without an adapter.
+
+    W + s Σ n_k B_k A_k / Σ n_k, s being `scaling`.
+    """
+
+    def __init__(self, pipeline, samples, *, scaling, **settings):
+        super().__init__(pipeline, samples, **settings)
+        self.scaling = scaling
+
+    def merge(self, states, sizes):
+        merged = {}
+        for name, value in states[0].items():
+            if "lora_" not in name:
+                total = value.double()
+                layer = name.removesuffix("base_layer.weight")
+                for n, state in zip(sizes, states, strict=True) if layer != name else ():
+                    up, down = (state[f"{layer}lora_{side}.default.weight"].double() for side in "BA")
+                    total = total + self.scaling * n * (up @ down) / sum(sizes)
+                merged[name.replace(".base_layer", "")] = total.float()
+        return merged

@@ -55,6 +55,17 @@ def test_on_a_gpu_the_need_is_that_of_the_design(parameters, ranks, num_shards, 
     assert need.live == 0
 
 
+def test_exactly_merged_adapters_need_the_weights_below_them_and_their_remainders():
+    adapter: dict[str, Any] = {"weights": 100, "ranks": 2, "shards_of_rank": 2, "num_shards": 4}
+    adapter |= {"outer_momentum": False, "device_is_host": False, "moments": "reset"}
+    need = host_need(**adapter, ema=False, adapted=5000)
+    assert (need.merged, need.sums) == (100 + 2 * 5000, 2 * 4 * 100 // 2)
+    averaged = host_need(**adapter, ema=True, adapted=5000)
+    assert (averaged.merged, averaged.sums) == (200 + 3 * 5000, 2 * 4 * 200 // 2)
+    single = host_need(**adapter | {"num_shards": 1, "ranks": 1, "shards_of_rank": 1}, ema=False, adapted=5000)
+    assert single.merged == 100
+
+
 def needs(**changes: Any) -> tuple[int, int, int]:
     """(resting, live, offloaded) for weights of 1000 bytes; four shards, one rank, on the CPU unless changed."""
     settings: dict[str, Any] = {"weights": 1000, "ranks": 1, "shards_of_rank": 4, "num_shards": 4, "ema": False}

@@ -28,6 +28,19 @@ def test_the_card_states_the_recipe_and_the_data(tmp_path: Path):
     assert "datasets" not in metadata
 
 
+def test_the_card_of_an_adapter_states_its_merge_and_what_its_file_lost(tmp_path: Path):
+    flags = {"use_lora": True, "rank": 8, "lora_alpha": 16, "lora_layers": "to_q,proj_in", "use_rslora": True}
+    lost = "a LoRA file of rank 8, which lost 1.2 % of the update's energy"
+    text = write_model_card(tmp_path, with_flags(facts(lora_export=lost), **flags)).read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE))
+    assert rows["LoRA"] == "rank 8, alpha 16, scaled as in rsLoRA, dropout 0"
+    assert (rows["layers with an adapter"], rows["merge of adapters"]) == ("to_q,proj_in", "the mean of their updates")
+    assert rows["saved as"] == lost
+    assert "every shard trained its own clone of the LoRA adapter" in text
+    whole = write_model_card(tmp_path, facts()).read_text()
+    assert "LoRA" not in whole
+
+
 def test_the_card_gives_warm_up_only_to_a_schedule_that_has_one(tmp_path: Path):
     warm = with_flags(facts(), lr_scheduler="constant_with_warmup", lr_warmup_steps=7)
     assert "| constant_with_warmup, 7 warm-up steps |" in write_model_card(tmp_path, warm).read_text()

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import textwrap
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from ranks import Ended, run_ranks
+from runs import Killed, files, run_until, train_on_ranks
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd
 
@@ -61,39 +60,6 @@ def config(world: Path, output: Path, **flags) -> Config:
     return Config.from_flags(**{**defaults, **flags})
 
 
-class Killed(BaseException):
-    """Stands for a process that is gone."""
-
-
-def run_until(trainer: Trainer, steps: int) -> None:
-    """Trains until the run has taken `steps` more steps, and then is gone without cleaning up."""
-    taken = 0
-
-    def step(total: int, samples: int) -> None:
-        nonlocal taken
-        if taken == steps:
-            raise Killed
-        taken += samples > 0
-
-    trainer.reporter.step = step
-    with pytest.raises(Killed):
-        trainer.train()
-
-
-def train_on_ranks(size: int, settings: Config, before: str = "") -> list[Ended]:
-    """Trains on so many ranks; `before` are lines that each runs before, with its `trainer`."""
-    environment = {"ACCELERATE_USE_CPU": "true", "FLAGS": json.dumps(settings.to_flags())}
-    # What is told on stdout is for tests to read.
-    body = f"""
-sys.stdout = sys.stderr
-from iet_finetune import Config, Trainer
-trainer = Trainer(Config.from_flags(**json.loads(os.environ["FLAGS"])))
-{textwrap.dedent(before)}
-trainer.train()
-"""
-    return run_ranks(body, size, environments={rank: {**environment, "LOCAL_RANK": str(rank)} for rank in range(size)})
-
-
 GONE_AT_THE_FIRST_CHECKPOINT = """
     def step(total, samples):
         if trainer.ensemble.clones[ranks.rank].step == 3:
@@ -103,10 +69,6 @@ GONE_AT_THE_FIRST_CHECKPOINT = """
 
     trainer.reporter.step = step
 """
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def assert_same_outcome(ours: Path, theirs: Path) -> None:

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from reference import Reference
+from runs import assert_close, assert_equal, samples
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd, tiny_sd
 
@@ -60,26 +61,6 @@ def train(world: Path, output: Path, base: str = "epsilon", **flags) -> dict[str
 
 def saved(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different, f"{len(different)} of {len(ours)} tensors differ, such as {different[0]}"
-
-
-def assert_close(ours, theirs, tolerance=1e-5):
-    assert ours.keys() == theirs.keys()
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= tolerance
-
-
-def samples(world: Path):
-    """(image tensor, caption) pairs, read without the package."""
-    lines = (world / "data" / "metadata.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    arrays = [np.asarray(Image.open(world / "data" / row["file_name"]).convert("RGB")) for row in rows]
-    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255 * 2 - 1 for array in arrays]
-    return list(zip(tensors, [row["text"] for row in rows], strict=True))
 
 
 @pytest.mark.parametrize("shards", [1, 4])

@@ -29,11 +29,16 @@ def images(part: str):
 def run(tmp_path_factory):
     """The output folder and the text printed by a demo of one round of two steps."""
     output = tmp_path_factory.mktemp("demo") / "out"
+    return output, short_demo("configs/demo.yaml", output)
+
+
+def short_demo(recipe: str, output: Path) -> str:
+    """What a demo of one round of two steps prints."""
     launch = re.search(r"accelerate launch (.*?)--num_cpu_threads", (ROOT / "Makefile").read_text(), re.DOTALL)[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.replace("\\\n", " ").split()]
     short = ["--max_train_steps", "2", "--validation_inference_steps", "2", "--num_validation_images", "1"]
     result = subprocess.run(
-        [*command, "train_iet_agc.py", "--config", "configs/demo.yaml", "--output_dir", str(output), *short],
+        [*command, "train_iet_agc.py", "--config", recipe, "--output_dir", str(output), *short],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
@@ -41,7 +46,7 @@ def run(tmp_path_factory):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    return output, result.stdout
+    return result.stdout
 
 
 def test_it_says_what_was_skipped_where_the_picture_is_and_how_to_load_the_result(run):
@@ -52,6 +57,23 @@ def test_it_says_what_was_skipped_where_the_picture_is_and_how_to_load_the_resul
     (line,) = re.findall(r"^load it with: (.+)$", printed, flags=re.MULTILINE)
     pipeline = eval(line, {"DiffusionPipeline": DiffusionPipeline})
     assert pipeline("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
+    printed = short_demo("configs/demo_lora.yaml", tmp_path / "out")
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").stat().st_size < 1_000_000
+    assert re.search(r"^saved as a LoRA file of rank 4, which lost [\d.e-]+ % of", printed, flags=re.MULTILINE)
+    (line,) = re.findall(r"^load it with: (.+)$", printed, flags=re.MULTILINE)
+    pipeline = DiffusionPipeline.from_pretrained(DEMO / "pipeline")
+    eval(line, {"pipeline": pipeline})
+    assert pipeline.get_active_adapters()
+    assert pipeline("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_the_recipes_of_both_demos_differ_only_in_what_lora_needs():
+    whole, adapters = (yaml.safe_load((ROOT / "configs" / f"{n}.yaml").read_text()) for n in ("demo", "demo_lora"))
+    differ = {name for name in whole | adapters if whole.get(name) != adapters.get(name)}
+    assert differ == {"output_dir", "use_lora", "rank", "lora_export", "learning_rate"}
 
 
 def test_the_card_names_the_licence_of_the_emoji(run):

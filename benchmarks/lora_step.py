@@ -1,0 +1,93 @@
+"""Does a step of LoRA training take longer than one of full fine-tuning? Both on the demo's pipeline and images.
+
+The two take turns, step by step, in one process; what is compared is the time from batch to updated weights.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from running import MB, ROOT, describe_machine, finish, print_table
+
+from iet_finetune.assembly import Parts, build_parts, start_accelerator
+from iet_finetune.config import Config
+from iet_finetune.groups import Ranks
+
+# Of full fine-tuning's time.
+MOST_TIME = 1.0
+WARM_UP = 5
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60, help="of each, after the warm-up")
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    return parser.parse_args(argv)
+
+
+def parts_of(folder: Path, args: argparse.Namespace, **flags: Any) -> Parts:
+    """Everything that trains the demo with its own settings but for these flags."""
+    argv = ["--config", str(ROOT / "configs/demo.yaml"), "--output_dir", str(folder), "--report_to", "none"]
+    paths = {"pretrained_model_name_or_path": ROOT / "demo/pipeline", "train_data_dir": ROOT / "demo/data/finetune"}
+    settings = Config.from_command_line(argv).to_flags() | {name: str(path) for name, path in paths.items()}
+    config = Config.from_flags(**settings | {"num_shards": 1, "train_batch_size": args.batch} | flags)
+    return build_parts(config, start_accelerator(config), Ranks.alone())
+
+
+def steps_of(parts: Parts, count: int) -> Iterator[object]:
+    """Yields before the first and after every step of the only clone."""
+    clone = parts.ensemble.checkout([0])
+    assert clone is not None
+    yield None
+    yield from parts.local.run(clone, parts.shards[0], parts.schedule.steps(0, 0, count), parts.courses[0])
+
+
+def main(argv: list[str]) -> int:
+    """Measure both in turns and print the table."""
+    args = parse(argv)
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    print(machine, flush=True)
+    seconds: dict[str, list[float]] = {"full": [], "LoRA": []}
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {
+            "full": parts_of(Path(folder), args),
+            "LoRA": parts_of(Path(folder), args, use_lora=True, rank=args.rank),
+        }
+        running = {name: steps_of(each, args.steps + WARM_UP) for name, each in parts.items()}
+        for steps in running.values():
+            next(steps)
+        for _ in range(args.steps + WARM_UP):
+            for name, steps in running.items():
+                began = time.perf_counter()
+                next(steps)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - began)
+    measured = {name: statistics.median(found[WARM_UP:]) for name, found in seconds.items()}
+    pairs = zip(seconds["LoRA"][WARM_UP:], seconds["full"][WARM_UP:], strict=True)
+    ratio = statistics.median(lora / full for lora, full in pairs)
+    rows = [
+        {
+            "trained": name,
+            "ms a step": 1000 * measured[name],
+            "MB trained": sum(tensor.nbytes for tensor in parts[name].trainable.parameters.values()) / MB,
+        }
+        for name in parts
+    ]
+    print_table(rows)
+    checks = [(f"a LoRA step takes {ratio:.2f} times a full one's time; wanted is {MOST_TIME:.0f}", ratio <= MOST_TIME)]
+    return finish(checks, args.json, {"machine": machine, "ratio": ratio, "steps": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
