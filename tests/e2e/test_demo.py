@@ -73,7 +73,7 @@ def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
 def test_the_recipes_of_both_demos_differ_only_in_what_lora_needs():
     whole, adapters = (yaml.safe_load((ROOT / "configs" / f"{n}.yaml").read_text()) for n in ("demo", "demo_lora"))
     differ = {name for name in whole | adapters if whole.get(name) != adapters.get(name)}
-    assert differ == {"output_dir", "use_lora", "rank", "lora_export", "learning_rate"}
+    assert differ == {"output_dir", "use_lora", "rank", "lora_layers", "lora_export", "learning_rate"}
 
 
 def test_the_card_names_the_licence_of_the_emoji(run):
