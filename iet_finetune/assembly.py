@@ -81,17 +81,18 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
     with ranks.first_on_machine():
         source = find_pipeline(config.model)
-        family_class(source, config.model)
+        kind = family_class(source, config.model)
         images, heldout = load_images(
             config.data,
             cache_dir=config.model.cache_dir,
             seed=config.training.seed,
             shard_by_column=config.ensemble.shard_by_column,
+            needs_captions=kind.needs_captions,
         )
     indices = shard_indices(len(images), config.ensemble.num_shards, config.training.seed, images.shard_labels)
     schedule = Schedule.plan(tuple(len(part) for part in indices), config.training, config.ensemble)
     with ranks.first_on_machine():
-        family = load_family(source, config.model)
+        family = load_family(source, config)
     _check_validation(config, family)
     shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
     identity = run_identity(config, images.fingerprint, family.fingerprint())
@@ -213,9 +214,9 @@ def start_accelerator(config: Config) -> Accelerator:
 
 def _check_validation(config: Config, family: Family) -> None:
     steps = config.validation.validation_inference_steps
-    if config.validation.validation_prompts and steps > len(family.schedule):
+    if family.prompts(config.validation) and steps > len(family.objective):
         raise UserError(
-            f"`--validation_inference_steps {steps}` is more than the {len(family.schedule)} steps of the pipeline's "
+            f"`--validation_inference_steps {steps}` is more than the {len(family.objective)} steps of the pipeline's "
             "noise schedule: lower it."
         )
 
@@ -288,6 +289,7 @@ def _host_memory(
 
 
 def _new_clone(config: Config, shard: int, size: int, family: Family, device: torch.device) -> Clone:
-    agc = AntiGradientControl(len(family.schedule), config.agc.agc_threshold, config.agc.agc_decay)
+    bins = config.agc.agc_bins or family.objective.default_bins
+    agc = AntiGradientControl(bins, config.agc.agc_threshold, config.agc.agc_decay)
     weight = size if config.ensemble.merge_weighting == "samples" else 1
     return Clone(shard, weight, agc.to(device), ShardLedger(size).to(device), RoundMeter(device))

@@ -51,6 +51,7 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         "`--merge_weighting`": ensemble.merge_weighting,
         "`--agc_threshold`": config.agc.agc_threshold,
         "`--agc_decay`": config.agc.agc_decay,
+        "`--agc_bins`": config.agc.agc_bins,
         "`--resolution`": config.data.resolution,
         "`--prediction_type`": config.model.prediction_type,
         **{f"`--{name}`": getattr(config.adapter, name) for name in _OF_AN_ADAPTER},

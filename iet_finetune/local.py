@@ -128,9 +128,10 @@ class LocalTraining:
 
     def _record(self, clone: Clone, step: Step, judged: Judged, broken: Tensor) -> None:
         loss, timesteps, keep, members = judged
-        clone.ledger.record(members, keep, loss, clone.agc.expected_loss(timesteps))
-        clone.agc.update(loss, timesteps)
-        levels = timesteps * NOISE_LEVELS // len(self._family.schedule)
+        bins = self._bins(clone, timesteps)
+        clone.ledger.record(members, keep, loss, clone.agc.expected_loss(bins))
+        clone.agc.update(loss, bins)
+        levels = self._family.objective.levels(timesteps, NOISE_LEVELS)
         clone.meter.record(step.number, loss, levels, keep, broken)
 
     def _of_group(self, own: Judged, batches: list[int]) -> Judged:
@@ -167,13 +168,13 @@ class LocalTraining:
             samples: of the whole step.
         """
         latents, conditions = self._encode(batch)
-        timesteps = self._family.sample_timesteps(batch.uniform).to(self._device)
-        schedule = self._family.schedule
-        noisy_latents = schedule.add_noise(latents, batch.noise, timesteps)
-        target = schedule.target(latents, batch.noise, timesteps)
+        objective = self._family.objective
+        timesteps = objective.sample_timesteps(batch.uniform).to(self._device)
+        noisy_latents = objective.add_noise(latents, batch.noise, timesteps)
+        target = objective.target(latents, batch.noise, timesteps)
         loss = per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target)
         keep = self._keep(clone, loss, timesteps) if mine else torch.zeros_like(loss, dtype=torch.bool)
-        weighted = loss * self._weights(timesteps)
+        weighted = loss * objective.loss_weights(timesteps, self._config.training.snr_gamma)
         total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
         if self._group.size > 1:
             # The group averages its gradients; their sum is wanted.
@@ -184,16 +185,17 @@ class LocalTraining:
     def _keep(self, clone: Clone, loss: Tensor, timesteps: Tensor) -> Tensor:
         if self._config.agc.agc_threshold == 0:
             return torch.ones_like(loss, dtype=torch.bool)
-        return clone.agc.keep_mask(loss, timesteps)
+        return clone.agc.keep_mask(loss, self._bins(clone, timesteps))
 
-    def _weights(self, timesteps: Tensor) -> Tensor | float:
-        gamma = self._config.training.snr_gamma
-        return 1.0 if gamma is None else self._family.schedule.min_snr_weights(timesteps, gamma)
+    def _bins(self, clone: Clone, timesteps: Tensor) -> Tensor:
+        """The entries of the loss bank."""
+        return self._family.objective.levels(timesteps, len(clone.agc.bank))
 
     def _encode(self, batch: MicroBatch) -> tuple[Tensor, Conditions]:
         mean, std = in_chunks(self._family.encode_images, batch.pixel_values, self._encode_chunk)
         latents = self._family.latents(mean, std, batch.posterior_noise)
-        return latents, self._encode_captions(batch.captions)
+        conditions = self._encode_captions(batch.captions) if self._family.needs_captions else {}
+        return latents, conditions | self._family.details(batch.sizes, batch.labels)
 
     def _encode_captions(self, captions: list[str]) -> Conditions:
         names: list[str] = []

@@ -128,12 +128,12 @@ class Reporter:
 
     def _draw(self, round_: int) -> None:
         settings, path = self._config.validation, validation.round_file(self._output, round_)
-        if not self._speaks or not settings.validation_prompts or path.exists():
+        prompts = list(self._parts.family.prompts(settings))
+        if not self._speaks or not prompts or path.exists():
             return
         rows = validation.draw_images(
             self._parts.family, settings, self._config.training.seed, self._config.data.resolution
         )
-        prompts = list(settings.validation_prompts)
         validation.save_picture(validation.grid(rows, prompts), path)
         flat = [(picture, prompt) for row, prompt in zip(rows, prompts, strict=True) for picture in row]
         self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], self._parts.ensemble.step)

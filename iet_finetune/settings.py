@@ -185,9 +185,13 @@ class AGCConfig:
         0.8, "Skip samples whose loss is below this share of the loss bank's value; 0 switches AGC off."
     )
     agc_decay: float = flag(0.8, "d: how slowly the loss bank's moving average forgets.")
+    agc_bins: int | None = flag(
+        None, "Entries of the loss bank, by noise level; one a timestep if not given, 100 with flow matching."
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.agc_threshold < 1, f"`--agc_threshold` must be in [0, 1), not {self.agc_threshold}.")
+        _at_least_one("agc_bins", self.agc_bins)
         require(0 <= self.agc_decay < 1, f"`--agc_decay` must be in [0, 1), not {self.agc_decay}.")
 
 
@@ -210,12 +214,22 @@ class TrainingConfig:
     allow_tf32: bool = flag(False, "Allow TF32 matrix products on NVIDIA GPUs.")
     snr_gamma: float | None = flag(None, "Gamma of the min-SNR loss weights; 5.0 is usual. Off if not given.")
     noise_offset: float = flag(0.0, "Scale of an extra noise that is constant over each channel.")
+    weighting_scheme: str | None = flag(
+        None,
+        "Flow matching: how noise levels are drawn (logit_normal, mode, else uniformly) and losses weighted "
+        "(sigma_sqrt, cosmap, else equally); the family's own if not given.",
+        choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
+    )
+    logit_mean: float = flag(0.0, "Mean of the logit-normal distribution of noise levels.")
+    logit_std: float = flag(1.0, "Standard deviation of the logit-normal distribution.")
+    mode_scale: float = flag(1.29, "Scale of the distribution `mode`.")
     ddp_timeout: int = flag(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"`--seed` must be in [0, 2^63), not {self.seed}.")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"):
             _at_least_one(name, getattr(self, name))
+        require(self.logit_std > 0, f"`--logit_std` must be above 0, not {self.logit_std}.")
         require(self.ddp_timeout >= 3, f"`--ddp_timeout` must be at least 3 seconds, not {self.ddp_timeout}.")
         require(self.snr_gamma is None or self.snr_gamma > 0, f"`--snr_gamma` must be above 0, not {self.snr_gamma}.")
 

@@ -23,17 +23,9 @@ def draw_images(family: Family, validation: ValidationConfig, seed: int, resolut
     pipeline = family.sampling_pipeline().to(next(family.denoiser.parameters()).device)
     rows = []
     with _evaluating(family.denoiser), torch.no_grad():
-        for prompt in validation.validation_prompts:
+        for prompt in family.prompts(validation):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
-            result = pipeline(
-                [prompt] * len(generators),
-                height=resolution,
-                width=resolution,
-                num_inference_steps=validation.validation_inference_steps,
-                guidance_scale=validation.validation_guidance_scale,
-                generator=generators,
-            )
-            rows.append(result.images)
+            rows.append(family.draw(pipeline, prompt, generators, validation, resolution))
     return rows
 
 

@@ -7,6 +7,7 @@ import torch
 from tiny import RESOLUTION, save_tiny_sd, tiny_sd
 
 from iet_finetune import UserError
+from iet_finetune.config import Config
 from iet_finetune.families import find_pipeline, in_chunks, load_family, save_pipeline
 from iet_finetune.families.base import check_resolution
 from iet_finetune.families.stable_diffusion import StableDiffusion
@@ -47,14 +48,14 @@ def test_only_the_denoiser_has_gradients(family):
 
 def test_timesteps_cover_the_schedule_evenly(family):
     uniform = torch.arange(0, 1, 0.001, dtype=torch.float64) + 0.0005
-    assert family.sample_timesteps(uniform).tolist() == list(range(1000))
+    assert family.objective.sample_timesteps(uniform).tolist() == list(range(1000))
 
 
 def test_the_prediction_type_can_be_overridden_and_is_then_saved(tmp_path):
     save_tiny_sd(tmp_path / "base")
     settings = model(tmp_path / "base", prediction_type="v_prediction")
-    family = load_family(find_pipeline(settings), settings)
-    assert family.schedule.prediction_type == "v_prediction"
+    family = load_family(find_pipeline(settings), Config(model=settings))
+    assert family.objective.prediction_type == "v_prediction"
     save_pipeline(family.pipeline, tmp_path / "out", {})
     saved = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert saved["prediction_type"] == "v_prediction"
@@ -78,7 +79,7 @@ def test_a_variant_is_loaded_and_saved_under_the_plain_name(tmp_path):
     settings = model(tmp_path / "base", variant="fp16")
     source = find_pipeline(settings)
     assert set(source.dtypes.values()) == {torch.float16}
-    save_pipeline(load_family(source, settings).pipeline, tmp_path / "out", source.dtypes)
+    save_pipeline(load_family(source, Config(model=settings)).pipeline, tmp_path / "out", source.dtypes)
     assert find_pipeline(model(tmp_path / "out")).dtypes == source.dtypes
 
 
@@ -92,11 +93,13 @@ def test_components_keep_the_class_names_they_were_stored_under(tmp_path):
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     settings = model(tmp_path / "base")
     source = find_pipeline(settings)
-    save_pipeline(load_family(source, settings).pipeline, tmp_path / "out", source.dtypes, source.classes)
+    save_pipeline(
+        load_family(source, Config(model=settings)).pipeline, tmp_path / "out", source.dtypes, source.classes
+    )
     saved = json.loads((tmp_path / "out" / "model_index.json").read_text())
     assert {name: saved[name] for name in source.classes} == source.classes
     assert saved["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
-    load_family(find_pipeline(model(tmp_path / "out")), settings)
+    load_family(find_pipeline(model(tmp_path / "out")), Config(model=settings))
 
 
 def test_pickled_weights_are_loaded_safely_and_saved_as_safetensors(tmp_path):
@@ -105,7 +108,7 @@ def test_pickled_weights_are_loaded_safely_and_saved_as_safetensors(tmp_path):
     settings = model(tmp_path / "base")
     source = find_pipeline(settings)
     assert set(source.dtypes) == {"vae", "unet", "text_encoder"}
-    save_pipeline(load_family(source, settings).pipeline, tmp_path / "out", source.dtypes)
+    save_pipeline(load_family(source, Config(model=settings)).pipeline, tmp_path / "out", source.dtypes)
     assert not list((tmp_path / "out").rglob("*.bin"))
 
 

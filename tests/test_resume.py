@@ -209,7 +209,7 @@ def test_a_run_that_breaks_leaves_good_weights_and_can_go_on(world, tmp_path, br
 
     def poison(total: int, samples: int) -> None:
         if trainer.ensemble.step == broken:
-            trainer.parts.family.schedule.alphas_cumprod.fill_(float("nan"))
+            trainer.parts.family.objective.alphas_cumprod.fill_(float("nan"))
 
     trainer.reporter.step = poison
     with pytest.raises(UserError, match=f"not finite in {place}") as error:

@@ -251,7 +251,7 @@ def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_p
     clone.agc.bank.fill_(1e9)
     next(run)
     clone.agc.bank.copy_(bank)
-    trainer.parts.family.schedule.alphas_cumprod.fill_(float("nan"))
+    trainer.parts.family.objective.alphas_cumprod.fill_(float("nan"))
     next(run)
     assert clone.step == 3
     assert clone.meter.read().broken_step == 2

@@ -29,7 +29,8 @@ class TrainingImages:
     """Images in a fixed order, each with one or several captions; picklable, pixels are read when asked for.
 
     `content_hashes` are hexadecimal blake2b digests (16 bytes) of the encoded images, whatever their names or dates;
-    `names` is what errors call them; `shard_labels` are the texts of `--shard_by_column`, or None.
+    `names` is what errors call them; `shard_labels` are the texts of `--shard_by_column`, `classes` the numbers of the
+    classes in `--class_column`, whose names are `class_names`; each None without that flag.
     """
 
     captions: tuple[tuple[str, ...], ...]
@@ -38,6 +39,8 @@ class TrainingImages:
     shard_labels: tuple[str, ...] | None
     _read: Callable[[int], bytes]
     _rows: tuple[int, ...]
+    classes: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.content_hashes)
@@ -55,7 +58,7 @@ class TrainingImages:
 
     def subset(self, indices: Sequence[int]) -> "TrainingImages":
         """The images at `indices`, in that order."""
-        labels = self.shard_labels
+        labels, classes = self.shard_labels, self.classes
         return TrainingImages(
             captions=tuple(self.captions[i] for i in indices),
             content_hashes=tuple(self.content_hashes[i] for i in indices),
@@ -63,6 +66,8 @@ class TrainingImages:
             shard_labels=None if labels is None else tuple(labels[i] for i in indices),
             _read=self._read,
             _rows=tuple(self._rows[i] for i in indices),
+            classes=None if classes is None else tuple(classes[i] for i in indices),
+            class_names=self.class_names,
         )
 
     @property

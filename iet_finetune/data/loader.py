@@ -55,6 +55,8 @@ class MicroBatch(NamedTuple):
         noise, posterior_noise: (B, C, H, W) fp32.
         uniform: (B,) float64 in [0, 1) on the host, from which the timestep follows.
         members: (B,) int64, indices in the shard.
+        sizes: (B, 4) int64: height and width of the stored picture; top and left of the crop (`ImageTransform.place`).
+        labels: (B,) int64, the class; 0 without `--class_column`.
     """
 
     pixel_values: Tensor
@@ -63,6 +65,8 @@ class MicroBatch(NamedTuple):
     posterior_noise: Tensor
     uniform: Tensor
     members: Tensor
+    sizes: Tensor
+    labels: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on the device, copied without waiting; `uniform` stays, as not every device has float64."""
@@ -110,19 +114,22 @@ class Shard(Dataset):
     def __getitem__(self, visit: Visit) -> "MicroBatch | UserError":
         member = int(self._pass_order(visit.pass_)[visit.position])
         draws = sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
+        index = int(self._indices[member])
         try:
-            pixel_values = self._pixel_values(int(self._indices[member]), draws)
+            pixel_values, sizes = self._pixel_values(index, draws)
         except UserError as error:
             # Handed on as a value: a worker process would wrap an exception in its own traceback.
             return error
         noise = draws.noise + self._noise_offset * draws.offset if self._noise_offset else draws.noise
         return MicroBatch(
             pixel_values,
-            [self._caption(int(self._indices[member]), draws)],
+            [self._caption(index, draws)],
             torch.from_numpy(noise),
             torch.from_numpy(draws.posterior),
             torch.tensor(draws.timestep, dtype=torch.float64),
             torch.tensor(member),
+            torch.tensor(sizes),
+            torch.tensor(self._images.classes[index] if self._images.classes is not None else 0),
         )
 
     def _pass_order(self, pass_: int) -> np.ndarray:
@@ -130,9 +137,10 @@ class Shard(Dataset):
             self._order = (pass_, pass_order(self._seed, self._number, pass_, len(self)))
         return self._order[1]
 
-    def _pixel_values(self, index: int, draws: SampleDraws) -> Tensor:
+    def _pixel_values(self, index: int, draws: SampleDraws) -> tuple[Tensor, tuple[int, int, int, int]]:
         flip = self._data.random_flip and draws.flip < 0.5
-        return self._transform(self._images.load(index), self._images.content_hashes[index], flip)
+        image, content = self._images.load(index), self._images.content_hashes[index]
+        return self._transform(image, content, flip), self._transform.place(image.size, content, flip)
 
     def _caption(self, index: int, draws: SampleDraws) -> str:
         if draws.caption_dropout < self._data.caption_dropout:

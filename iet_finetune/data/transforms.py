@@ -71,6 +71,15 @@ class ImageTransform:
         pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(pixels)).div_(127.5).sub_(1.0)
 
+    def place(self, size: tuple[int, int], content_hash: str, flip: bool) -> tuple[int, int, int, int]:
+        """What SDXL is told of an image of `size` (width, height): its height and width, top and left of the crop.
+
+        The crop's place is that in the resized picture; in a mirrored one it counts as mirrored before it is cropped.
+        """
+        resized = self.resized(size)
+        top, left = self.crop_offset(resized, content_hash)
+        return size[1], size[0], top, resized[0] - self.resolution - left if flip else left
+
     @property
     def key(self) -> str:
         """Text that differs whenever pixels may: every setting, and the version of Pillow, which resizes."""

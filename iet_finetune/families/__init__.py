@@ -2,6 +2,7 @@
 
 import importlib
 
+from ..config import Config
 from ..errors import UserError
 from ..settings import ModelConfig
 from .base import Conditions, Family, in_chunks
@@ -38,10 +39,10 @@ def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
     return getattr(importlib.import_module(f".{module}", __name__), name)
 
 
-def load_family(source: PipelineSource, model: ModelConfig) -> Family:
+def load_family(source: PipelineSource, config: Config) -> Family:
     """Loads the pipeline and puts it behind its family.
 
     Raises:
         UserError: no family knows this pipeline, or it cannot be loaded.
     """
-    return family_class(source, model)(load_pipeline(source, model), model.prediction_type)
+    return family_class(source, config.model)(load_pipeline(source, config.model), config)

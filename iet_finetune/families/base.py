@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
+from PIL import Image
 from torch import Tensor, nn
 
+from ..config import Config
 from ..errors import UserError
-from ..objective import NoiseSchedule
+from ..objective import NoiseSchedule, Objective
+from ..settings import ValidationConfig
 
 Conditions = dict[str, Tensor]
 
@@ -21,10 +24,10 @@ class Family(ABC):
 
     Args:
         pipeline: the loaded `DiffusionPipeline`, all its models in fp32.
-        prediction_type: overrides the scheduler's own if given; it is then also written into the saved scheduler.
+        config: the run's settings. A `--prediction_type` is also written into the scheduler that is saved.
 
     Attributes:
-        schedule: the noise schedule that the denoiser is trained on.
+        objective: how images become noisy, and what the denoiser is to say of them.
         network: what `predict` calls: the denoiser, or what wraps it where several ranks train it together.
     """
 
@@ -32,17 +35,28 @@ class Family(ABC):
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     # What gets an adapter unless the user says otherwise: the attention projections, as in diffusers' scripts.
     lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
+    needs_captions: ClassVar[bool] = True
 
-    def __init__(self, pipeline: Any, prediction_type: str | None = None) -> None:
-        if prediction_type is not None:
-            pipeline.scheduler = type(pipeline.scheduler).from_config(
-                pipeline.scheduler.config, prediction_type=prediction_type
-            )
+    def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         self.pipeline = pipeline
+        self.config = config
         self.network: Callable[..., Any] = self.denoiser
-        training = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.objective = self.make_objective()
+
+    def make_objective(self) -> Objective:
+        """How images become noisy; by default the noise schedule of the pipeline's scheduler.
+
+        Raises:
+            UserError: that scheduler cannot be trained.
+        """
+        prediction_type = self.config.model.prediction_type
+        scheduler = self.pipeline.scheduler
+        if prediction_type is not None:
+            scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+            self.pipeline.scheduler = scheduler
+        training = DDPMScheduler.from_config(scheduler.config)
         try:
-            self.schedule = NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)
+            return NoiseSchedule(training.alphas_cumprod, training.config.prediction_type)
         except ValueError as error:
             raise UserError(f"the pipeline's scheduler cannot be trained: {error}. Set `--prediction_type`.") from None
 
@@ -57,12 +71,9 @@ class Family(ABC):
             if isinstance(component, nn.Module):
                 component.requires_grad_(component is self.denoiser).eval()
         for name in self.encoder_names:
-            getattr(self.pipeline, name).to(device)
-        self.schedule = self.schedule.to(device)
-
-    def sample_timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps (B,) int64 from numbers (B,) float64 that are uniform in [0, 1)."""
-        return (uniform * len(self.schedule)).long()
+            if (encoder := getattr(self.pipeline, name, None)) is not None:
+                encoder.to(device)
+        self.objective = self.objective.to(device)
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -76,13 +87,40 @@ class Family(ABC):
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """What the denoiser sees of an image: a draw from its posterior, scaled; all (B, C, H, W)."""
 
-    @abstractmethod
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
         """What the denoiser is told about each caption: tensors whose first dimension is the batch."""
+        return {}
+
+    def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
+        """What the denoiser is told of each image besides, as `encode_captions`.
+
+        Args:
+            sizes: (B, 4) int64: height and width of the picture as it is stored, top and left of the crop in the
+                resized picture, mirrored before the crop if it is mirrored.
+            labels: (B,) int64, the class; 0 without `--class_column`.
+        """
+        return {}
 
     @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's prediction (B, C, H, W)."""
+        """The denoiser's prediction (B, C, H, W); `timesteps` (B,) int64 are those of `objective`."""
+
+    def prompts(self, validation: ValidationConfig) -> tuple[str, ...]:
+        """What `draw` is asked for while training, and what stands above the pictures; nothing draws none."""
+        return validation.validation_prompts
+
+    def draw(
+        self, pipeline: Any, prompt: str, generators: list[torch.Generator], validation: ValidationConfig, size: int
+    ) -> list[Image.Image]:
+        """One square picture a generator of one of the `prompts`; `pipeline` is that of `sampling_pipeline`."""
+        return pipeline(
+            [prompt] * len(generators),
+            height=size,
+            width=size,
+            num_inference_steps=validation.validation_inference_steps,
+            guidance_scale=validation.validation_guidance_scale,
+            generator=generators,
+        ).images
 
     def fingerprint(self) -> str:
         """A hash over the weights of all models and the scheduler's settings; two pipelines hardly ever share it."""
