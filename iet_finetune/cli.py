@@ -62,12 +62,24 @@ def merge(argv: list[str]) -> None:
     print(merge_command(argv))
 
 
+def recipes(argv: list[str]) -> None:
+    """Print the recipes that `--config` can be given.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .recipes import recipes_command
+
+    print(recipes_command(argv))
+
+
 COMMANDS = {
     "train": Command(
         "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
         lambda argv: train(argv, f"{PROGRAM} train"),
         HOW_TO_GO_ON,
     ),
+    "recipes": Command("list the recipes for --config, one line each", recipes, "the same command starts anew"),
     "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
     "merge": Command(
         "merge LoRA files, pipelines or denoisers trained elsewhere", merge, "the same command starts anew"

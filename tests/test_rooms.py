@@ -16,6 +16,7 @@ ROOMS = (
         "errors",
         "files",
         "flags",
+        "recipes",
         "settings",
         "config",
         "objective",
