@@ -318,6 +318,7 @@ class Trainer:
         if export is None or export.layers is None:
             self._save_pipeline(folder)
         else:
+            folder.mkdir()
             write_lora(folder / LORA_NAME, export.layers)
 
     @property
