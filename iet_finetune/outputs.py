@@ -159,9 +159,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def publish(folder: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` make a folder with a pipeline or a LoRA file beside its place and moves it there, what marks it as complete last.
+    """Lets `save` make a folder with a pipeline or a LoRA file and moves what is in it to its place, the mark last.
 
-    What marks one of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
+    The mark of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
 
     Raises:
         UserError: no space left on the device.
