@@ -186,6 +186,7 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
 def _remove_pipeline(folder: Path) -> None:
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        (folder / INDEX).unlink()
         for part in (folder / name for name, value in index.items() if isinstance(value, list)):
             if part.is_dir():  # a component that the pipeline does without has no folder
                 remove_folder(part)
