@@ -6,9 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import AdaptedLayer, Adapter, energy
+from .adapters import AdaptedLayer, Adapter
 from .lora_file import LoraLayer
 from .low_rank import LowRank, Matrix, as_weights, combine, compress, split
+from .spectra import energy
 
 # Without `--lora_export` a LoRA file may have up to so many times the rank that was trained.
 MOST_TIMES_RANK = 4

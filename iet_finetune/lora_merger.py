@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Trainable, apart, energy
+from .adapters import Adapter, Trainable
 from .checkpoint import Checkpoint, Piece, tensors_piece
 from .ema import START_SHARE
 from .groups import Ranks
@@ -14,6 +14,7 @@ from .host import HostMemory
 from .lora_clones import CollectedAdapters, matrices_of, matrices_piece, share_matrices
 from .low_rank import LowRank, Matrix, align, combine, merge_layer, weighted_sum
 from .merger import Merger, MergesClones
+from .spectra import apart, energy
 
 Tensors = Mapping[str, Tensor]
 # A layer's moments go on if the merge moved its factors by less than this share of their length.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .spectra import SMALL, TOLERANCE, LowRank, Matrix, float64, leading, scale_of, spectrum
+from .spectra import SMALL, TOLERANCE, LowRank, Matrix, energy, float64, leading, scale_of, spectrum
 
 __all__ = [
     "TOLERANCE",
@@ -271,13 +271,9 @@ def _root(scaling: float) -> float:
     return math.sqrt(scaling)
 
 
-def _energy(matrix: Matrix) -> float:
-    return matrix.norm().item() ** 2 if isinstance(matrix, Tensor) else matrix.energy()
-
-
 def _share(kept: LowRank, rest: Matrix) -> float:
     """The energy of the rest as a share of both; of the whole matrix, as far as both are orthogonal."""
-    lost = _energy(rest)
+    lost = energy(rest)
     return lost / (kept.energy() + lost) if lost else 0.0
 
 
@@ -310,7 +306,7 @@ def _split_wide(total: LowRank, rank: int, spare: Tensor) -> tuple[LowRank, Matr
     else:
         down = down - (down @ found.right.mT) @ found.right
     rest = _narrow(LowRank(up, down))
-    lost = _energy(rest)
+    lost = energy(rest)
     if math.sqrt(lost) <= TOLERANCE * scale:
         return kept, _nothing(total), 0.0
     return kept, rest, lost / (found.values.square().sum().item() + lost)

@@ -204,3 +204,18 @@ def _waves(matrix: Matrix, count: int) -> Tensor:
     square = torch.arange(1, matrix.shape[0] + 1, dtype=torch.float64, device=device).square()
     rates = torch.arange(1, count + 1, dtype=torch.float64, device=device) * _GOLDEN
     return torch.cos(math.pi * square[:, None] * rates)
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """(m, n) float64."""
+    return float64(matrix) if isinstance(matrix, Tensor) else matrix.dense()
+
+
+def energy(matrix: Matrix) -> float:
+    """The squared Frobenius norm."""
+    return float64(matrix).square().sum().item() if isinstance(matrix, Tensor) else matrix.energy()
+
+
+def apart(one: LowRank, other: LowRank) -> float:
+    """The energy of the difference of two matrices, which is not formed."""
+    return LowRank(torch.cat([one.up, -other.up], dim=1), torch.cat([one.down, other.down])).energy()

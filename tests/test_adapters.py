@@ -187,6 +187,41 @@ def test_fusing_keeps_the_answers_and_removing_leaves_the_layers_that_came():
     torch.testing.assert_close(answer_of(unet), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frozen_matrices_in_half_precision_answer_under_autocast_as_those_in_fp32_to_the_bit(dtype):
+    answers, rounded = [], None
+    for is_rounded in (False, True):
+        unet, adapter, trainable = adapted_unet(rank=2, lora_alpha=3, lora_layers=ALL_LAYERS)
+        if is_rounded:
+            adapter.round_frozen(dtype)
+            rounded = unet
+        trainable.load(drawn(trainable.tensors, 3))
+        for remainders in (some_remainders(adapter, 4), {}, some_remainders(adapter, 5)):
+            adapter.show(remainders)
+            with torch.autocast("cpu", dtype):
+                answers.append(answer_of(unet))
+    for exact, half in zip(answers[:3], answers[3:], strict=True):
+        assert torch.equal(exact, half)
+    assert all(p.dtype == torch.float32 for p in rounded.parameters() if p.requires_grad)
+    held = sum(p.nbytes for p in rounded.parameters() if not p.requires_grad)
+    assert held < 0.55 * sum(p.nbytes for p in tiny_sd().unet.parameters())
+
+
+def test_what_was_rounded_is_fused_into_a_model_that_was_not():
+    unet, adapter, trainable = adapted_unet(rank=2, lora_layers=ALL_LAYERS)
+    adapter.round_frozen(torch.bfloat16)
+    trainable.load(drawn(trainable.tensors, 3))
+    adapter.show(some_remainders(adapter, 4))
+    fused = tiny_sd().unet
+    adapter.fuse(fused)
+    exact, plain, again = adapted_unet(rank=2, lora_layers=ALL_LAYERS)
+    again.load(trainable.tensors)
+    plain.show(adapter.shown)
+    plain.fuse()
+    plain.remove()
+    assert all(torch.equal(tensor, fused.state_dict()[name]) for name, tensor in exact.state_dict().items())
+
+
 def test_a_whole_denoiser_is_trained_with_its_buffers():
     model = nn.BatchNorm1d(3)
     trainable = Trainable(model)

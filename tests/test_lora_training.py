@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Trainer
+from iet_finetune.adapters import Adapter
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 MERGES = ["exact", "average", "freeze_a"]
@@ -180,3 +181,14 @@ def test_the_card_says_what_was_saved_and_what_it_lost(world, tmp_path, form):
     }
     assert [key for key, text in words.items() if text in card] == [form]
     assert ("load_lora_weights" in card) == (form != "fuse")
+
+
+def test_a_base_held_in_half_precision_changes_no_bit_of_a_run_in_mixed_precision(world, tmp_path, monkeypatch):
+    settings = {"mixed_precision": "bf16", "num_shards": 2, "merge_every_epochs": 1, "num_train_epochs": 2}
+    half = fused(world, tmp_path / "half", **settings)
+    monkeypatch.setattr(Adapter, "round_frozen", lambda self, dtype: None)
+    whole = fused(world, tmp_path / "whole", **settings)
+    assert_equal(half, whole)
+    base = tiny_sd().unet.state_dict()
+    changed = {name for name in base if not torch.equal(half[name], base[name])}
+    assert changed and all(".attn" in name for name in changed)

@@ -16,6 +16,7 @@ __all__ = [
     "find_pipeline",
     "in_chunks",
     "load_family",
+    "load_pipeline",
     "save_pipeline",
 ]
 
