@@ -13,6 +13,7 @@ from .errors import UserError
 from .low_rank import LowRank, Matrix, as_matrix, fold_scaling, unfold_scaling
 from .seeding import adapter_seed
 from .settings import AdapterConfig
+from .spectra import apart, dense
 
 NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
 Tensors = Mapping[str, Tensor]
@@ -92,6 +93,7 @@ class Adapter:
         rank: r.
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
         shown: module's name -> remainder that lies in the frozen weights now.
+        is_rounded: whether the frozen weights are held in half precision.
     """
 
     def __init__(self, denoiser: Any, rank: int) -> None:
@@ -102,6 +104,7 @@ class Adapter:
         self.norm = math.sqrt(math.fsum(squares))
         self._original: dict[str, Tensor] = {}
         self.shown: Mapping[str, Matrix] = {}
+        self.is_rounded = False
 
     @torch.no_grad()
     def show(self, remainders: Mapping[str, Matrix]) -> None:
@@ -118,10 +121,34 @@ class Adapter:
         self.shown = remainders
 
     @torch.no_grad()
-    def fuse(self) -> None:
-        """Frozen weight ← weight as it came + remainder + scaling · B A, rounded once; the adapter stays as it is."""
+    def round_frozen(self, dtype: torch.dtype) -> None:
+        """Holds the frozen linear and convolution layers in the precision to which autocast rounds them in every step.
+
+        So nothing that is computed changes, at half the memory. What would be lost of the layers with an adapter waits
+        on the host; the others can only be read again from where they came.
+        """
+        adapted = {id(layer.weight): name for name, layer in self.layers.items()}
+        factors = {id(weight) for layer in self.layers.values() for weight in (layer.up_weight, layer.down_weight)}
+        for module in self._denoiser.modules():
+            if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or id(module.weight) in factors:
+                continue
+            for parameter in module.parameters(recurse=False):
+                exact, parameter.data = parameter.data, parameter.data.to(dtype)
+                if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact):
+                    self._original[adapted[id(parameter)]] = exact.to("cpu", copy=True)
+        self.is_rounded = True
+
+    @torch.no_grad()
+    def fuse(self, denoiser: nn.Module | None = None) -> None:
+        """Weight ← weight as it came + remainder + scaling · B A, rounded once; the adapter stays as it is.
+
+        Args:
+            denoiser: a plain model of the same layers to write to; the adapter's own if None, which must not have been
+                rounded.
+        """
         for name, update in self.updates(self.live).items():
-            self._put(name, *_present(self.shown, name), update)
+            weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
+            weight.copy_(self._sum(name, *_present(self.shown, name), update).view(weight.shape))
 
     def remove(self) -> None:
         """Takes the adapter out of the denoiser, whose layers are again those that came."""
@@ -130,16 +157,21 @@ class Adapter:
     def _put(self, name: str, *added: Matrix) -> None:
         weight = self.layers[name].weight
         if name not in self._original:
-            self._original[name] = weight.detach().to("cpu", copy=True)
-        total = self._original[name].double().flatten(1)
+            self._original[name] = weight.detach().to("cpu", torch.float32, copy=True)
+        weight.copy_(self._sum(name, *added).view(weight.shape))
+
+    def _sum(self, name: str, *added: Matrix) -> Tensor:
+        """The layer's weight as it came + some matrices, fp32."""
+        original = self._original[name] if name in self._original else self.layers[name].weight.detach().cpu()
+        total = original.double().flatten(1)
         for matrix in added:
             total += dense(matrix)
-        weight.copy_(total.view(weight.shape).to(torch.float32))
+        return total.to(torch.float32)
 
     @property
     def nbytes(self) -> int:
-        """Of the frozen weights below the adapter."""
-        return sum(layer.weight.nbytes for layer in self.layers.values())
+        """Of the frozen weights below the adapter in fp32."""
+        return sum(4 * layer.weight.numel() for layer in self.layers.values())
 
     @property
     def live(self) -> dict[str, Tensor]:
@@ -162,21 +194,6 @@ class Adapter:
 
 def _present(matrices: Mapping[str, Matrix], name: str) -> list[Matrix]:
     return [matrices[name]] if name in matrices else []
-
-
-def apart(one: LowRank, other: LowRank) -> float:
-    """The energy of the difference of two matrices, which is not formed."""
-    return LowRank(torch.cat([one.up, -other.up], dim=1), torch.cat([one.down, other.down])).energy()
-
-
-def dense(matrix: Matrix) -> Tensor:
-    """(m, n) float64 on the host."""
-    return matrix.double() if isinstance(matrix, Tensor) else matrix.dense()
-
-
-def energy(matrix: Matrix) -> float:
-    """The squared Frobenius norm."""
-    return matrix.double().square().sum().item() if isinstance(matrix, Tensor) else matrix.energy()
 
 
 def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[str], seed: int) -> Adapter:

@@ -35,6 +35,9 @@ from .schedule import Schedule
 from .sharding import shard_indices
 from .tracking import RoundMeter
 
+# What autocast multiplies in, by the name of the mixed precision.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -250,6 +253,8 @@ def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, 
     adapter = None
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
+        if accelerator.mixed_precision in HALF:
+            adapter.round_frozen(HALF[accelerator.mixed_precision])
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()
     family.denoiser.train()

@@ -77,9 +77,9 @@ def host_need(
             `shards_of_rank` sets one is live.
         state_bytes_per_weight_byte: size of the optimizer's state by that of the weights: 2 for Adam, 0.5 in 8 bits.
         outer: whether the outer optimizer does anything; implied by its momentum.
-        adapted: bytes of the frozen weights under LoRA adapters that are merged exactly; 0 if there are none. They rest
-            as they came, beside remainders that may grow as large. Of the clones' adapters each is held once, and once
-            more while they are brought together.
+        adapted: bytes of the frozen weights under LoRA adapters that are merged exactly; 0 if there are none. They
+            rest as they came, beside remainders that may grow as large. Of the clones' adapters each is held once,
+            and once more while they are brought together.
     """
     state = math.ceil(weights * state_bytes_per_weight_byte)
     average = state if moments == "average" else 0

@@ -1,7 +1,6 @@
 """The adapters of a round's clones, and how the ranks share out what is made of them, layer by layer."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ class CollectedAdapters:
         self._name, self._adapter, self._live, self._ranks, self._host = name, adapter, live, ranks, host
         self.weights: list[float] = []
         self.own: dict[int, Tensors] = {}
-        self._places: dict[int, Any] = {}
 
     def add(self, clone: Tensors | None, weights: Sequence[float]) -> None:
         """Takes a wave of clones up: this rank's, and the weights of all."""
@@ -42,7 +40,7 @@ class CollectedAdapters:
         if clone is not None and weights[rank]:
             number = len(self.weights) + sum(weight > 0 for weight in weights[:rank])
             copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in clone.items()}
-            self.own[number] = self._places[number] = self._host.keep(copy, into=self._places.get(number))
+            self.own[number] = self._host.keep(copy)
         self.weights += [weight for weight in weights if weight]
 
     def owned(self) -> list[str]:
@@ -54,10 +52,11 @@ class CollectedAdapters:
         told = self._ranks.gather([[number, clone[name].item()] for number, clone in self.own.items()])
         return [value for _, value in sorted(pair for own in told for pair in own)]
 
-    def updates(self) -> dict[str, list[LowRank]]:
-        """The updates of all clones, in their order, of the layers that this rank merges. Every rank takes part."""
+    def updates(self) -> Iterator[tuple[str, list[LowRank]]]:
+        """The updates of all clones, in their order, of each layer that this rank merges. Every rank takes part."""
         together = self.own if self._ranks.size == 1 else self._brought_together()
-        return {name: self._of_layer(name, together) for name in self.owned()}
+        # One layer at a time: in float64 all together would be twice the adapters.
+        return ((name, self._of_layer(name, together)) for name in self.owned())
 
     def _of_layer(self, name: str, clones: Mapping[int, Tensors]) -> list[LowRank]:
         return [self._adapter.layers[name].update(clones[number]) for number in sorted(clones)]

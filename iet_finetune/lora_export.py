@@ -6,12 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import AdaptedLayer, Adapter, energy
+from .adapters import AdaptedLayer, Adapter
 from .lora_file import LoraLayer
 from .low_rank import LowRank, Matrix, as_weights, combine, compress, split
+from .spectra import energy
 
 # Without `--lora_export` a LoRA file may have up to so many times the rank that was trained.
 MOST_TIMES_RANK = 4
+# A share of the energy below which what is lost is rounding.
+NOTHING = 1e-12
 
 
 class Export(NamedTuple):
@@ -43,11 +46,13 @@ def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch
         f"{component}.{name}": LoraLayer(layer.lora.up.to(dtype), layer.lora.down.to(dtype), layer.lora.scaling)
         for name, layer in made.items()
     }
-    return Export(layers, _words(adapter.rank, max(layer.rank for layer in layers.values()), lost, whole))
+    words = _words(adapter.rank, max(layer.rank for layer in layers.values()), lost, whole)
+    rounded = "" if dtype == torch.float32 else f", rounded to {str(dtype).removeprefix('torch.')}"
+    return Export(layers, words + rounded)
 
 
 def _words(trained: int, saved: int, lost: float, whole: float) -> str:
-    if lost:
+    if lost > NOTHING * whole:
         return f"a LoRA file of rank {saved}, which lost {100 * lost / whole:.3g} % of the update's energy"
     return f"a LoRA file of rank {saved}" + (f", exact: more than the {trained} trained" if saved > trained else "")
 
@@ -60,7 +65,13 @@ class _Made(NamedTuple):
 
 
 def _exact(adapter: Adapter, name: str) -> _Made:
-    return _made(adapter, name, compress)
+    return _made(adapter, name, _compressed)
+
+
+def _compressed(total: Matrix) -> LowRank:
+    kept = compress(total)
+    # An adapter and a remainder that cancel leave nothing, but a file's layers have a rank of at least 1.
+    return kept if kept.rank else split(total, 1)[0]
 
 
 def _truncated(adapter: Adapter, name: str) -> _Made:

@@ -123,8 +123,8 @@ def merge_loras(
 def write_lora(path: Path, layers: Mapping[str, LoraLayer]) -> None:
     """Writes layers, named as `read_lora` names them, for `pipeline.load_lora_weights`; complete or absent.
 
-    Rank and alpha stand in the header, with patterns where layers differ. Dtypes stay as they are. The tensors have the
-    names that diffusers' training scripts give them.
+    Rank and alpha stand in the header, with patterns where layers differ. Dtypes stay as they are. The tensors have
+    the names that diffusers' training scripts give them.
 
     Args:
         path: the file; its folder exists.
@@ -142,6 +142,19 @@ def write_lora(path: Path, layers: Mapping[str, LoraLayer]) -> None:
     with written_beside(path) as partial:
         text = json.dumps(header, indent=2, sort_keys=True)
         save_file(tensors, partial, metadata={"format": "pt", HEADER: text})
+        _sort_metadata(partial)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Puts a safetensors file's metadata in order: it is written in another one each time, and so in other bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the same words in another order"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Trainable, apart, energy
+from .adapters import Adapter, Trainable
 from .checkpoint import Checkpoint, Piece, tensors_piece
 from .ema import START_SHARE
 from .groups import Ranks
@@ -14,6 +14,7 @@ from .host import HostMemory
 from .lora_clones import CollectedAdapters, matrices_of, matrices_piece, share_matrices
 from .low_rank import LowRank, Matrix, align, combine, merge_layer, weighted_sum
 from .merger import Merger, MergesClones
+from .spectra import apart, energy
 
 Tensors = Mapping[str, Tensor]
 # A layer's moments go on if the merge moved its factors by less than this share of their length.
@@ -52,10 +53,13 @@ class FactorMerger(Merger):
         if clone is not None:
             moved = self._adapter.distance(self._adapter.updates(clone), self._adapter.updates(self.tensors))
         super().collect(clone, weights)
+        self._moved = moved  # an only clone is its own mean from here on
         return moved
 
     def merge(self) -> float:
         """As `Merger.merge`."""
+        if self._only_clone:
+            return super().merge()
         before = self._adapter.updates(self.tensors)
         super().merge()
         return self._adapter.distance(self._adapter.updates(self.tensors), before)
@@ -68,8 +72,8 @@ class ExactMerger(MergesClones):
     rest and lies in the frozen weights. B A leaves the basis of its factors open: they are turned to where they are
     nearest to the mean of the clones' factors (orthogonal Procrustes). Adam's moments belong to the numbers in the
     factors and cannot be turned with them: the second moment of a sum does not follow from those of its terms. So a
-    layer's moments go on only where the turned factors are near that mean, and start anew elsewhere: always after the
-    first merge, which balances an A that was drawn with a B that was 0.
+    layer's moments go on only where the turned factors are near that mean, and start anew elsewhere: as after the
+    first merge, which balances an A that was drawn with a B that has only just left 0.
 
     Ranks share the layers out; all have the same bits afterwards, whatever their number.
 
@@ -82,7 +86,7 @@ class ExactMerger(MergesClones):
         remainders: module's name -> remainder, fp32 on the host; replaced by `merge`.
         turned: names of the parameters whose moments do not belong to them any more since the last merge.
         facts: what else is told of the last merge.
-        means: the mean update of each layer that this rank merged, until the moving average has been merged too.
+        means: the mean update of each layer that this rank merged, for the moving average, until a clone begins anew.
     """
 
     def __init__(self, name: str, adapter: Adapter, tensors: Tensors, ranks: Ranks, host: HostMemory) -> None:
@@ -100,6 +104,7 @@ class ExactMerger(MergesClones):
 
     def load_into(self, trainable: Trainable) -> None:
         """Puts what all clones start from into the live adapter, and the remainders below it."""
+        self.means = {}  # as wide as all clones' factors together
         self._adapter.show(self.remainders)
         trainable.load(self.tensors)
 
@@ -124,7 +129,7 @@ class ExactMerger(MergesClones):
         self.turned, self.means = (), {}
         if not self._clones.weights:
             return 0.0
-        settled = {name: self._settle(name, updates) for name, updates in self._clones.updates().items()}
+        settled = {name: self._settle(name, updates) for name, updates in self._clones.updates()}
         facts = self._tell(settled)
         self.turned = [key for name in facts if facts[name]["turned"] for key in self._keys(name)]
         lost, kept, moved = ([each[what] for each in facts.values()] for what in ("lost", "kept", "moved"))
@@ -258,7 +263,7 @@ class ExactAverageMerger(MergesClones):
         weights = self._clones.weights
         share = float(_mean(self._clones.numbers(START_SHARE), weights))
         own: dict[str, Matrix] = {}
-        for name, updates in self._clones.updates().items():
+        for name, updates in self._clones.updates():
             mean = weighted_sum(updates, weights)
             terms: list[tuple[float, Matrix]] = [(1.0, mean), (-1.0, self._main.means[name])]
             if name in self._away:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .spectra import SMALL, TOLERANCE, LowRank, Matrix, float64, leading, scale_of, spectrum
+from .spectra import SMALL, TOLERANCE, LowRank, Matrix, energy, float64, leading, scale_of, spectrum
 
 __all__ = [
     "TOLERANCE",
@@ -118,8 +118,8 @@ def split(matrix: Matrix, rank: int, spare: Tensor | None = None) -> tuple[LowRa
     """The best approximation of rank `rank`, what it leaves, and the share of the energy in that.
 
     Best but for rounding where the smaller side, or the width of the factors, is at most 256. Of a larger matrix the
-    kept part holds at least 1 - 1e-6 of the energy that the best could (`spectra.leading`). Kept and rest are
-    orthogonal and add up to the matrix, but for rounding, in any case.
+    kept part holds at least 1 - 1e-6 of the energy that the best could (`spectra.leading`). Kept and rest add
+    up to the matrix, and their energies to its own, but for rounding in any case.
 
     The factors are balanced as those of `compress`. Where the matrix has fewer singular values than `rank`, the
     first factor is filled up: with columns of 0 in `up`, and in `down` with orthogonal directions that are not there
@@ -271,13 +271,9 @@ def _root(scaling: float) -> float:
     return math.sqrt(scaling)
 
 
-def _energy(matrix: Matrix) -> float:
-    return matrix.square().sum().item() if isinstance(matrix, Tensor) else matrix.energy()
-
-
 def _share(kept: LowRank, rest: Matrix) -> float:
     """The energy of the rest as a share of both; of the whole matrix, as far as both are orthogonal."""
-    lost = _energy(rest)
+    lost = energy(rest)
     return lost / (kept.energy() + lost) if lost else 0.0
 
 
@@ -300,12 +296,17 @@ def _split_dense(total: Tensor, rank: int, scale: float, spare: Tensor) -> tuple
 
 
 def _split_wide(total: LowRank, rank: int, spare: Tensor) -> tuple[LowRank, Matrix, float]:
-    """As `split`, of many float64 columns, which stay as they are: M (I - V Vᵀ) is the rest of M, V what is kept."""
+    """As `split`, of many float64 columns: `leading` leaves (I - U Uᵀ) M or M (I - V Vᵀ), which is as wide as M."""
     scale = scale_of(total)
     found = leading(total, rank, TOLERANCE * scale)
     kept = _filled(found.part(0, None), rank, spare)
-    rest = _narrow(LowRank(total.up, total.down - (total.down @ found.right.mT) @ found.right))
-    lost = _energy(rest)
+    up, down = total
+    if up.shape[0] < down.shape[1]:
+        up = up - found.left @ (found.left.mT @ up)
+    else:
+        down = down - (down @ found.right.mT) @ found.right
+    rest = _narrow(LowRank(up, down))
+    lost = energy(rest)
     if math.sqrt(lost) <= TOLERANCE * scale:
         return kept, _nothing(total), 0.0
     return kept, rest, lost / (found.values.square().sum().item() + lost)

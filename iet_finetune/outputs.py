@@ -159,9 +159,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def publish(folder: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` write a pipeline or a LoRA file beside its place and moves it there, what marks it as complete last.
+    """Lets `save` make a folder with a pipeline or a LoRA file and moves what is in it to its place, the mark last.
 
-    What marks one of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
+    The mark of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
 
     Raises:
         UserError: no space left on the device.
@@ -169,7 +169,6 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
     partial = partial_name(folder / "pipeline")
     shutil.rmtree(partial, ignore_errors=True)
     with no_space_named(folder), removed_on_error(partial):
-        partial.mkdir()
         save(partial)
     if not (partial / INDEX).is_file():
         _remove_pipeline(folder)
@@ -187,8 +186,10 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
 def _remove_pipeline(folder: Path) -> None:
     if (folder / INDEX).is_file():
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        for name in (name for name, value in index.items() if isinstance(value, list)):
-            remove_folder(folder / name)
+        (folder / INDEX).unlink()
+        for part in (folder / name for name, value in index.items() if isinstance(value, list)):
+            if part.is_dir():  # a component that the pipeline does without has no folder
+                remove_folder(part)
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -110,9 +110,10 @@ def spectrum(matrix: Matrix, tolerance: float) -> Spectrum:
 def leading(matrix: Matrix, count: int, floor: float) -> Spectrum:
     """The `count` largest singular values, or fewer: those above `floor`.
 
-    By SVD where the smaller side is at most `SMALL`. Beyond that the vectors span a space that holds at least 1 - 1e-6
-    of the energy (sum of squares) that the best one does, mostly all but 1e-9 of it; within this space they are exact,
-    so the matrix less left · values · right is orthogonal to both. The same bits each time, and no random numbers.
+    By SVD where the smaller side is at most `SMALL`. Beyond that the vectors of the smaller side span a space that
+    holds at least 1 - 1e-6 of the energy (sum of squares) that the best one does, mostly all but 1e-9 of it. The
+    matrix projected on that space is left · values · right to rounding: M V Vᵀ where n <= m, else U Uᵀ M. The same
+    bits each time, and no random numbers.
 
     Args:
         matrix: (m, n) float64, finite; factors are not multiplied out.
@@ -158,6 +159,8 @@ def _above(floor: float, left: Tensor, values: Tensor, right: Tensor) -> Spectru
 
 def _signed(left: Tensor, values: Tensor, right: Tensor) -> Spectrum:
     """An SVD leaves the sign of each pair of vectors open; here the left one's largest component is positive."""
+    if not left.numel():
+        return Spectrum(left, values, right)
     negative = left.amin(dim=0).neg() > left.amax(dim=0)
     signs = torch.where(negative, -1.0, 1.0).to(left)
     return Spectrum(left * signs, values, signs[:, None] * right)
@@ -201,3 +204,18 @@ def _waves(matrix: Matrix, count: int) -> Tensor:
     square = torch.arange(1, matrix.shape[0] + 1, dtype=torch.float64, device=device).square()
     rates = torch.arange(1, count + 1, dtype=torch.float64, device=device) * _GOLDEN
     return torch.cos(math.pi * square[:, None] * rates)
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """(m, n) float64."""
+    return float64(matrix) if isinstance(matrix, Tensor) else matrix.dense()
+
+
+def energy(matrix: Matrix) -> float:
+    """The squared Frobenius norm."""
+    return float64(matrix).square().sum().item() if isinstance(matrix, Tensor) else matrix.energy()
+
+
+def apart(one: LowRank, other: LowRank) -> float:
+    """The energy of the difference of two matrices, which is not formed."""
+    return LowRank(torch.cat([one.up, -other.up], dim=1), torch.cat([one.down, other.down])).energy()

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .clone import Clone
 from .config import Config
 from .errors import UserError
-from .families import save_pipeline
+from .families import load_pipeline, save_pipeline
 from .files import LORA_NAME
 from .groups import Ranks
 from .hub import check_push, push
@@ -318,6 +318,7 @@ class Trainer:
         if export is None or export.layers is None:
             self._save_pipeline(folder)
         else:
+            folder.mkdir()
             write_lora(folder / LORA_NAME, export.layers)
 
     @property
@@ -329,11 +330,22 @@ class Trainer:
         family, dtypes = self.parts.family, dict(self.parts.source.dtypes)
         if self._save_dtype is not None:
             dtypes[family.denoiser_name] = self._save_dtype
-        if self.parts.adapter is not None:
-            self.parts.adapter.fuse()
-            self.parts.adapter.remove()
+        save_pipeline(self._plain_pipeline(), folder, dtypes, self.parts.source.classes)
+
+    def _plain_pipeline(self) -> Any:
+        """The pipeline with the trained denoiser, without an adapter."""
+        family, adapter = self.parts.family, self.parts.adapter
+        if adapter is not None and adapter.is_rounded:
+            pipeline: Any = load_pipeline(self.parts.source, self.config.model)
+            adapter.fuse(pipeline.components[family.denoiser_name])
+            # What the run wrote into it, such as `--prediction_type`.
+            pipeline.register_modules(scheduler=family.pipeline.scheduler)
+            return pipeline
+        if adapter is not None:
+            adapter.fuse()
+            adapter.remove()
         self.parts.accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
-        save_pipeline(family.pipeline, folder, dtypes, self.parts.source.classes)
+        return family.pipeline
 
     def _card_facts(self, picture: Path | None, export: Export | None) -> CardFacts:
         return CardFacts(

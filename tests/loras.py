@@ -12,6 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from tiny import tiny_sd
 from torch import Tensor, nn
 
+from iet_finetune.adapters import Adapter, Trainable, add_adapter
+from iet_finetune.settings import AdapterConfig
+
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYTHING = [*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv_in", "linear_1", "ff.net.2"]
 TEXT = ["q_proj", "v_proj", "fc1"]
@@ -27,6 +30,13 @@ def add_random_adapter(model: Any, seed: int, **settings: Any) -> None:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted_unet(seed: int = 0, **settings: Any) -> tuple[Any, Adapter, Trainable]:
+    """The UNet of `tiny_sd()` with a fresh adapter for training, and what is trained; `settings` are the flags'."""
+    unet = tiny_sd().unet
+    adapter = add_adapter(unet, AdapterConfig(use_lora=True, **settings), ATTENTION, seed)
+    return unet, adapter, Trainable(unet, buffers=False)
 
 
 def deltas_of(model: nn.Module, component: str) -> Deltas:
@@ -75,13 +85,19 @@ def module_of(pipeline: StableDiffusionPipeline, name: str) -> Any:
 
 
 @torch.no_grad()
-def answers(pipeline: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
-    """What the text encoder and the UNet give for one fixed input each."""
+def answer_of(unet: Any) -> Tensor:
+    """What a UNet gives for one fixed input."""
     generator = torch.Generator().manual_seed(7)
-    text = pipeline.text_encoder(torch.arange(24).reshape(2, 12)).last_hidden_state
     latents = torch.randn(2, 4, 8, 8, generator=generator)
     hidden = torch.randn(2, 12, 16, generator=generator)
-    return text, pipeline.unet(latents, torch.tensor([10, 700]), hidden).sample
+    return unet(latents, torch.tensor([10, 700]), hidden).sample
+
+
+@torch.no_grad()
+def answers(pipeline: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
+    """What the text encoder and the UNet give for one fixed input each."""
+    text = pipeline.text_encoder(torch.arange(24).reshape(2, 12)).last_hidden_state
+    return text, answer_of(pipeline.unet)
 
 
 def assert_same_answers(actual: StableDiffusionPipeline, expected: StableDiffusionPipeline) -> None:

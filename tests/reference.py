@@ -18,7 +18,7 @@ def rng(seed, *key):
 
 
 def with_adapter(pipeline, seed=0, **lora):
-    """The pipeline with an adapter by peft on its frozen UNet, for `Reference` to train; `lora` are peft's settings."""
+    """The pipeline with an adapter, made by peft, on its frozen UNet; `lora` are peft's settings."""
     drawn_from = np.random.SeedSequence(seed, spawn_key=(4,)).generate_state(1, np.uint64)[0] >> np.uint64(1)
     torch.manual_seed(int(drawn_from))
     pipeline.unet.requires_grad_(False)

@@ -173,7 +173,8 @@ def test_an_outer_optimizer_goes_with_the_mean_of_matrices_only(flags):
 
 BELOW_ONE = {
     *("max_train_samples", "num_shards", "merge_every_epochs", "merge_every_steps", "train_batch_size"),
-    *("rank", "lora_alpha", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "num_validation_images"),
+    *("rank", "lora_alpha", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"),
+    "num_validation_images",
     *("validation_rounds", "validation_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     "logging_steps",
 }

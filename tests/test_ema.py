@@ -3,7 +3,7 @@
 import torch
 from diffusers.training_utils import EMAModel
 
-from iet_finetune.ema import EMA
+from iet_finetune.ema import EMA, START_SHARE
 
 GO, STOP = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -60,3 +60,32 @@ def test_it_goes_on_from_what_was_read():
     one.update(21, GO)
     other.update(21, GO)
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in named)
+
+
+def test_the_share_of_the_start_is_the_product_of_the_decays_since_and_stands_still_when_a_step_does():
+    named = parameters()
+    ema, plain, rule = EMA(named, 0.9, start_share=True), EMA(named, 0.9), EMAModel(named.values(), decay=0.9)
+    assert ema.tensors[START_SHARE] == 1
+    expected = 1.0
+    for step in range(3, 12):
+        move(named, step)
+        masked = step in (5, 8)
+        for average in (ema, plain):
+            average.update(step, STOP if masked else GO)
+        expected *= 1.0 if masked else rule.get_decay(step)
+        torch.testing.assert_close(ema.tensors[START_SHARE].item(), expected, rtol=1e-5, atol=0)
+    assert 0 < expected < 0.1
+    # The number beside them changes nothing of the averages.
+    assert set(ema.tensors) == {*plain.tensors, START_SHARE}
+    assert all(torch.equal(ema.tensors[name], tensor) for name, tensor in plain.tensors.items())
+
+
+def test_the_share_of_the_start_goes_on_from_what_was_read():
+    named = parameters()
+    one, other = EMA(named, 0.9, start_share=True), EMA(named, 0.9, start_share=True)
+    one.update(20, GO)
+    other.load(one.tensors)
+    for ema in (one, other):
+        ema.update(21, GO)
+    assert torch.equal(one.tensors[START_SHARE], other.tensors[START_SHARE])
+    assert one.tensors[START_SHARE] < 0.5

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from iet_finetune import UserError
 from iet_finetune.host import TINY, HostMemory, check_offload
+from iet_finetune.low_rank import LowRank
 
 CPU = torch.device("cpu")
 MB = 1_000_000
@@ -205,6 +206,22 @@ def test_a_tensor_that_only_lies_near_a_file_is_copied(tmp_path):
         False,
     ]
     assert_same(kept, [above, between, below])
+
+
+def test_a_matrix_kept_as_factors_is_one_again_and_may_be_written_over_by_a_dense_one(tmp_path):
+    host = HostMemory(CPU, tmp_path)
+    factors = {
+        "a": LowRank(torch.randn(2 * TINY, 1), torch.randn(1, 3)),
+        "b": LowRank(torch.ones(3, 1), torch.ones(1, 2)),
+    }
+    kept = host.keep(factors)
+    assert_same(kept, factors)
+    assert places(kept["a"]) != places(factors["a"])
+    later = {"a": LowRank(factors["a"].up + 1, factors["a"].down + 1), "b": torch.randn(2 * TINY)}
+    again = host.keep(later, into=kept)
+    assert again["a"].up.data_ptr() == kept["a"].up.data_ptr()
+    host.rest(again)
+    assert_same(again, later)
 
 
 def test_strides_are_kept(tmp_path):

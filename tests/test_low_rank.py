@@ -15,6 +15,7 @@ from iet_finetune.low_rank import (
     align,
     as_matrix,
     as_weights,
+    combine,
     compress,
     fold_scaling,
     lora_scaling,
@@ -156,7 +157,9 @@ def test_the_split_is_the_best_of_its_rank_and_loses_nothing(case, rank):
     assert_close(kept.dense() + as_dense(rest), dense, scale=scale)
     assert_close((dense - kept.dense()).norm(), values[rank:].norm(), scale=scale)
     assert share == pytest.approx((values[rank:].square().sum() / values.square().sum()).item(), abs=1e-12)
-    assert isinstance(rest, torch.Tensor) == (2 * (torch.linalg.matrix_rank(dense, rtol=1e-13) - rank) > min(dense.shape))
+    assert isinstance(rest, torch.Tensor) == (
+        2 * (torch.linalg.matrix_rank(dense, rtol=1e-13) - rank) > min(dense.shape)
+    )
     if isinstance(rest, LowRank):
         assert_balanced(rest)
     left = isinstance(rest, torch.Tensor) or rest.rank
@@ -356,6 +359,154 @@ def test_the_rest_is_dense_once_it_is_wider_than_half_the_smaller_side():
     assert torch.linalg.matrix_rank(rest) == 8
 
 
+coefficients = st.sampled_from([0, 1, -1, 3]) | st.floats(-5, 5)
+
+
+@given(layers(), st.data())
+def test_a_combination_is_the_sum_of_the_dense_terms(case, data):
+    terms = []
+    for clone in case[0]:
+        dense = data.draw(st.booleans())
+        terms.append((data.draw(coefficients), clone.dense() if dense else clone))
+    before = [as_dense(matrix).clone() for _, matrix in terms]
+    total = combine(terms)
+    expected = sum(coefficient * as_dense(matrix) for coefficient, matrix in terms)
+    scale = sum(abs(coefficient) * as_dense(matrix).norm().item() for coefficient, matrix in terms)
+    assert_close(as_dense(total), expected, scale=scale + 1e-300)
+    assert all(map(torch.equal, before, (as_dense(matrix) for _, matrix in terms)))
+    if any(coefficient and isinstance(matrix, torch.Tensor) for coefficient, matrix in terms):
+        assert isinstance(total, torch.Tensor)
+    if isinstance(total, LowRank):
+        assert 2 * total.rank <= min(total.shape)
+        assert_balanced(total)
+
+
+def test_a_combination_of_factors_is_dense_only_where_its_own_rank_is_high():
+    part, other = (draw_factors(generator_of(seed), 12, 16, 4) for seed in range(2))
+    assert combine([(2, part), (-0.5, part), (1, part)]).rank == 4  # 12 columns before
+    assert combine([(2, part), (-2, part)]).rank == 0
+    assert combine([(0, part), (0, part.dense())]).rank == 0
+    assert isinstance(combine([(1, part), (1, other)]), torch.Tensor)
+    same = torch.ones(12, 16).double()
+    assert combine([(1, same)]) is not same
+
+
+def test_a_combination_forms_no_dense_matrix_of_factors():
+    side, rank = 40_000, 2
+    parts = [draw_factors(generator_of(seed), side, side, rank) for seed in range(4)]
+    with Largest() as made:
+        total = combine([(-1.5, part) for part in parts])
+    assert 0 < made.numel <= side * 4 * rank
+    assert total.rank == 8
+
+
+def test_a_dense_matrix_is_compressed_to_its_own_factors():
+    part = draw_factors(generator_of(0), 40, 30, 3, torch.float64)
+    small = compress(part.dense())
+    assert small.rank == 3
+    assert_balanced(small)
+    assert_close(small.dense(), part.dense())
+    full = torch.randn(20, 30, generator=generator_of(1))
+    assert compress(full).rank == 20
+    assert_close(compress(full).dense(), full.double())
+
+
+@pytest.mark.parametrize(("m", "n"), [(12, 10), (300, 270)])
+def test_a_dense_matrix_is_split_like_its_factors(m, n):
+    part = draw_factors(generator_of(0), m, n, 8, torch.float64)
+    dense = part.dense()
+    kept, rest, share = split(dense, 3)
+    expected = split(part, 3)
+    assert isinstance(rest, torch.Tensor)
+    assert_close(kept.dense() + rest, part.dense())
+    assert torch.equal(dense, part.dense())
+    assert_close(kept.dense(), expected[0].dense(), tolerance=1e-5)
+    assert share == pytest.approx(expected[2], rel=1e-6)
+    assert_balanced(kept)
+
+
+def test_a_dense_matrix_of_smaller_rank_is_filled_up_too():
+    dense = draw_factors(generator_of(0), 300, 270, 2, torch.float64).dense()
+    for spare in (None, torch.randn(5, 270, generator=generator_of(1))):
+        kept, rest, share = split(dense, 4, spare)
+        assert_can_learn(kept, 2)
+        assert share < 1e-24
+        assert_close(kept.dense() + rest, dense)
+
+
+def with_values(values, m, n, seed=0):
+    """(m, n) with these singular values in random directions."""
+    generator = generator_of(seed)
+    left, right = (torch.linalg.qr(torch.randn(side, len(values), generator=generator).double()).Q for side in (m, n))
+    return LowRank(left * values, right.mT)
+
+
+STEPS = torch.arange(300).double()
+SPECTRA = {
+    "random": torch.linalg.svdvals(torch.randn(300, 400, generator=generator_of(0)).double()),
+    "slow decay": (1 + STEPS) ** -0.5,
+    "fast decay": torch.exp(-STEPS / 4),
+    "clustered": torch.where(STEPS < 20, 1 + 1e-4 * torch.cos(STEPS), 0.5),
+    "two clusters at the cut": torch.where(STEPS < 10, 3.0, torch.where(STEPS < 40, 1 - 1e-5 * STEPS, 0.9)),
+    "nearly flat": 1 + 0.01 * torch.cos(STEPS),
+    "flat": torch.ones(300).double(),
+    "one alone": torch.where(STEPS < 1, 1.0, 1e-9),
+}
+
+
+@pytest.mark.parametrize("rank", [1, 8, 100])
+@pytest.mark.parametrize("form", ["tall", "wide", "tall factors", "wide factors"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_kept_part_of_a_large_matrix_holds_nearly_all_energy_that_its_rank_can(name, form, rank):
+    values = SPECTRA[name].double()
+    factors = with_values(values, *((300, 310) if "wide" in form else (310, 300)))
+    matrix = factors if "factors" in form else factors.dense()
+    kept, rest, share = split(matrix, rank)
+    best = values.sort(descending=True).values[:rank].square().sum().item()
+    held = kept.up.square().sum(0).square().sum().item()
+    assert (1 - 1e-6) * best <= held <= (1 + 1e-12) * best
+    assert share == pytest.approx(1 - held / values.square().sum().item(), abs=1e-12)
+    dense = factors.dense()
+    assert_close(kept.dense() + as_dense(rest), dense, scale=dense.norm().item())
+    assert_balanced(kept)
+    again = split(matrix, rank)
+    assert all(map(torch.equal, (*kept, as_dense(rest)), (*again[0], as_dense(again[1]))))
+
+
+def test_directions_that_lie_apart_from_the_large_rows_are_found():
+    """A block of its own, whose rows are short but many."""
+    matrix = torch.zeros(600, 400).double()
+    matrix[:40, :40] = 2 * torch.eye(40)
+    matrix[40:, 40:] = 3 * torch.ones(560, 1).double() @ torch.ones(1, 360).double() / (560 * 360) ** 0.5
+    assert split(matrix, 1)[0].up.square().sum().item() == pytest.approx(3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("m", "n"), [(700, 600), (600, 700)])
+def test_wide_factors_lose_nothing_and_stay_factors_while_they_are_small_enough(m, n):
+    clones = [draw_factors(generator_of(seed), m, n, 40) for seed in range(8)]
+    state = torch.get_rng_state()
+    kept, rest, share = merge_layer(clones[:7], [1] * 7, 16)
+    assert isinstance(rest, LowRank)
+    first = dense_mean(clones[:7], [1] * 7)
+    assert_close(kept.dense() + rest.dense(), first)
+    assert share == pytest.approx(rest.energy() / first.square().sum().item(), rel=1e-9)
+    wider = merge_layer([kept, *clones], [1] * 9, 16, rest)
+    assert isinstance(wider.rest, torch.Tensor)
+    assert_close(wider.kept.dense() + wider.rest, rest.dense() + dense_mean([kept, *clones], [1] * 9))
+    last = merge_layer(clones, [1] * 8, 16, wider.rest)
+    assert_close(last.kept.dense() + last.rest, wider.rest + dense_mean(clones, [1] * 8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_wide_factors_of_a_small_update_leave_no_rest():
+    part = draw_factors(generator_of(0), 300, 310, 4, torch.float64)
+    clones = [LowRank(part.up * (1 + seed), part.down) for seed in range(70)]
+    kept, rest, share = merge_layer(clones, [1] * 70, 4)
+    assert rest.rank == 0
+    assert share == 0
+    assert_close(kept.dense(), dense_mean(clones, [1] * 70))
+
+
 @pytest.mark.parametrize("spread", [1e-3, 1e-4])
 def test_aligned_factors_are_near_those_in_which_the_clones_trained(spread):
     """So that moments of their columns still fit; as the SVD leaves them, columns are turned and reordered."""
@@ -481,6 +632,30 @@ REFUSED = {
 def test_what_cannot_be_merged_is_refused_by_name(clones, weights, rank, remainder, said):
     with pytest.raises(ValueError, match=said):
         merge_layer(clones, weights, rank, remainder)
+
+
+NO_SUM = {
+    "no term": ([], "at least one term"),
+    "other shape": ([(1, ONE), (1, torch.ones(4, 5))], r"shape \(4, 5\), the first one \(4, 3\)"),
+    "other shape of 0": ([(1, ONE), (0, OTHER)], r"shape \(4, 5\), the first one \(4, 3\)"),
+    "coefficient": ([(math.inf, ONE)], "must be finite, not inf"),
+    "not finite": ([(1, NOT_FINITE)], "not finite"),
+    "dense not finite": ([(0, torch.full((4, 3), math.nan))], "not finite"),
+    "no pair": ([(1, LowRank(torch.ones(4, 2), torch.ones(3, 3)))], "rank 2 and 3 make no update"),
+}
+
+
+@pytest.mark.parametrize(("terms", "said"), NO_SUM.values(), ids=NO_SUM)
+def test_what_cannot_be_combined_is_refused_by_name(terms, said):
+    with pytest.raises(ValueError, match=said):
+        combine(terms)
+
+
+@pytest.mark.parametrize("act", [compress, lambda matrix: split(matrix, 2)], ids=["compress", "split"])
+@pytest.mark.parametrize("matrix", [NOT_FINITE, torch.full((4, 3), math.inf)], ids=["factors", "dense"])
+def test_a_matrix_that_is_not_finite_is_refused(act, matrix):
+    with pytest.raises(ValueError, match="not finite"):
+        act(matrix)
 
 
 @pytest.mark.parametrize("scaling", [0, -1.0, math.inf, math.nan])

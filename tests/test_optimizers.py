@@ -11,6 +11,7 @@ from iet_finetune.optimizers import (
     masked_step,
     moments_by_parameter,
     named_moments,
+    parameter_of,
 )
 from iet_finetune.settings import SCHEDULES, OptimizerConfig, TrainingConfig
 
@@ -68,3 +69,36 @@ def test_fresh_moments_are_those_of_an_optimizer_that_has_not_stepped_yet():
         optimizer.step()
         results.append([*parameters, *named_moments(optimizer.state_dict()["state"]).values()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_name_of_moments_tells_the_parameter():
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(12)]
+    names = list(named_moments(fresh_moments(torch.optim.AdamW(parameters))))
+    assert [parameter_of(name) for name in names] == [number for number in range(12) for _ in range(3)]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_parameter_whose_moments_were_dropped_starts_anew_and_the_other_goes_on(fused):
+    def two():
+        parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))]
+        return parameters, torch.optim.AdamW(parameters, lr=0.1, fused=fused)
+
+    def step(optimizer, parameters, gradient):
+        for parameter in parameters:
+            parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+
+    (kept, dropped), optimizer = two()
+    (whole, _), of_whole = two()
+    (_, fresh), of_fresh = two()
+    step(optimizer, [kept, dropped], [1.0, -2.0, 3.0])
+    step(of_whole, [whole], [1.0, -2.0, 3.0])
+    fresh.data.copy_(dropped)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "state": {0: state["state"][0]}})
+    step(optimizer, [kept, dropped], [0.5, 1.0, -7.0])
+    step(of_whole, [whole], [0.5, 1.0, -7.0])
+    step(of_fresh, [fresh], [0.5, 1.0, -7.0])
+    assert torch.equal(kept, whole)
+    assert torch.equal(dropped, fresh)
+    assert not torch.equal(kept, dropped)

@@ -17,6 +17,7 @@ __all__ = [
     "find_pipeline",
     "in_chunks",
     "load_family",
+    "load_pipeline",
     "save_pipeline",
 ]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from e2e.command import contents, flags, leftovers, run_script, the_error, words
 
@@ -22,6 +23,11 @@ MISSING_TRACKER = next((name for name in ("wandb", "trackio", "comet_ml", "mlflo
 def changed(**changes: Any) -> Spoil:
     """Only flags are wrong."""
     return lambda _: changes
+
+
+def lora(**changes: Any) -> Spoil:
+    """Only flags are wrong, of a run that trains an adapter."""
+    return changed(use_lora=True, **changes)
 
 
 def written(path: str, text: str, **changes: Any) -> Spoil:
@@ -120,6 +126,16 @@ FLAGS = {
     "no images at all": (changed(train_data_dir=None), ["`--train_data_dir FOLDER` or `--dataset_name NAME`"]),
     "both sources of images": (changed(dataset_name="x/y"), ["`--train_data_dir` and `--dataset_name`", "choose one"]),
     "no pipeline": (changed(pretrained_model_name_or_path=None), ["`--pretrained_model_name_or_path` is missing"]),
+    "rank 0": (lora(rank=0), ["`--rank` must be at least 1, not 0"]),
+    "alpha 0": (lora(lora_alpha=0), ["`--lora_alpha` must be at least 1, not 0"]),
+    "an adapter that is always dropped": (lora(lora_dropout=1), ["`--lora_dropout` must be in [0, 1), not 1.0"]),
+    "an empty name among the layers": (lora(lora_layers="to_q,,to_k"), ["`--lora_layers to_q,,to_k`", "empty name"]),
+    "no names of layers": (lora(lora_layers=""), ["`--lora_layers ", "empty name"]),
+    "DoRA": (lora(use_dora=True), ["`--use_dora`", "not low-rank", "leave it out"]),
+    "a rank without LoRA": (changed(rank=8), ["`--rank 8` does nothing without `--use_lora`"]),
+    "an outer optimizer and exact merging": (lora(outer_lr=0.5), ["`--outer_lr 0.5`", "`--lora_merge exact`"]),
+    "outer momentum and exact merging": (lora(outer_momentum=0.9), ["`--outer_momentum 0.9`", "`--lora_merge exact`"]),
+    "an unknown merge": (lora(lora_merge="mean"), ["`--lora_merge`", "exact, average, freeze_a", "'mean'"]),
     "an unknown YAML key": (yaml_file("num_shard: 2"), ["`num_shard`", "run.yaml", "Did you mean `num_shards`?"]),
     "a wrong type in YAML": (yaml_file("seed: [1, 2]"), ["`seed` in `--config", "run.yaml", "must be of type int"]),
     "a YAML file that is missing": (changed(config="nowhere.yaml"), ["`--config nowhere.yaml` cannot be read"]),
@@ -179,6 +195,14 @@ PIPELINE = {
     "a tokenizer without words": (without("base/tokenizer/tokenizer.json"), ["base/tokenizer` has no vocabulary"]),
     "a Hub id without network": (changed(**{BASE: "nobody/sd"}), [f"`--{BASE} nobody/sd`", "Check the name"]),
     "a resolution that does not fit": (changed(resolution=18), ["`--resolution 18`", "multiple of 4", "16 or 20"]),
+    "a layer that the denoiser has not": (
+        lora(lora_layers="to_q,nosuch"),
+        ["`--lora_layers`", "UNet", "named nosuch"],
+    ),
+    "a layer that cannot have an adapter": (
+        lora(lora_layers="norm1"),
+        ["`--lora_layers`", "norm1 is a", "only linear"],
+    ),
     "more denoising steps than there are": (
         changed(validation_prompts=["a"], validation_inference_steps=11),
         ["`--validation_inference_steps 11`", "the 10 steps"],
@@ -291,3 +315,31 @@ def test_a_damaged_checkpoint_is_named_with_its_fault(world, finished, capfd, na
     assert line.startswith(f"checkpoint {checkpoint} ")
     assert said in line
     assert contents(finished) == before
+
+
+@pytest.fixture(scope="module")
+def adapted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a finished run of an adapter of rank 2 left."""
+    output = tmp_path_factory.mktemp("adapted") / "out"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert cli.main(["train", *words(flags(world, output, use_lora=True, rank=2))]) == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rank": 4}, "`--rank` has changed (2 then, 4 now)"),
+        ({"rank": 2, "lora_alpha": 8}, "`--lora_alpha` has changed (None then, 8 now)"),
+        ({"rank": 2, "lora_merge": "average"}, "`--lora_merge` has changed (exact then, average now)"),
+        ({"rank": 2, "lora_layers": "to_q"}, "`--lora_layers` has changed (None then, to_q now)"),
+        ({"rank": 2, "use_rslora": True}, "`--use_rslora` has changed (False then, True now)"),
+        ({"use_lora": False}, "`--use_lora` has changed (True then, False now)"),
+    ],
+)
+def test_resuming_with_another_adapter_is_refused_and_nothing_is_lost(world, adapted, capfd, changes, said):
+    before = contents(adapted)
+    settings = flags(world, adapted, resume_from_checkpoint="latest", **{"use_lora": True, **changes})
+    line = the_error(cli.main(["train", *words(settings)]), *capfd.readouterr())
+    assert said in line
+    assert contents(adapted) == before

@@ -62,7 +62,7 @@ def test_it_says_what_was_skipped_where_the_picture_is_and_how_to_load_the_resul
 def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
     printed = short_demo("configs/demo_lora.yaml", tmp_path / "out")
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").stat().st_size < 1_000_000
-    assert re.search(r"^saved as a LoRA file of rank 4, which lost [\d.e-]+ % of", printed, flags=re.MULTILINE)
+    assert re.search(r"^saved as a LoRA file of rank 4", printed, flags=re.MULTILINE)
     (line,) = re.findall(r"^load it with: (.+)$", printed, flags=re.MULTILINE)
     pipeline = DiffusionPipeline.from_pretrained(DEMO / "pipeline")
     eval(line, {"pipeline": pipeline})

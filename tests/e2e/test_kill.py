@@ -43,6 +43,8 @@ RUN: dict[str, Any] = {
     "report_to": "tensorboard",
     "resume_from_checkpoint": "latest",
 }
+# Adapters instead: three rounds and one that is shorter.
+LORA: dict[str, Any] = {**RUN, "use_lora": True, "rank": 2, "lora_dropout": 0.1, "num_train_epochs": 7}
 STEPS = 300
 ROUNDS = 25
 SEED = 20240722
@@ -77,7 +79,7 @@ def newest(output: Path) -> tuple[int, bool]:
 def stop_training(world: Path, output: Path, kill: Callable[[subprocess.Popen], None], delay: float, **more) -> Stop:
     """Starts or resumes the run, and kills it `delay` seconds after it has written its next checkpoint."""
     before = newest(output)[0]
-    command = [*SCRIPT, *words(flags(world, output, **RUN, **more))]
+    command = [*SCRIPT, *words(flags(world, output, **RUN | more))]
     with subprocess.Popen(
         command, env=environment(), stdout=-1, stderr=-1, text=True, start_new_session=True
     ) as process:
@@ -159,6 +161,21 @@ def test_an_interrupt_ends_in_one_line_that_says_how_to_go_on(story, which):
     assert stop.stdout == ""
     said = [line for line in stop.stderr.splitlines() if not line.startswith(("round ", "[transformers] "))]
     assert said == ["iet-finetune: interrupted; `--resume_from_checkpoint latest` goes on from the last checkpoint."]
+
+
+def test_a_run_of_adapters_that_is_killed_ends_in_the_same_files_bit_for_bit(world, tmp_path):
+    assert cli.main(["train", *words(flags(world, tmp_path / "whole", **LORA))]) == 0
+    output = tmp_path / "out"
+    # So early that not even the fastest machine is done by then.
+    stops = [stop_training(world, output, lambda p: p.kill(), 0.0, **LORA) for _ in range(2)]
+    assert [stop.code for stop in stops] == [-signal.SIGKILL] * 2
+    assert any(stop.amid for stop in stops), stops
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert cli.main(["train", *words(flags(world, output, **LORA))]) == 0
+    ours = repeatable(output)
+    assert_same(ours, repeatable(tmp_path / "whole"))
+    assert "checkpoint-42/denoiser_remainders.safetensors" in ours
+    assert leftovers(output) == []
 
 
 @pytest.mark.parametrize("component", ["unet", "vae"])

@@ -11,19 +11,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from e2e.command import ERROR, contents, environment, flags, leftovers, run_script, words
 from hub_server import HubServer
+from safetensors.torch import load_file
+
+from iet_finetune import cli
 
 pytestmark = pytest.mark.timeout(300)
 
 TOKEN = "hf_thisIsNotARealTokenButItLooksLikeOne02"
 REPOSITORY = "user/cats"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 LOAD = """
 import sys
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 DiffusionPipeline.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+
+
+# The base pipeline with the LoRA file of a repository, in its weights.
+LOAD_LORA = """
+import sys
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[3], local_files_only=True)
+pipeline.load_lora_weights(sys.argv[1])
+pipeline.fuse_lora()
+pipeline.unload_lora_weights()
+pipeline.save_pretrained(sys.argv[2])
 """
 
 
@@ -168,3 +185,30 @@ def test_the_token_is_in_no_file_no_output_no_tracker_and_no_upload(story):
     assert not any(TOKEN in text for text in said)
     assert not any(TOKEN.encode() in part for part in story.hub.received())
     assert any(TOKEN in str(request.headers) for request in story.hub.requests), "it was used"
+
+
+def test_a_lora_file_is_pushed_with_its_card_and_loads_from_there(world, tmp_path):
+    output, loaded = tmp_path / "out", tmp_path / "loaded"
+    settings = {"use_lora": True, "lora_alpha": 7, "lora_export": "full_rank", "learning_rate": 1e-2}
+    run = flags(world, output, push_to_hub=True, hub_model_id=REPOSITORY, hub_token=TOKEN, **settings)
+    with HubServer(TOKEN) as hub:
+        done = run_script(*words(run), **online(tmp_path, hub.url))
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == f"pushed to {hub.url}/{REPOSITORY}"
+        command = [sys.executable, "-c", LOAD_LORA, REPOSITORY, str(loaded), str(world / "base")]
+        variables = environment(**online(tmp_path, hub.url))
+        again = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        assert again.returncode == 0, again.stderr
+        files = hub.repositories[REPOSITORY].files
+    assert sorted(files) == [".gitattributes", "README.md", LORA, "training_config.yaml"]
+    assert files[LORA] == (output / LORA).read_bytes()
+    assert f'load_lora_weights("{REPOSITORY}")' in card(files)
+    assert "use_lora: true" in files["training_config.yaml"].decode()
+    assert str(tmp_path) not in files["training_config.yaml"].decode()
+    # Nothing is left to train: the same adapter in the weights of a pipeline, by the trainer itself.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fuse = {"push_to_hub": False, "hub_token": None, "lora_export": "fuse", "resume_from_checkpoint": "latest"}
+    assert cli.main(["train", *words({**run, **fuse})]) == 0
+    ours, theirs, base = (load_file(folder / WEIGHTS) for folder in (output, loaded, world / "base"))
+    assert max((theirs[name] - base[name]).abs().max().item() for name in base) > 1e-2
+    assert max((theirs[name] - ours[name]).abs().max().item() for name in ours) < 1e-6

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +24,19 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 TWO_MACHINES = Path(__file__).with_name("two_machines.sh")
 NOT_PERMITTED = 77
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 RECORDS = ("metrics.jsonl", "ledger.parquet")
 AVERAGE = {"optimizer_across_rounds": "average", "num_train_epochs": 4}
+# A merge leaves remainders, of which the ranks share out the layers; its file is of as high a rank as it takes.
+LORA: dict[str, Any] = {
+    "use_lora": True,
+    "rank": 2,
+    "learning_rate": 1e-2,
+    "lora_export": "full_rank",
+    "outer_lr": None,
+    "outer_momentum": None,
+    "num_train_epochs": 6,
+}
 # 7 images a shard: a step of two micro-batches of 3, and one of 1, of which the second of two ranks has none.
 IN_GROUPS: dict[str, Any] = {
     **IN_FOUR,
@@ -51,27 +63,29 @@ def train_on(ranks: int, settings: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def runs(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one rank leaves of the same run in four shards: `one`, and `average` with averaged moments."""
+    """What one rank leaves of a run in four shards: `one`, `average` with averaged moments, and `lora`, an adapter."""
     folder = tmp_path_factory.mktemp("ranks")
     train(flags(world, folder / "one", **IN_FOUR))
     train(flags(world, folder / "average", **IN_FOUR | AVERAGE))
+    train(flags(world, folder / "lora", **IN_FOUR | LORA))
     return folder
 
 
-@pytest.fixture(scope="module")
-def groups(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+@pytest.fixture(scope="module", params=[{}, LORA | {"lora_export": "fuse"}], ids=["whole", "lora"])
+def groups(world: Path, tmp_path_factory: pytest.TempPathFactory, request: Any) -> dict[int, Path]:
     """What two ranks leave of a run in two shards, and what four leave, two of them to a shard."""
     folder = tmp_path_factory.mktemp("groups")
     data = save_images(folder / "data", 14)
     for ranks in (2, 4):
-        train_on(ranks, flags(world, folder / str(ranks), train_data_dir=data, **IN_GROUPS))
+        train_on(ranks, flags(world, folder / str(ranks), train_data_dir=data, **IN_GROUPS | request.param))
     return {ranks: folder / str(ranks) for ranks in (2, 4)}
 
 
 def outcome(output: Path) -> dict[str, bytes]:
     """The bytes of what a run is made for: its weights, saved and in the last checkpoint, and its records."""
     last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    names = (WEIGHTS, *RECORDS, f"{last.name}/denoiser.safetensors", f"{last.name}/ema.safetensors")
+    names = [*RECORDS, LORA_WEIGHTS if (output / LORA_WEIGHTS).exists() else WEIGHTS]
+    names += sorted(f"{last.name}/{path.name}" for path in last.glob("*.safetensors") if "velocity" not in path.name)
     return {name: (output / name).read_bytes() for name in names}
 
 
@@ -90,6 +104,31 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 def test_four_shards_on_several_ranks_leave_the_bits_of_one_rank(world, runs, tmp_path, ranks):
     train_on(ranks, flags(world, tmp_path / "out", **IN_FOUR))
     assert_same_outcome(tmp_path / "out", runs / "one")
+
+
+def test_the_adapter_that_they_share_is_one_whose_merges_leave_remainders_in_which_agc_skips(runs):
+    lines = metrics(runs / "lora")
+    assert all(line["remainder_share"] > 0 for line in lines)
+    assert 0 < sum(line["skip_rate"] for line in lines) < len(lines)
+    assert {"denoiser_remainders.safetensors", "ema_away.safetensors"} <= {
+        name.rpartition("/")[2] for name in outcome(runs / "lora")
+    }
+
+
+def test_an_adapter_on_four_ranks_and_then_on_two_leaves_the_bits_of_one_rank(world, runs, tmp_path):
+    output = tmp_path / "out"
+    settings = flags(world, output, **IN_FOUR | LORA | {"checkpoints_total_limit": None})
+    train_on(4, settings)
+    assert_same_outcome(output, runs / "lora")
+    # Amid the second round each of the four clones has taken one step, and two ranks go on with two each.
+    for path in output.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > 24:
+            shutil.rmtree(path)
+    newest = output / "checkpoint-24"
+    assert len(list(newest.glob("shard-*/live.safetensors"))) == 4
+    assert (newest / "denoiser_remainders.safetensors").exists()
+    train_on(2, settings)
+    assert_same_outcome(output, runs / "lora")
 
 
 def test_the_run_that_they_share_is_one_in_which_agc_skips_and_every_part_takes_part(runs):

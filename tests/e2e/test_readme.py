@@ -1,4 +1,4 @@
-"""What the README and the page on several GPUs tell the reader to type works as it stands there."""
+"""What the README and the pages in docs/ tell the reader to type works as it stands there."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ from iet_finetune.config import flag_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-PAGE = (ROOT / "docs" / "distributed.md").read_text()
+PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 # What parses the words between a launcher's name and the script's.
 LAUNCHERS = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
 LAUNCHER_FLAGS = {flag.removeprefix("--") for parser in LAUNCHERS.values() for flag in parser._option_string_actions}
@@ -79,7 +79,7 @@ def commands(text: str) -> list[str]:
     return [line for line in shell.replace("\\\n", " ").splitlines() if "train_iet_agc.py" in line]
 
 
-@pytest.mark.parametrize("command", commands(README) + commands(PAGE))
+@pytest.mark.parametrize("command", commands(README + "".join(PAGES.values())))
 def test_a_command_has_only_flags_that_its_launcher_and_the_script_know(command, tmp_path, monkeypatch):
     (tmp_path / "my_run.yaml").write_text("pretrained_model_name_or_path: base\ntrain_data_dir: my_photos\n")
     monkeypatch.chdir(tmp_path)
@@ -96,7 +96,7 @@ def test_a_command_has_only_flags_that_its_launcher_and_the_script_know(command,
     Config.from_command_line(shlex.split(after))
 
 
-@pytest.mark.parametrize("text", [README, PAGE], ids=["README", "distributed"])
+@pytest.mark.parametrize("text", [README, *PAGES.values()], ids=["README", *PAGES])
 def test_every_flag_named_in_a_text_exists(text):
     for name in re.findall(r"`--(\w+)", text):
         assert name in {*flag_names(), *LAUNCHER_FLAGS, "config", "help"}, name
@@ -113,7 +113,9 @@ def test_the_makefile_has_the_commands(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/distributed.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *(f"docs/{name}.md" for name in PAGES)]
+)
 def test_files_a_page_links_to_are_there(page):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", (ROOT / page).read_text()):
         assert ((ROOT / page).parent / target).is_file(), target
