@@ -10,11 +10,11 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lora test bench lint format clean
+.PHONY: help demo demo-lora demo-unconditional test bench lint format clean
 
 help: ## List these commands.
 	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
 # accelerate gives a process one thread unless told otherwise; the demo is one process and may have them all.
 # --quiet: an error of the demo ends with the demo's own line, not with accelerate's traceback as well.
@@ -27,6 +27,22 @@ demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/; goes on 
 
 demo-lora: $(INSTALLED) ## The same with LoRA adapters of rank 4.
 	$(LAUNCH) --config configs/demo_lora.yaml
+
+# As many ranks as cores, four at most, each with one thread and a shard of its own: on a CPU that is faster than threads.
+# Without the interface's name gloo looks for a network, which not every machine has.
+RANKS = cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
+	export GLOO_SOCKET_IFNAME="$${GLOO_SOCKET_IFNAME:-$$(if [ -d /sys/class/net/lo ]; then echo lo; fi)}"; \
+	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
+	--nproc_per_node $$((cores < 4 ? cores : 4)) train_iet_agc.py --resume_from_checkpoint latest
+
+# The images of Debian's package dataset-fashion-mnist if it is installed; else the 2,000 of them that are kept here.
+FASHION_MNIST := /usr/share/datasets/fashion-mnist
+demo-unconditional: $(INSTALLED) ## Train a small network from scratch to draw garments, without prompts.
+	@if [ -d $(FASHION_MNIST) ]; then \
+		$(BIN)/python demo/unconditional/make_data.py --count 20000 --output outputs/fashion-mnist; \
+	fi
+	$(RANKS) --config configs/demo_unconditional.yaml \
+		$$(if [ -d $(FASHION_MNIST) ]; then echo --dataset_name outputs/fashion-mnist; fi)
 
 # Two files at a time with one thread each: more threads than cores make torch many times slower.
 test: $(INSTALLED) ## Run the tests.

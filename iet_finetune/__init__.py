@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .merging import merge_state_dicts as merge_state_dicts
     from .objective import NoiseSchedule as NoiseSchedule
     from .objective import per_sample_loss as per_sample_loss
+    from .pipelines import ClassConditionalPipeline as ClassConditionalPipeline
     from .sharding import shard_indices as shard_indices
     from .trainer import Trainer as Trainer
 
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 # Each public name and the module it comes from. It is imported at first use, so that `--help` need not wait for torch.
 _HOMES = {
     "AntiGradientControl": "agc",
+    "ClassConditionalPipeline": "pipelines",
     "Config": "config",
     "NoiseSchedule": "objective",
     "Trainer": "trainer",

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -152,7 +153,11 @@ class Adapter:
 
     def remove(self) -> None:
         """Takes the adapter out of the denoiser, whose layers are again those that came."""
-        self._denoiser.unload_lora()
+        if hasattr(self._denoiser, "unload_lora"):
+            self._denoiser.unload_lora()
+        else:
+            recurse_remove_peft_layers(self._denoiser)
+            del self._denoiser.peft_config
 
     def _put(self, name: str, *added: Matrix) -> None:
         weight = self.layers[name].weight
@@ -204,7 +209,7 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
         default_layers: of the family, if `--lora_layers` names none.
 
     Raises:
-        UserError: the model takes no adapters, or a layer is not there or cannot be merged.
+        UserError: a layer is not there or cannot be merged.
     """
     layers = config.layer_names if config.lora_layers else tuple(default_layers)
     _check_layers(denoiser, layers)
@@ -219,7 +224,11 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(adapter_seed(seed))
-        denoiser.add_adapter(settings, adapter_name=NAME)
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(settings, adapter_name=NAME)
+        else:
+            # Models whose LoRA files no pipeline loads, such as UNet2DModel, leave this to peft.
+            inject_adapter_in_model(settings, denoiser, adapter_name=NAME)
     adapter = Adapter(denoiser, config.rank)
     for layer in adapter.layers.values():
         layer.down_weight.requires_grad_(config.lora_merge != "freeze_a")
@@ -227,8 +236,6 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
 
 
 def _check_layers(denoiser: Any, layers: Sequence[str]) -> None:
-    if not hasattr(denoiser, "add_adapter"):
-        raise UserError(f"`--use_lora`: a {type(denoiser).__name__} takes no adapters: train it whole.")
     for layer in layers:
         found = {name: module for name, module in denoiser.named_modules() if f".{name}".endswith(f".{layer}")}
         if not found:

@@ -96,7 +96,9 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     schedule = Schedule.plan(tuple(len(part) for part in indices), config.training, config.ensemble)
     with ranks.first_on_machine():
         family = load_family(source, config)
+    family.take_classes(images.class_names, max(images.classes or (0,)))
     _check_validation(config, family)
+    _check_export(config, family)
     shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
     identity = run_identity(config, images.fingerprint, family.fingerprint())
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
@@ -221,6 +223,15 @@ def _check_validation(config: Config, family: Family) -> None:
         raise UserError(
             f"`--validation_inference_steps {steps}` is more than the {len(family.objective)} steps of the pipeline's "
             "noise schedule: lower it."
+        )
+
+
+def _check_export(config: Config, family: Family) -> None:
+    form = config.adapter.lora_export
+    if form not in (None, "fuse") and not family.loads_lora:
+        raise UserError(
+            f"`--lora_export {form}`: a {type(family.pipeline).__name__} loads no LoRA files: choose `fuse`, or leave "
+            "it out."
         )
 
 

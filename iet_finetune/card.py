@@ -32,7 +32,7 @@ UNCONDITIONAL = ("DDPM", "DDIM", "PNDM", "KarrasVe", "ScoreSdeVe", "LDM")
 class CardFacts:
     """Everything that a card says about a run; each value is measured or given, none is made up."""
 
-    base_model: str  # `--pretrained_model_name_or_path` as given
+    base_model: str | None  # `--pretrained_model_name_or_path` as given; None: trained from scratch
     base_license: str | None  # what `base_license` found; None: not known
     pipeline_class: str  # such as "StableDiffusionPipeline"
     flags: dict[str, Any]  # `Config.to_flags()`
@@ -45,6 +45,8 @@ class CardFacts:
     sample_grid: str | None  # picture, relative to the output folder
     versions: dict[str, str]  # package: version
     lora_export: str | None = None  # what became of the adapter, in words; None: the whole denoiser was trained
+    class_names: tuple[str, ...] | None = None  # of the classes by number; None: the model takes no classes
+    absent: tuple[str, ...] = ()  # components that the pipeline does without, and that loading must be told are None
 
 
 def base_license(source_folder: Path) -> str | None:
@@ -129,7 +131,7 @@ def _metadata(facts: CardFacts, is_lora: bool) -> ModelCardData:
 
 
 def _task(facts: CardFacts) -> str | None:
-    if facts.pipeline_class.startswith("DiT"):
+    if facts.pipeline_class.startswith("DiT") or facts.class_names is not None:
         return None  # class labels go in, and the Hub has no name for that task
     return "unconditional-image-generation" if facts.pipeline_class.startswith(UNCONDITIONAL) else "text-to-image"
 
@@ -137,6 +139,7 @@ def _task(facts: CardFacts) -> str | None:
 def _introduction(facts: CardFacts) -> str:
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     source = base if is_hub_id(facts.base_model) else "a local pipeline"
+    began = "Trained from scratch" if facts.base_model is None else f"Fine-tuned from {source}"
     shards, threshold = facts.flags["num_shards"], facts.flags["agc_threshold"]
     trained = "LoRA adapter" if facts.flags["use_lora"] else "denoiser"
     ensemble = (
@@ -151,8 +154,8 @@ def _introduction(facts: CardFacts) -> str:
         else "Anti-gradient control was off: no sample was skipped."
     )
     return (
-        f"# {facts.pipeline_class} fine-tuned with IET-AGC\n\n"
-        f"Fine-tuned from {source} with IET-AGC (iterative ensemble training with anti-gradient control, {PAPER}), "
+        f"# {facts.pipeline_class} {'trained' if facts.base_model is None else 'fine-tuned'} with IET-AGC\n\n"
+        f"{began} with IET-AGC (iterative ensemble training with anti-gradient control, {PAPER}), "
         f"meant to keep a diffusion model from memorizing single training images. {ensemble} {control}"
     )
 
@@ -160,17 +163,30 @@ def _introduction(facts: CardFacts) -> str:
 def _loading(facts: CardFacts, is_lora: bool) -> str:
     base = json.dumps(facts.base_model) if is_hub_id(facts.base_model) else '"the-base-pipeline"'
     lines = ["from diffusers import DiffusionPipeline", ""]
-    if is_lora:
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base})")
+    without = "".join(f", {name}=None" for name in facts.absent)
+    if facts.class_names is not None:
+        lines = ["from iet_finetune import ClassConditionalPipeline", ""]
+        lines.append(f"pipeline = ClassConditionalPipeline.from_pretrained({THIS_REPOSITORY})")
+        lines.append("image = pipeline(class_labels=[0]).images[0]")
+    elif is_lora:
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base}{without})")
         lines.append(f"pipeline.load_lora_weights({THIS_REPOSITORY})")
     else:
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({THIS_REPOSITORY})")
+        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({THIS_REPOSITORY}{without})")
     if _task(facts) == "text-to-image":
         prompts = facts.flags.get("validation_prompts") or ["a photo"]
         lines.append(f"image = pipeline({json.dumps(prompts[0], ensure_ascii=False)}).images[0]")
     elif _task(facts) is not None:
         lines.append("image = pipeline().images[0]")
-    return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```"
+    return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```" + _classes(facts)
+
+
+def _classes(facts: CardFacts) -> str:
+    names = facts.class_names or ()
+    if all(name == str(number) for number, name in enumerate(names)):
+        return f"\n\nClasses: 0 to {len(names) - 1}." if names else ""
+    told = ", ".join(f"{number} {' '.join(name.split())}" for number, name in enumerate(names))
+    return f"\n\nClasses: {told}."
 
 
 def _samples(facts: CardFacts) -> str:
@@ -264,7 +280,9 @@ def _limits(audited: bool) -> str:
 
 
 def _license(facts: CardFacts) -> str:
-    if facts.base_license is None:
+    if facts.base_model is None:
+        said = "This card sets none: the weights began at random, and whoever trained them may choose one."
+    elif facts.base_license is None:
         said = (
             "The base model's licence could not be read, so this card sets none. Look it up before you use or share "
             "the weights."

@@ -24,7 +24,11 @@ from .settings import (
 
 SECRET_FLAGS = ("hub_token",)
 # Of each pair only one may be given.
-ALTERNATIVES = (("train_data_dir", "dataset_name"), ("merge_every_epochs", "merge_every_steps"))
+ALTERNATIVES = (
+    ("pretrained_model_name_or_path", "model_config"),
+    ("train_data_dir", "dataset_name"),
+    ("merge_every_epochs", "merge_every_steps"),
+)
 
 
 GROUPS: dict[str, tuple[str, type]] = {
@@ -109,10 +113,11 @@ class Config:
         return cls(**{name: group(**parts[name]) for name, (_, group) in GROUPS.items()})
 
     def check_sources(self) -> None:
-        """Raise a `UserError` unless a pipeline and a source of images are given."""
+        """Raise a `UserError` unless a pipeline, or a network to begin with, and a source of images are given."""
         require(
-            self.model.pretrained_model_name_or_path is not None,
-            "`--pretrained_model_name_or_path` is missing: give the Hub id or folder of a diffusers pipeline.",
+            self.model.pretrained_model_name_or_path is not None or self.model.model_config is not None,
+            "`--pretrained_model_name_or_path` is missing: give the Hub id or folder of a diffusers pipeline, or "
+            "`--model_config` to train from scratch.",
         )
         require(
             self.data.train_data_dir is not None or self.data.dataset_name is not None,

@@ -15,6 +15,7 @@ from .schedule import DEFAULT_MERGE_EPOCHS
 # Part of a run's identity already, or without influence on the weights.
 _NOT_FREE = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
+    *("class_column",),
     *("max_train_samples", "holdout_fraction", "resolution", "dataloader_num_workers", "output_dir", "seed"),
     *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "ddp_timeout"),
 )
@@ -22,7 +23,14 @@ _OF_AN_ADAPTER = ("use_lora", "rank", "lora_alpha", "lora_layers", "use_rslora",
 _FREE_IN_ENSEMBLE = ("optimizer_across_rounds", "outer_lr", "outer_momentum")
 # Each machine may keep its files in places of its own; what is in them is compared by itself.
 _OF_A_MACHINE = (
-    *("pretrained_model_name_or_path", "cache_dir", "train_data_dir", "dataset_name", "dataloader_num_workers"),
+    *(
+        "pretrained_model_name_or_path",
+        "model_config",
+        "cache_dir",
+        "train_data_dir",
+        "dataset_name",
+        "dataloader_num_workers",
+    ),
     *("output_dir", "offload_dir"),
 )
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")

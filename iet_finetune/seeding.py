@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER = range(5)
+_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS = range(6)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -36,6 +36,11 @@ def network_seed(seed: int, shard: int, round_: int, member: int = 0) -> int:
 def adapter_seed(seed: int) -> int:
     """The seed (63 bits) of torch's global generator while an adapter's first weights are drawn."""
     return _torch_seed(seed, _ADAPTER)
+
+
+def weights_seed(seed: int) -> int:
+    """The seed (63 bits) of torch's global generator while the weights of a new denoiser are drawn."""
+    return _torch_seed(seed, _WEIGHTS)
 
 
 def _torch_seed(seed: int, *key: int) -> int:

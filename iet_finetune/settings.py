@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from .errors import UserError
 from .flags import flag
 
+# Networks that `--model_config` knows by name.
+PRESETS = ("afhq_dog", "cifar10", "cifar100", "fashion_mnist")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -31,6 +33,11 @@ class ModelConfig:
     """The pipeline that is fine-tuned."""
 
     pretrained_model_name_or_path: str | None = flag(None, "Hub id or folder of the diffusers pipeline to fine-tune.")
+    model_config: str | None = flag(
+        None,
+        "Instead, train from scratch: a JSON or YAML file with the configuration of a UNet2DModel and, if wanted, "
+        "of a DDPMScheduler as `scheduler`, or one of " + ", ".join(PRESETS) + ".",
+    )
     revision: str | None = flag(None, "Revision of the pipeline on the Hub: branch, tag or commit.")
     variant: str | None = flag(None, "Variant of the weight files to load, such as fp16.")
     cache_dir: str | None = flag(None, "Where downloaded models and data sets are kept.")
@@ -45,6 +52,15 @@ class ModelConfig:
         choices=("float32", "float16", "bfloat16"),
     )
 
+    def __post_init__(self) -> None:
+        if self.model_config is None:
+            return
+        for name in ("pretrained_model_name_or_path", "revision", "variant"):
+            value = getattr(self, name)
+            require(
+                value is None, f"`--model_config` starts from scratch, without `--{name} {value}`: give one of them."
+            )
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -56,6 +72,10 @@ class DataConfig:
     dataset_split: str = flag("train", "Split of the data set to train on.")
     image_column: str = flag("image", "Column with the images.")
     caption_column: str = flag("text", "Column with the captions: text, or a list of texts of which one is drawn.")
+    class_column: str | None = flag(
+        None,
+        "Column with the classes, for a model that takes them: numbers from 0, or texts, numbered in sorted order.",
+    )
     max_train_samples: int | None = flag(None, "Train on a random subset of this many images.")
     holdout_fraction: float = flag(0.0, "Share of the images kept out of training, for the audit.")
     resolution: int = flag(512, "Side of the square training images in pixels.")
@@ -223,12 +243,23 @@ class TrainingConfig:
     logit_mean: float = flag(0.0, "Mean of the logit-normal distribution of noise levels.")
     logit_std: float = flag(1.0, "Standard deviation of the logit-normal distribution.")
     mode_scale: float = flag(1.29, "Scale of the distribution `mode`.")
+    max_sequence_length: int | None = flag(
+        None, "Tokens that T5 makes of a caption; what the pipeline draws with by default if not given."
+    )
+    guidance_scale: float | None = flag(None, "Guidance that Flux.1 dev is told in training; 3.5 if not given.")
+    smoke: bool = flag(
+        False,
+        "Try the recipe out in seconds: a tiny random model of its kind, made-up images with its columns, two short "
+        "rounds; what comes out lies in the folder `OUTPUT_DIR-smoke`.",
+    )
     ddp_timeout: int = flag(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"`--seed` must be in [0, 2^63), not {self.seed}.")
         for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"):
             _at_least_one(name, getattr(self, name))
+        _at_least_one("max_sequence_length", self.max_sequence_length)
+        _not_negative("guidance_scale", self.guidance_scale or 0.0)
         require(self.logit_std > 0, f"`--logit_std` must be above 0, not {self.logit_std}.")
         require(self.ddp_timeout >= 3, f"`--ddp_timeout` must be at least 3 seconds, not {self.ddp_timeout}.")
         require(self.snr_gamma is None or self.snr_gamma > 0, f"`--snr_gamma` must be above 0, not {self.snr_gamma}.")
@@ -268,16 +299,20 @@ class OptimizerConfig:
 class ValidationConfig:
     """Pictures drawn while training, always from the same prompts and seeds."""
 
-    validation_prompts: tuple[str, ...] = flag((), "Prompts drawn before training and after rounds.")
+    validation_prompts: tuple[str, ...] = flag(
+        (), "Prompts (or names of classes) drawn before training and after rounds."
+    )
     num_validation_images: int = flag(4, "Images a prompt.")
     validation_rounds: int = flag(1, "Draw after every this many rounds (always before the first and after the last).")
     validation_inference_steps: int = flag(25, "Denoising steps of a validation image.")
-    validation_guidance_scale: float = flag(7.5, "Classifier-free guidance of validation images.")
+    validation_guidance_scale: float | None = flag(
+        None, "Guidance of validation images; what the pipeline draws with by default if not given."
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_validation_images", "validation_rounds", "validation_inference_steps"):
             _at_least_one(name, getattr(self, name))
-        _not_negative("validation_guidance_scale", self.validation_guidance_scale)
+        _not_negative("validation_guidance_scale", self.validation_guidance_scale or 0.0)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .lora_export import Export, plan_export
 from .lora_file import write_lora
 from .reporting import Reporter, warn
 from .schedule import Step, Wave
+from .smoke import shrink
 from .tracking import RoundSums
 
 LEDGER = "ledger.parquet"
@@ -46,6 +48,9 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         config.check_sources()
+        if config.training.smoke:
+            self._smoke = tempfile.TemporaryDirectory(prefix="iet_finetune-smoke-")
+            config = shrink(config, Path(self._smoke.name))
         resume = config.checkpoint.resume_from_checkpoint
         self.config = config
         self.output = config.output_path
@@ -311,8 +316,9 @@ class Trainer:
         """What becomes of the adapter; None if the whole denoiser was trained."""
         if self.parts.adapter is None:
             return None
-        name, form = self.parts.family.denoiser_name, self.config.adapter.lora_export
-        return plan_export(self.parts.adapter, name, form, self._save_dtype or torch.float32)
+        family = self.parts.family
+        form = self.config.adapter.lora_export if family.loads_lora else "fuse"
+        return plan_export(self.parts.adapter, family.denoiser_name, form, self._save_dtype or torch.float32)
 
     def _save(self, folder: Path, export: Export | None) -> None:
         if export is None or export.layers is None:
@@ -329,7 +335,9 @@ class Trainer:
     def _save_pipeline(self, folder: Path) -> None:
         family, dtypes = self.parts.family, dict(self.parts.source.dtypes)
         if self._save_dtype is not None:
-            dtypes[family.denoiser_name] = self._save_dtype
+            name = family.denoiser_name
+            dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
+            dtypes[name] = self._save_dtype
         save_pipeline(self._plain_pipeline(), folder, dtypes, self.parts.source.classes)
 
     def _plain_pipeline(self) -> Any:
@@ -349,8 +357,8 @@ class Trainer:
 
     def _card_facts(self, picture: Path | None, export: Export | None) -> CardFacts:
         return CardFacts(
-            base_model=str(self.config.model.pretrained_model_name_or_path),
-            base_license=base_license(self.parts.source.folder),
+            base_model=self.config.model.pretrained_model_name_or_path,
+            base_license=base_license(self.parts.source.folder) if self.parts.source.folder is not None else None,
             pipeline_class=self.parts.source.class_name,
             flags=self.config.to_flags(),
             num_images=len(self.parts.images),
@@ -362,6 +370,8 @@ class Trainer:
             sample_grid=picture.relative_to(self.output).as_posix() if picture is not None else None,
             versions=environment()["versions"],
             lora_export=export.words if export is not None else None,
+            class_names=self.parts.images.class_names,
+            absent=self.parts.source.absent,
         )
 
     def _print_summary(self, picture: Path | None, export: Export | None) -> None:
@@ -372,6 +382,8 @@ class Trainer:
         if export is not None:
             print(f"saved as {export.words}")
         if export is None or export.layers is None:
-            print(f'load it with: DiffusionPipeline.from_pretrained("{self.output}")', flush=True)
+            loader = "DiffusionPipeline" if self.parts.images.classes is None else "ClassConditionalPipeline"
+            without = "".join(f", {name}=None" for name in self.parts.source.absent)
+            print(f'load it with: {loader}.from_pretrained("{self.output}"{without})', flush=True)
         else:
             print(f'load it with: pipeline.load_lora_weights("{self.output}")', flush=True)

@@ -40,7 +40,12 @@ def _evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 
 def grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """One row of pictures for each label, with the label above it."""
+    """One row of pictures for each label, with the label above it.
+
+    Without a label, as pictures without a prompt are, they stand in rows of eight.
+    """
+    if labels == [""]:
+        return _sheet(rows[0], columns=8)
     width, height = rows[0][0].size
     band = 16
     columns = max(len(row) for row in rows)
@@ -50,6 +55,14 @@ def grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
         pen.text((2, y * (height + band) + 2), label, fill="black")
         for x, picture in enumerate(row):
             sheet.paste(picture, (x * width, y * (height + band) + band))
+    return sheet
+
+
+def _sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * width, -(-len(pictures) // columns) * height), "white")
+    for place, picture in enumerate(pictures):
+        sheet.paste(picture, (place % columns * width, place // columns * height))
     return sheet
 
 

@@ -1,9 +1,12 @@
 """What training gives a denoiser for an adapter, and how remainders come into the frozen weights and out again."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DModel
 from loras import ATTENTION, EVERYTHING, adapted_unet, answer_of, deltas_of
+from runs import assert_equal
 from tiny import tiny_sd
 from torch import nn
 
@@ -122,12 +125,25 @@ def test_a_convolution_with_groups_is_refused():
     assert all(parameter.requires_grad for parameter in unet.parameters())
 
 
-def test_a_model_without_adapters_is_refused():
+def test_a_model_that_diffusers_gives_no_adapters_gets_them_from_peft_and_loses_them_again():
     model = UNet2DModel(
         block_out_channels=(8,), norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     )
-    with pytest.raises(UserError, match="`--use_lora`: a UNet2DModel takes no adapters: train it whole."):
-        add_adapter(model, AdapterConfig(use_lora=True), ATTENTION, 0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert not hasattr(model, "add_adapter")
+    torch.manual_seed(5)
+    following = torch.rand(1)
+    torch.manual_seed(5)
+    adapters = [add_adapter(copy.deepcopy(model), AdapterConfig(use_lora=True, rank=2), ATTENTION, 1)]
+    assert torch.equal(torch.rand(1), following)
+    adapters.append(adapter := add_adapter(model, AdapterConfig(use_lora=True, rank=2), ATTENTION, 1))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(adapter.live)
+    assert len(trained) == 2 * len(ATTENTION)
+    assert_equal(*(one.live for one in adapters))
+    adapter.remove()
+    assert_equal(model.state_dict(), before)
+    add_adapter(model, AdapterConfig(use_lora=True, rank=3), ATTENTION, 1)
 
 
 def test_the_norm_is_that_of_the_weights_with_an_adapter():

@@ -117,3 +117,25 @@ def test_the_base_licence_is_read_and_never_guessed(tmp_path: Path, readme: str 
     if readme is not None:
         (tmp_path / "README.md").write_text(readme)
     assert base_license(tmp_path) == found
+
+
+def test_a_model_from_scratch_has_no_base_and_no_licence_of_one(tmp_path: Path):
+    made = facts(base_model=None, base_license=None, pipeline_class="DDPMPipeline")
+    text = write_model_card(tmp_path, made).read_text()
+    assert "# DDPMPipeline trained with IET-AGC" in text
+    assert "Trained from scratch with IET-AGC" in text
+    assert "the weights began at random" in text
+    assert "base model" not in text.split("## License")[1]
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [(("bag", "ankle  boot"), "Classes: 0 bag, 1 ankle boot."), (("0", "1", "2"), "Classes: 0 to 2.")],
+)
+def test_a_model_that_draws_by_class_is_loaded_by_what_can_and_names_its_classes(tmp_path: Path, names, told):
+    text = write_model_card(tmp_path, facts(pipeline_class="DDPMPipeline", class_names=names)).read_text()
+    assert "from iet_finetune import ClassConditionalPipeline" in text
+    assert "pipeline(class_labels=[0])" in text
+    assert told in text
+    assert ModelCard.load(tmp_path / "README.md").data.get("pipeline_tag") is None

@@ -39,7 +39,7 @@ def write(folder: Path, **flags: Any) -> str:
 # Values that are allowed for every flag of their type, so that any of them may be combined.
 SCALARS = {
     int: st.integers(8, 10**9),
-    float: st.floats(1e-12, 0.999),
+    float: st.floats(1e-6, 0.999),
     bool: st.booleans(),
     str: st.text(st.characters(exclude_categories=["Cs"])),
 }
@@ -59,6 +59,10 @@ def configs(draw: st.DrawFn) -> Config:
     flags = {name: draw(values_of(SPECS[name])) for name in sorted(names)}
     if flags.get("train_data_dir") is not None:
         flags.pop("dataset_name", None)
+    if flags.get("model_config") is not None:
+        flags |= dict.fromkeys(("pretrained_model_name_or_path", "revision", "variant"))
+    if flags.get("use_8bit_adam") and flags.get("optimizer_across_rounds") == "average":
+        flags.pop("use_8bit_adam")
     if flags.get("merge_every_epochs") is not None:
         flags.pop("merge_every_steps", None)
     if names & set(ADAPTER):
@@ -74,6 +78,11 @@ def without_secrets(config: Config) -> Config:
     return dataclasses.replace(config, hub=dataclasses.replace(config.hub, **dict.fromkeys(SECRET_FLAGS)))
 
 
+def base_of(config: Config) -> dict[str, Any]:
+    """The flag that says what is trained: a pipeline, unless the configuration begins with a network."""
+    return {"pretrained_model_name_or_path": "sd" if config.model.model_config is None else None}
+
+
 @given(configs())
 def test_a_configuration_comes_back_from_its_flags(config):
     assert Config.from_flags(**config.to_flags()) == without_secrets(config)
@@ -81,7 +90,7 @@ def test_a_configuration_comes_back_from_its_flags(config):
 
 @given(configs())
 def test_a_configuration_comes_back_from_its_yaml_file(tmp_path_factory, config):
-    flags = {**config.to_flags(), "pretrained_model_name_or_path": "sd"}
+    flags = {**config.to_flags(), **base_of(config)}
     flags["train_data_dir"] = None if flags["dataset_name"] is not None else "cats"
     path = write(tmp_path_factory.getbasetemp(), **flags)
     assert Config.from_command_line(["--config", path]).to_flags() == flags
@@ -104,7 +113,7 @@ def on_the_command_line(flags: dict[str, Any]) -> list[str]:
 def test_a_configuration_comes_back_from_the_command_line(config):
     # A prompt that begins with a dash would be a flag.
     prompts = [prompt for prompt in config.validation.validation_prompts if not prompt.startswith("-")]
-    flags = {**config.to_flags(), "pretrained_model_name_or_path": "sd", "validation_prompts": prompts}
+    flags = {**config.to_flags(), **base_of(config), "validation_prompts": prompts}
     flags["train_data_dir"] = None if flags["dataset_name"] is not None else "cats"
     assert Config.from_command_line(on_the_command_line(flags)).to_flags() == flags
 
@@ -125,7 +134,7 @@ def test_every_flag_can_be_given(name):
     flags = {spec.name: [value] if spec.many else value}
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
-    sources = SOURCES[:2] if spec.name == "dataset_name" else SOURCES
+    sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])
     (owner,) = (name for name, (_, group) in GROUPS.items() if spec.name in group.__dataclass_fields__)
     assert getattr(getattr(config, owner), spec.name) == (tuple(flags[spec.name]) if spec.many else value)
@@ -176,11 +185,11 @@ BELOW_ONE = {
     *("rank", "lora_alpha", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"),
     "num_validation_images",
     *("validation_rounds", "validation_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    "logging_steps",
+    *("logging_steps", "max_sequence_length"),
 }
 BELOW_ZERO = {
     *("dataloader_num_workers", "seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
-    *("max_grad_norm", "validation_guidance_scale"),
+    *("max_grad_norm", "validation_guidance_scale", "guidance_scale"),
 }
 
 

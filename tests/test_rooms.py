@@ -29,8 +29,8 @@ ROOMS = (
         "schedule",
         "identity",
     ),
-    *("data", "families", "adapters", "lora_file", "optimizers", "ema", "ledger", "placement", "watch"),
-    *("meetings", "groups"),
+    *("data", "pipelines", "families", "smoke", "adapters", "lora_file", "optimizers", "ema", "ledger", "placement"),
+    *("watch", "meetings", "groups"),
     *("host", "budget", "checkpoint", "merger", "lora_clones", "lora_merger", "mergers", "lora_export", "outputs"),
     *("tracking",),
     *("clone", "ensemble", "local", "validation", "assembly", "reporting"),
@@ -135,6 +135,7 @@ def test_the_package_and_its_configuration_import_no_heavy_library(code):
 
 PUBLIC = {
     "AntiGradientControl": "agc",
+    "ClassConditionalPipeline": "pipelines",
     "Config": "config",
     "NoiseSchedule": "objective",
     "Trainer": "trainer",

@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..settings import DataConfig
 from .image_folder import find_files, read_image_folder
 from .images import check_image, decode_rgb
-from .samples import Columns, Samples
+from .samples import Columns, Samples, numbered
 from .table import read_named_dataset
 
 _HASH_BYTES = 16
@@ -72,11 +72,12 @@ class TrainingImages:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of contents, captions and labels in order: it changes when anything of them does."""
+        """Hexadecimal digest of contents, captions, labels and classes in order: it changes when any of them does."""
         digest = hashlib.blake2b(digest_size=_HASH_BYTES)
         labels = self.shard_labels or (None,) * len(self)
-        for row in zip(self.content_hashes, self.captions, labels, strict=True):
-            digest.update(json.dumps(row).encode() + b"\n")
+        classes = [()] * len(self) if self.classes is None else [(number,) for number in self.classes]
+        for *row, class_ in zip(self.content_hashes, self.captions, labels, classes, strict=True):
+            digest.update(json.dumps([*row, *class_]).encode() + b"\n")
         return digest.hexdigest()
 
     @property
@@ -114,7 +115,9 @@ def load_images(
     Raises:
         UserError: what is missing or wrong, by flag, column, file or row.
     """
-    images = _hashed(_read_source(data, cache_dir, shard_by_column, needs_captions))
+    caption_column = data.caption_column if needs_captions else None
+    columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
+    images = _hashed(_read_source(data, cache_dir, columns), columns)
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -122,10 +125,7 @@ def load_images(
     return training, images.subset(sorted(held_out))
 
 
-def _read_source(
-    data: DataConfig, cache_dir: str | None, shard_by_column: str | None, needs_captions: bool
-) -> Samples:
-    columns = Columns(data.image_column, data.caption_column if needs_captions else None, shard_by_column)
+def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> Samples:
     if data.train_data_dir is None:
         if data.dataset_name is None:
             raise UserError("no images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.")
@@ -140,7 +140,7 @@ def _read_source(
     return read_image_folder(source, find_files(data.train_data_dir), columns, cache_dir)
 
 
-def _hashed(samples: Samples) -> TrainingImages:
+def _hashed(samples: Samples, columns: Columns) -> TrainingImages:
     count = len(samples.names)
     if count == 0:
         raise UserError("the data set has no rows: give one with images.")
@@ -155,8 +155,18 @@ def _hashed(samples: Samples) -> TrainingImages:
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, count, _BLOCK):
             hashes.extend(pool.map(hash_one, range(start, min(start + _BLOCK, count))))
+    classes, class_names = None, None
+    if samples.classes is not None:
+        classes, class_names = numbered(samples.classes, samples.class_names, str(columns.class_))
     return TrainingImages(
-        samples.captions, tuple(hashes), samples.names, samples.labels, samples.read, tuple(range(count))
+        samples.captions,
+        tuple(hashes),
+        samples.names,
+        samples.labels,
+        samples.read,
+        tuple(range(count)),
+        classes,
+        class_names,
     )
 
 

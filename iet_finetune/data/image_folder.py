@@ -4,6 +4,7 @@ import glob
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..errors import UserError, one_line
 from .quiet import quiet_datasets
-from .samples import Columns, FileReader, Samples, text_columns
+from .samples import Columns, FileReader, Samples, class_column, text_columns
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a sofa"}'
@@ -63,25 +64,39 @@ def read_image_folder(source: str, files: list[str], columns: Columns, cache_dir
     paths: list[str] = []
     captions: list[tuple[str, ...]] = []
     labels: list[str] = []
+    classes: list[int | str] = []
     for path in metadata:
         part = _read_metadata(path, columns, cache_dir)
         paths += part.names
         captions += part.captions
         labels += part.labels or ()
+        classes += part.classes or ()
     _refuse_images_without_row(source, images, paths)
-    return _samples(paths, captions, None if columns.label is None else labels)
+    return _samples(columns, paths, captions, labels, classes)
 
 
-def _samples(paths: list[str], captions: list[tuple[str, ...]], labels: list[str] | None) -> Samples:
+def _samples(
+    columns: Columns,
+    paths: list[str],
+    captions: list[tuple[str, ...]],
+    labels: Sequence[str],
+    classes: Sequence[int | str],
+) -> Samples:
     # Absolute, so that a change of the working directory does not matter; the names stay as the user wrote them.
     reader = FileReader(tuple(os.path.abspath(path) for path in paths))
-    return Samples(reader, tuple(paths), tuple(captions), None if labels is None else tuple(labels))
+    return Samples(
+        reader,
+        tuple(paths),
+        tuple(captions),
+        None if columns.label is None else tuple(labels),
+        None if columns.class_ is None else tuple(classes),
+    )
 
 
 def _without_metadata(source: str, images: list[str], columns: Columns) -> Samples:
     columns.check(["image", "label"], f"{source} (without metadata)")  # as `datasets`: the label is the folder's name
-    labels = None if columns.label is None else [os.path.basename(os.path.dirname(path)) for path in images]
-    return _samples(images, [("",)] * len(images), labels)
+    folders = [os.path.basename(os.path.dirname(path)) for path in images]
+    return _samples(columns, images, [("",)] * len(images), folders, folders)
 
 
 def _refuse_two_in_one_folder(source: str, metadata: list[str]) -> None:
@@ -112,7 +127,8 @@ def _read_metadata(path: str, columns: Columns, cache_dir: str | None) -> Sample
     where = [f"row {number} of `{path}` (`{os.path.basename(name)}`)" for number, name in enumerate(names)]
     values = {column: [row[column] for row in rows] for column in features}
     captions, labels = text_columns(columns, values, features, where)
-    return Samples(FileReader(()), tuple(names), captions, labels)
+    classes, _ = class_column(columns, values, features, where)
+    return Samples(FileReader(()), tuple(names), captions, labels, classes)
 
 
 def _stream_rows(path: str, columns: Columns, cache_dir: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -125,7 +141,7 @@ def _stream_rows(path: str, columns: Columns, cache_dir: str | None) -> tuple[li
             )
             features = dict(stream.features)
             columns.check(list(features), f"`{path}`")
-            wanted = {c for c in (columns.image, columns.caption, columns.label) if c is not None}
+            wanted = {columns.image, *columns.named}
             if not isinstance(features[columns.image], datasets.Image):
                 raise UserError(
                     f"`--image_column {columns.image}` holds no images in `{path}` (`image` usually does)."

@@ -1,6 +1,6 @@
 """The samples of a source before they are hashed: how to read their bytes, their names, captions and labels."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,28 +10,47 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read; `caption` and `label` are None where they are not wanted."""
+    """The columns to read; `caption`, `label` and `class_` are None where they are not wanted."""
 
     image: str
     caption: str | None
     label: str | None
+    class_: str | None = None
 
     def check(self, present: list[str], source: str) -> None:
         """Raise a `UserError` naming the flag of the first wanted column that is not among those `present`."""
-        wanted = {"image_column": self.image, "caption_column": self.caption, "shard_by_column": self.label}
-        for flag, column in wanted.items():
+        for flag, column in self._by_flag.items():
             if column is not None and column not in present:
                 raise UserError(f"`--{flag} {column}` is no column of {source}, which has: {', '.join(present)}.")
+
+    @property
+    def named(self) -> list[str]:
+        """The wanted columns beside the images, each once, sorted."""
+        return sorted({column for column in (self.caption, self.label, self.class_) if column is not None})
+
+    @property
+    def _by_flag(self) -> dict[str, str | None]:
+        return {
+            "image_column": self.image,
+            "caption_column": self.caption,
+            "shard_by_column": self.label,
+            "class_column": self.class_,
+        }
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A source's samples in order: `read(index)` gives an image's encoded bytes, the rest one entry a sample."""
+    """A source's samples in order: `read(index)` gives an image's encoded bytes, the rest one entry a sample.
+
+    `classes` are numbers, or texts that are to be numbered; `class_names` belong to numbers, where they have names.
+    """
 
     read: Callable[[int], bytes]
     names: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     labels: tuple[str, ...] | None
+    classes: tuple[int | str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,61 @@ def label_of(value: Any, feature: Any, where: str, column: str) -> str:
     if hasattr(feature, "int2str") and isinstance(value, int):
         return feature.int2str(value) if value >= 0 else str(value)
     return str(value)
+
+
+def class_of(value: Any, where: str, column: str) -> int | str:
+    """A class as it stands in the data: a number from 0, or a text.
+
+    Raises:
+        UserError: `value` is neither.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise UserError(f"{where} has {value!r:.40} in `--class_column {column}`: give a whole number or a text.")
+    if isinstance(value, int) and value < 0:
+        raise UserError(f"{where} has {value} in `--class_column {column}`: every image needs a class, from 0.")
+    return value
+
+
+def numbered(
+    values: Sequence[int | str], names: tuple[str, ...] | None, column: str
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The number of each sample's class, and the name of each class.
+
+    Numbers stay as they are, and are their own names unless they have others; texts are numbered in sorted order.
+
+    Args:
+        values: all numbers or all texts.
+        names: of the numbers, if they have names.
+
+    Raises:
+        UserError: there are numbers and texts.
+    """
+    numbers = [value for value in values if isinstance(value, int)]
+    texts = sorted({value for value in values if isinstance(value, str)})
+    if numbers and texts:
+        raise UserError(
+            f"`--class_column {column}` has numbers and texts, such as {numbers[0]} and {texts[0]!r:.40}: "
+            "write all in one way."
+        )
+    if texts:
+        number_of = {text: number for number, text in enumerate(texts)}
+        return tuple(number_of[str(value)] for value in values), tuple(texts)
+    return tuple(numbers), names or tuple(str(number) for number in range(max(numbers, default=-1) + 1))
+
+
+def class_column(
+    columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str]
+) -> tuple[tuple[int | str, ...] | None, tuple[str, ...] | None]:
+    """The samples' classes as they stand in the data and the names of a `datasets.ClassLabel`, as in `Samples`.
+
+    The arguments are those of `text_columns`.
+    """
+    if columns.class_ is None:
+        return None, None
+    pairs = zip(values[columns.class_], names, strict=True)
+    class_names = getattr(features[columns.class_], "names", None)
+    classes = tuple(class_of(value, name, columns.class_) for value, name in pairs)
+    return classes, None if class_names is None else tuple(class_names)
 
 
 def text_columns(

@@ -13,7 +13,7 @@ from ..errors import UserError, one_line
 from ..settings import DataConfig
 from .image_folder import METADATA_NAMES, find_files, is_image, read_image_folder
 from .quiet import quiet_datasets
-from .samples import Columns, Samples, read_file, text_columns
+from .samples import Columns, Samples, class_column, read_file, text_columns
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,11 @@ def table_samples(table: datasets.Dataset, columns: Columns, name: str, source: 
     if table.info.builder_name == "imagefolder":
         # `datasets` goes through several metadata files in the order of a set, which differs between processes.
         table = table.select(sorted(range(len(table)), key=[repr(sorted(row.items())) for row in table].__getitem__))
-    wanted = [column for column in (columns.caption, columns.label) if column is not None]
-    values = {column: table.select_columns([column])[:][column] for column in wanted}
+    values = {column: table.select_columns([column])[:][column] for column in columns.named}
     names = [f"row {row} of {name}" for row in range(len(table))]
     captions, labels = text_columns(columns, values, features, names)
     reader = TableReader(table.select_columns([columns.image]), columns.image, folder, source)
-    return Samples(reader, tuple(names), captions, labels)
+    return Samples(reader, tuple(names), captions, labels, *class_column(columns, values, features, names))
 
 
 def _check_columns(columns: Columns, features: datasets.Features, source: str) -> None:

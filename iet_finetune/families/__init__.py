@@ -5,8 +5,10 @@ import importlib
 from ..config import Config
 from ..errors import UserError
 from ..settings import ModelConfig
+from . import loading
 from .base import Conditions, Family, in_chunks
-from .loading import PipelineSource, find_pipeline, load_pipeline, save_pipeline
+from .loading import PipelineSource, load_pipeline, save_pipeline
+from .scratch import build_pipeline, scratch_source
 
 __all__ = [
     "FAMILIES",
@@ -18,11 +20,35 @@ __all__ = [
     "in_chunks",
     "load_family",
     "load_pipeline",
+    "register_family",
     "save_pipeline",
 ]
 
-# Pipeline class in model_index.json -> module and class of its family.
-FAMILIES = {"StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion")}
+# Pipeline class in model_index.json -> module and class of its family, or a class from elsewhere.
+FAMILIES: dict[str, tuple[str, str] | type[Family]] = {
+    "DDIMPipeline": ("unconditional", "Unconditional"),
+    "DDPMPipeline": ("unconditional", "Unconditional"),
+    "FluxPipeline": ("flux", "Flux"),
+    "PixArtAlphaPipeline": ("pixart", "PixArt"),
+    "PixArtSigmaPipeline": ("pixart", "PixArt"),
+    "StableDiffusion3Pipeline": ("stable_diffusion_3", "StableDiffusion3"),
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("stable_diffusion_xl", "StableDiffusionXL"),
+}
+
+
+def register_family(pipeline_class: str, family: type[Family]) -> None:
+    """Lets a family from outside this package train the pipelines whose model_index.json names this class."""
+    FAMILIES[pipeline_class] = family
+
+
+def find_pipeline(model: ModelConfig) -> PipelineSource:
+    """The pipeline on the Hub or on disk, or the one that is to be trained from scratch; loads no weights.
+
+    Raises:
+        UserError: as `loading.find_pipeline` and `scratch.read_recipe`.
+    """
+    return loading.find_pipeline(model) if model.model_config is None else scratch_source(model.model_config)
 
 
 def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
@@ -34,16 +60,23 @@ def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
     if source.class_name not in FAMILIES:
         raise UserError(
             f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` is a {source.class_name}; "
-            f"the families that can be trained are {', '.join(sorted(FAMILIES))}."
+            f"the families that can be trained are {', '.join(sorted(FAMILIES))}; docs/add-a-family.md tells how to "
+            "add one."
         )
-    module, name = FAMILIES[source.class_name]
+    found = FAMILIES[source.class_name]
+    if isinstance(found, type):
+        return found
+    module, name = found
     return getattr(importlib.import_module(f".{module}", __name__), name)
 
 
 def load_family(source: PipelineSource, config: Config) -> Family:
-    """Loads the pipeline and puts it behind its family.
+    """Loads the pipeline, or draws its first weights, and puts it behind its family.
 
     Raises:
         UserError: no family knows this pipeline, or it cannot be loaded.
     """
-    return family_class(source, config.model)(load_pipeline(source, config.model), config)
+    kind, name = family_class(source, config.model), config.model.model_config
+    if name is None:
+        return kind(load_pipeline(source, config.model), config)
+    return kind(build_pipeline(name, config.data.resolution, config.training.seed), config)

@@ -36,12 +36,24 @@ class Family(ABC):
     # What gets an adapter unless the user says otherwise: the attention projections, as in diffusers' scripts.
     lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     needs_captions: ClassVar[bool] = True
+    # What means nothing to the family, and is refused rather than ignored.
+    refused_flags: ClassVar[tuple[str, ...]] = ("weighting_scheme", "max_sequence_length", "guidance_scale")
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         self.pipeline = pipeline
         self.config = config
+        self.refuse(*self.refused_flags)
         self.network: Callable[..., Any] = self.denoiser
         self.objective = self.make_objective()
+
+    def refuse(self, *names: str) -> None:
+        """Raises a `UserError` if one of these flags, none of which has a default, is given."""
+        flags = self.config.to_flags()
+        for name in names:
+            if flags[name] is not None:
+                raise UserError(
+                    f"`--{name} {flags[name]}` means nothing to a {type(self.pipeline).__name__}: leave it out."
+                )
 
     def make_objective(self) -> Objective:
         """How images become noisy; by default the noise schedule of the pipeline's scheduler.
@@ -51,6 +63,12 @@ class Family(ABC):
         """
         prediction_type = self.config.model.prediction_type
         scheduler = self.pipeline.scheduler
+        if not hasattr(scheduler, "alphas_cumprod"):
+            # Its settings, such as those of an EDM scheduler, would silently become the defaults of DDPM.
+            raise UserError(
+                f"the pipeline's scheduler, a {type(scheduler).__name__}, cannot be trained: it has no noise schedule "
+                "like that of DDPM. Save the pipeline with the scheduler that it was trained with."
+            )
         if prediction_type is not None:
             scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
             self.pipeline.scheduler = scheduler
@@ -74,6 +92,11 @@ class Family(ABC):
             if (encoder := getattr(self.pipeline, name, None)) is not None:
                 encoder.to(device)
         self.objective = self.objective.to(device)
+
+    @property
+    def loads_lora(self) -> bool:
+        """Whether the pipeline loads LoRA files; if not, a trained adapter is added to the weights."""
+        return hasattr(self.pipeline, "load_lora_weights")
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
@@ -105,6 +128,22 @@ class Family(ABC):
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The denoiser's prediction (B, C, H, W); `timesteps` (B,) int64 are those of `objective`."""
 
+    def take_classes(self, names: tuple[str, ...] | None, highest: int) -> None:
+        """Learns which classes the images have, before anything is trained or drawn.
+
+        Args:
+            names: of the classes by number; None without `--class_column`.
+            highest: the highest number among the training images.
+
+        Raises:
+            UserError: the model takes no classes, or not these.
+        """
+        if names is not None:
+            raise UserError(
+                f"`--class_column {self.config.data.class_column}`: the {type(self.pipeline).__name__} takes no "
+                "classes: leave it out."
+            )
+
     def prompts(self, validation: ValidationConfig) -> tuple[str, ...]:
         """What `draw` is asked for while training, and what stands above the pictures; nothing draws none."""
         return validation.validation_prompts
@@ -113,14 +152,21 @@ class Family(ABC):
         self, pipeline: Any, prompt: str, generators: list[torch.Generator], validation: ValidationConfig, size: int
     ) -> list[Image.Image]:
         """One square picture a generator of one of the `prompts`; `pipeline` is that of `sampling_pipeline`."""
+        guidance = validation.validation_guidance_scale
         return pipeline(
             [prompt] * len(generators),
             height=size,
             width=size,
             num_inference_steps=validation.validation_inference_steps,
-            guidance_scale=validation.validation_guidance_scale,
             generator=generators,
+            **({} if guidance is None else {"guidance_scale": guidance}),
+            **self.call_options,
         ).images
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """What the pipeline must be told besides to draw as it was trained."""
+        return {}
 
     def fingerprint(self) -> str:
         """A hash over the weights of all models and the scheduler's settings; two pipelines hardly ever share it."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
@@ -25,6 +26,8 @@ from ..errors import UserError, one_line
 from ..settings import ModelConfig
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What diffusers and transformers note in a configuration of where and how it was loaded.
+_OF_LOADING = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
@@ -50,14 +53,17 @@ class PipelineSource:
     """Where a pipeline lies on disk, what it says it is, and what its components were stored as.
 
     Attributes:
+        folder: None if it is to be trained from scratch.
         classes: component -> [library, class], as in model_index.json.
-        dtypes: component -> precision of its weights.
+        dtypes: component -> precision of its weights, and component/tensor -> that of a tensor stored in another.
+        absent: components that it does without, and that `from_pretrained` must be told are None, such as SD 3's T5.
     """
 
-    folder: Path
+    folder: Path | None
     class_name: str
     classes: dict[str, list[str]]
     dtypes: dict[str, torch.dtype]
+    absent: tuple[str, ...] = ()
 
 
 def find_pipeline(model: ModelConfig) -> PipelineSource:
@@ -77,7 +83,11 @@ def find_pipeline(model: ModelConfig) -> PipelineSource:
     index = _read_index(index_file)
     classes = _components(folder, index)
     return PipelineSource(
-        folder, str(index["_class_name"]), classes, stored_dtypes(folder, list(classes), model.variant)
+        folder,
+        str(index["_class_name"]),
+        classes,
+        stored_dtypes(folder, list(classes), model.variant),
+        _absent(index),
     )
 
 
@@ -96,13 +106,24 @@ def _components(folder: Path, index: dict[str, Any]) -> dict[str, list[str]]:
     # A component is `[library, class]`; one that the pipeline does without is `[null, null]`.
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
     for name, (_, class_name) in parts.items():
-        part = folder / name
+        part = part_folder(folder, name)
         if not part.is_dir():
             raise UserError(f"`{folder}` is not complete: model_index.json names {name}, but its folder is missing.")
         # transformers makes a tokenizer without words of such a folder, and says nothing.
         if "Tokenizer" in str(class_name) and not any((part / file).is_file() for file in _VOCABULARIES):
             raise UserError(f"`{part}` has no vocabulary, such as a tokenizer.json. Get the pipeline anew.")
     return parts
+
+
+def _absent(index: dict[str, Any]) -> tuple[str, ...]:
+    optional = getattr(getattr(diffusers, str(index["_class_name"]), None), "_optional_components", ())
+    return tuple(name for name, value in index.items() if value == [None, None] and name not in optional)
+
+
+def part_folder(folder: Path, name: str) -> Path:
+    """Where a component of a pipeline lies: in a folder of its name, or, in early pipelines, among all the others."""
+    flat = not (folder / name).is_dir() and (folder / "scheduler_config.json").is_file()
+    return folder if flat else folder / name
 
 
 def _download(name: str, model: ModelConfig) -> Path:
@@ -136,9 +157,12 @@ def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeli
     Raises:
         UserError: files are missing or damaged.
     """
+    assert source.folder is not None
     try:
         with quiet_loading():
-            return DiffusionPipeline.from_pretrained(source.folder, variant=model.variant, dtype=torch.float32)
+            return DiffusionPipeline.from_pretrained(
+                source.folder, variant=model.variant, dtype=torch.float32, **dict.fromkeys(source.absent)
+            )
     except Exception as error:
         raise UserError(
             f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` could not be loaded: "
@@ -147,22 +171,26 @@ def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeli
 
 
 def stored_dtypes(folder: Path, components: list[str], variant: str | None) -> dict[str, torch.dtype]:
-    """The precision that most of each component's stored weights have; components without weights are left out.
+    """The precision that most tensors of each component are stored in, and, by component/tensor, that of the others.
+
+    Components without weights are left out. T5 in fp16, for one, has some layers in fp32, which would not bear fp16.
 
     Raises:
         UserError: a file of weights is damaged; names it.
     """
-    found = {name: _stored_dtype(folder / name, variant) for name in components}
-    return {name: dtype for name, dtype in found.items() if dtype is not None}
+    found: dict[str, torch.dtype] = {}
+    for name in components:
+        stored = _stored_dtypes(part_folder(folder, name), variant)
+        if stored:
+            found[name] = most = Counter(stored.values()).most_common(1)[0][0]
+            found |= {f"{name}/{tensor}": dtype for tensor, dtype in stored.items() if dtype != most}
+    return found
 
 
-def _stored_dtype(folder: Path, variant: str | None) -> torch.dtype | None:
+def _stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
     if not folder.is_dir():
-        return None
-    numbers: Counter[torch.dtype] = Counter()
-    for file in _weight_files(folder, variant):
-        numbers.update(_count_dtypes(file))
-    return numbers.most_common(1)[0][0] if numbers else None
+        return {}
+    return {name: dtype for file in _weight_files(folder, variant) for name, dtype in _dtypes_in(file).items()}
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -175,23 +203,23 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     return []
 
 
-def _count_dtypes(file: Path) -> Counter[torch.dtype]:
+def _dtypes_in(file: Path) -> dict[str, torch.dtype]:
     try:
-        return _count_pickled(file) if file.suffix == ".bin" else _count_safetensors(file)
+        return _dtypes_pickled(file) if file.suffix == ".bin" else _dtypes_in_safetensors(file)
     except Exception as error:  # torch raises whatever comes, from EOFError to UnpicklingError
         raise UserError(f"`{file}` is damaged: {one_line(error).rstrip('.')}. Get the pipeline anew.") from None
 
 
-def _count_pickled(file: Path) -> Counter[torch.dtype]:
+def _dtypes_pickled(file: Path) -> dict[str, torch.dtype]:
     # Files of before torch 1.6 are no archives, and cannot be mapped.
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return Counter(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    return {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def _count_safetensors(file: Path) -> Counter[torch.dtype]:
+def _dtypes_in_safetensors(file: Path) -> dict[str, torch.dtype]:
     with safe_open(file, framework="pt") as weights:
-        dtypes = Counter(weights.get_slice(name).get_dtype() for name in weights.keys())  # noqa: SIM118 - no mapping
-    return Counter({_SAFETENSORS_DTYPES[name]: count for name, count in dtypes.items() if name in _SAFETENSORS_DTYPES})
+        dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 - no mapping
+    return {name: _SAFETENSORS_DTYPES[dtype] for name, dtype in dtypes.items() if dtype in _SAFETENSORS_DTYPES}
 
 
 def save_pipeline(
@@ -199,17 +227,20 @@ def save_pipeline(
 ) -> None:
     """Saves the pipeline with each model in the precision given for it; its models keep that precision afterwards.
 
+    Precisions are given as in `PipelineSource.dtypes`.
+
     Components are named in model_index.json as in `classes`, where they are: without torchvision transformers puts
     another image processor in the place of the one that was stored, and would name that.
 
-    Local paths that diffusers and transformers note in configuration files are taken out. A transformers model in
-    half precision is noted as fp32: without a `dtype`, `from_pretrained` takes its precision from that note, and
-    fp32 for all others; a pipeline of both cannot draw.
+    What diffusers and transformers note in configuration files of where they were loaded from is taken out. A
+    transformers model in half precision is noted as fp32: without a `dtype`, `from_pretrained` takes its precision
+    from that note, and fp32 for all others; a pipeline of both cannot draw.
     """
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module) and name in dtypes:
-            # The plain method: diffusers' own warns about layers kept in fp32, of which nothing is lost here.
-            nn.Module.to(component, dtypes[name])
+            start = f"{name}/"
+            others = {key.removeprefix(start): dtype for key, dtype in dtypes.items() if key.startswith(start)}
+            _round(component, dtypes[name], others)
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
         _save_tokenizers_as_loaded(pipeline, folder)
@@ -218,6 +249,16 @@ def save_pipeline(
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file in folder.rglob("*.json"):
         _amend_config(file)
+
+
+def _round(module: nn.Module, dtype: torch.dtype, others: dict[str, torch.dtype]) -> None:
+    """Puts the module into a precision, and some of its tensors, by name, into others."""
+    exact = {name: tensor for name, tensor in module.state_dict().items() if name in others}
+    # The plain method: diffusers' own warns about layers kept in fp32, of which nothing is lost here.
+    nn.Module.to(module, dtype)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in exact:
+            tensor.data = exact[name].to(others[name])
 
 
 def _save_tokenizers_as_loaded(pipeline: Any, folder: Path) -> None:
@@ -232,7 +273,7 @@ def _amend_config(file: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         return
-    amended = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+    amended = {key: value for key, value in content.items() if key not in _OF_LOADING}
     if amended.get("dtype") in ("float16", "bfloat16"):
         amended["dtype"] = "float32"
     if amended != content:

@@ -83,12 +83,14 @@ def weights(header: bytes) -> Spoil:
     return spoil
 
 
-def pixel_pipeline(folder: Path) -> dict[str, Any]:
+def unknown_pipeline(folder: Path) -> dict[str, Any]:
     """The pipeline is one that no family knows."""
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     DDPMPipeline(UNet2DModel(sample_size=8, norm_num_groups=2, **blocks), DDPMScheduler()).save_pretrained(
         folder / "pixels"
     )
+    index = folder / "pixels" / "model_index.json"
+    index.write_text(index.read_text().replace("DDPMPipeline", "PNDMPipeline"))
     return {"pretrained_model_name_or_path": folder / "pixels"}
 
 
@@ -183,7 +185,7 @@ PIPELINE = {
         written("base/model_index.json", "{}"),
         ["base/model_index.json` is no index", "`_class_name`"],
     ),
-    "an unknown family": (pixel_pipeline, ["is a DDPMPipeline", "can be trained", "StableDiffusionPipeline"]),
+    "an unknown family": (unknown_pipeline, ["is a PNDMPipeline", "can be trained", "StableDiffusionPipeline"]),
     "no weights": (weights(b""), ["base/unet/", "safetensors` is damaged", "anew"]),
     "weights cut off": (
         weights(struct.pack("<Q", 10_000) + b'{"a'),
@@ -193,6 +195,10 @@ PIPELINE = {
     "weights that are missing": (without("base/unet/diffusion_pytorch_model.safetensors"), [f"--{BASE}", "base/unet"]),
     "a component that is missing": (without("base/vae"), ["base` is not complete", "vae, but its folder is missing"]),
     "a tokenizer without words": (without("base/tokenizer/tokenizer.json"), ["base/tokenizer` has no vocabulary"]),
+    "classes for a pipeline that takes none": (
+        changed(class_column="text"),
+        ["`--class_column text`", "StableDiffusionPipeline takes no classes"],
+    ),
     "a Hub id without network": (changed(**{BASE: "nobody/sd"}), [f"`--{BASE} nobody/sd`", "Check the name"]),
     "a resolution that does not fit": (changed(resolution=18), ["`--resolution 18`", "multiple of 4", "16 or 20"]),
     "a layer that the denoiser has not": (

@@ -1,5 +1,6 @@
 """`make demo`, made short: the command of the Makefile with the demo's own configuration, pipeline and images."""
 
+import gzip
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -68,6 +70,66 @@ def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
     eval(line, {"pipeline": pipeline})
     assert pipeline.get_active_adapters()
     assert pipeline("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_from_scratch_garments_are_drawn_and_the_result_loads(tmp_path):
+    flags = ["make", "-n", "-o", "/dev/null", "INSTALLED=/dev/null", "FASHION_MNIST=/nowhere"]
+    make = subprocess.run(
+        [*flags, f"BIN={Path(sys.executable).parent}", "demo-unconditional"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    short = f"--output_dir {tmp_path / 'out'} --max_train_steps 2 --validation_inference_steps 2"
+    result = subprocess.run(
+        f"{make.stdout.rstrip()} {short} --num_validation_images 1",
+        shell=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout
+    picture = Image.open(re.search(r"^before and after: (.+)$", printed, flags=re.MULTILINE)[1])
+    assert picture.size == (28 + 24 + 28, 20 + 28)
+    (line,) = re.findall(r"^load it with: (.+)$", printed, flags=re.MULTILINE)
+    pipeline = eval(line, {"DiffusionPipeline": DiffusionPipeline})
+    image = pipeline(num_inference_steps=2).images[0]
+    assert (image.size, image.mode) == ((28, 28), "L")
+    assert "Trained from scratch" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_garments_are_as_many_of_each_class_with_their_licence_beside_them():
+    folder = DEMO / "unconditional" / "data"
+    settings = DataConfig(dataset_name=str(folder), class_column="label")
+    garments = load_images(settings, cache_dir=None, seed=0, needs_captions=False)[0]
+    assert set(Counter(garments.classes).values()) == {200}
+    assert len(garments.class_names) == 10
+    assert garments.num_duplicates == 0
+    assert {image.size for image in (garments.load(i) for i in range(0, len(garments), 100))} == {(28, 28)}
+    assert "MIT" in (folder / "NOTICE").read_text()
+    assert (folder / "train.parquet").stat().st_size < 1_100_000
+
+
+def test_the_garments_are_made_from_the_files_of_the_package(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.array([*range(10), *range(10)], dtype=np.uint8)
+    images = rng.integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    for name, values in (("images-idx3", images), ("labels-idx1", labels)):
+        header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, dtype=">u4").tobytes()
+        (tmp_path / f"train-{name}-ubyte.gz").write_bytes(gzip.compress(header + values.tobytes()))
+    script = DEMO / "unconditional" / "make_data.py"
+    subprocess.run(
+        [sys.executable, script, "--source", tmp_path, "--output", tmp_path / "out", "--count", "10"], check=True
+    )
+    settings = DataConfig(dataset_name=str(tmp_path / "out"), class_column="label")
+    made = load_images(settings, cache_dir=None, seed=0, needs_captions=False)[0]
+    assert made.classes == tuple(range(10))
+    for number in range(10):
+        assert np.array_equal(np.asarray(made.load(number))[..., 0], images[number])
 
 
 def test_the_recipes_of_both_demos_differ_only_in_what_lora_needs():

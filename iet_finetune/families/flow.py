@@ -1,0 +1,79 @@
+"""What the families have in common that learn a velocity by flow matching in the latents of a VAE."""
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from ..config import Config
+from ..errors import UserError
+from ..objective import FlowMatching
+from .base import Family
+
+# The longest that diffusers' pipelines draw with.
+LONGEST_SEQUENCE = 512
+
+
+class FlowFamily(Family):
+    """A transformer that is told sigma and predicts noise - latents.
+
+    The noise levels are those of the pipeline's scheduler, its fixed shift included; one that shifts by resolution
+    while it draws leaves them evenly spaced. Both is as in diffusers' training scripts.
+
+    Raises:
+        UserError: another kind of scheduler, or a flag that means nothing here.
+    """
+
+    denoiser_name = "transformer"
+    refused_flags: ClassVar[tuple[str, ...]] = ("prediction_type", "snr_gamma", "guidance_scale")
+    # Unless the user says otherwise: as in diffusers' script of the family, and as long as its pipeline's default.
+    weighting_scheme: ClassVar[str]
+    default_sequence_length: ClassVar[int]
+    objective: FlowMatching
+
+    def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
+        super().__init__(pipeline, config)
+        if self.sequence_length > LONGEST_SEQUENCE:
+            raise UserError(
+                f"`--max_sequence_length {self.sequence_length}` is longer than the {LONGEST_SEQUENCE} tokens that a "
+                f"{type(pipeline).__name__} can draw with: lower it."
+            )
+
+    def make_objective(self) -> FlowMatching:
+        """Flow matching over the noise levels of the pipeline's scheduler."""
+        scheduler, training = self.pipeline.scheduler, self.config.training
+        if not type(scheduler).__name__.startswith("FlowMatch"):
+            raise UserError(
+                f"the pipeline's scheduler is a {type(scheduler).__name__}, and a {type(self.pipeline).__name__} is "
+                "trained with a FlowMatchEulerDiscreteScheduler: save the pipeline with one."
+            )
+        # A fresh one: drawing leaves the noise levels of its own steps in a scheduler.
+        return FlowMatching(
+            FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
+            training.weighting_scheme or self.weighting_scheme,
+            training.logit_mean,
+            training.logit_std,
+            training.mode_scale,
+        )
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of T5 for each caption."""
+        return self.config.training.max_sequence_length or self.default_sequence_length
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """Drawn with as many tokens as trained with."""
+        return {"max_sequence_length": self.sequence_length}
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The VAE's posterior, in fp32."""
+        posterior = self.pipeline.vae.encode(pixel_values).latent_dist
+        return posterior.mean, posterior.std
+
+    def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """(mean + std · noise - shift) times the VAE's scaling factor; the shift is 0 if the VAE has none."""
+        vae = self.pipeline.vae.config
+        return (mean + std * noise - (vae.shift_factor or 0.0)) * vae.scaling_factor

@@ -1,0 +1,77 @@
+"""Flux.1: CLIP's pooled state, T5's states, and a transformer over packed latents, trained by flow matching."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from .base import Conditions, check_resolution
+from .flow import FlowFamily
+from .text import clip_pooled, require_parts, t5_states
+
+# `--guidance_scale` of diffusers' script, and what the pipeline draws with.
+DEFAULT_GUIDANCE = 3.5
+
+
+class Flux(FlowFamily):
+    """`FluxPipeline`: dev, which is told a guidance scale, and schnell, which is not.
+
+    Raises:
+        UserError: a text encoder is missing, a guidance scale that the model is not told, or as `FlowFamily`.
+    """
+
+    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    refused_flags = ("prediction_type", "snr_gamma")
+    lora_layers = (
+        *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+    weighting_scheme = "none"
+    default_sequence_length = 512
+
+    def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
+        super().__init__(pipeline, config)
+        require_parts(pipeline, ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
+        if not pipeline.transformer.config.guidance_embeds:
+            self.refuse("guidance_scale")
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, R/f, R/f); the resolution must suit the VAE and the packing of 2 x 2 latents into one."""
+        factor = self.pipeline.vae_scale_factor
+        check_resolution(resolution, factor * 2)
+        return self.pipeline.transformer.config.in_channels // 4, resolution // factor, resolution // factor
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """T5's states and CLIP's pooled state."""
+        pipeline, length = self.pipeline, self.pipeline.tokenizer_max_length
+        return {
+            "encoder_hidden_states": t5_states(
+                pipeline.tokenizer_2, pipeline.text_encoder_2, captions, self.sequence_length
+            ),
+            "pooled_projections": clip_pooled(pipeline.tokenizer, pipeline.text_encoder, captions, length),
+        }
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's output for (x_σ, σ, guidance, text), packed before and unpacked afterwards."""
+        pipeline, (count, channels, height, width) = self.pipeline, noisy_latents.shape
+        told: dict[str, Any] = {"device": noisy_latents.device, "dtype": noisy_latents.dtype}
+        prediction = self.network(
+            hidden_states=pipeline._pack_latents(noisy_latents, count, channels, height, width),
+            timestep=self.objective.sigma(timesteps),
+            guidance=self._guidance(count, told),
+            txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, **told),
+            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **told),
+            **conditions,
+            return_dict=False,
+        )[0]
+        factor = pipeline.vae_scale_factor
+        return pipeline._unpack_latents(prediction, height * factor, width * factor, factor)
+
+    def _guidance(self, count: int, told: dict[str, Any]) -> Tensor | None:
+        if not self.pipeline.transformer.config.guidance_embeds:
+            return None
+        scale = self.config.training.guidance_scale
+        return torch.full((count,), DEFAULT_GUIDANCE if scale is None else scale, **told)

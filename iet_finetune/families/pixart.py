@@ -1,0 +1,84 @@
+"""PixArt-alpha and PixArt-sigma: T5 with an attention mask, and a diffusion transformer that predicts the noise."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Config
+from .base import Conditions, check_resolution
+from .stable_diffusion import StableDiffusion
+from .text import require_parts
+
+
+class PixArt(StableDiffusion):
+    """`PixArtAlphaPipeline` and `PixArtSigmaPipeline`.
+
+    The second half of the channels of a transformer that also predicts a variance is not trained: the pipelines do
+    not use it.
+
+    Raises:
+        UserError: T5 is missing.
+    """
+
+    denoiser_name = "transformer"
+    refused_flags = ("weighting_scheme", "guidance_scale")
+
+    def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
+        super().__init__(pipeline, config)
+        require_parts(pipeline, ("tokenizer", "text_encoder"))
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of T5 for each caption; as many as the pipeline draws with, unless the user says otherwise."""
+        default = 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else 300
+        return self.config.training.max_sequence_length or default
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """Drawn with as many tokens, from the text and at the resolution, as trained with."""
+        return {
+            "max_sequence_length": self.sequence_length,
+            "clean_caption": False,
+            "use_resolution_binning": False,
+        }
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, R/f, R/f); the resolution must suit the VAE and the patches."""
+        transformer, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
+        check_resolution(resolution, factor * transformer.patch_size)
+        return transformer.in_channels, resolution // factor, resolution // factor
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """T5's last hidden states of the captions in lower case, and which of them are not padding."""
+        pipeline = self.pipeline
+        tokens = pipeline.tokenizer(
+            pipeline._text_preprocessing(list(captions)),
+            padding="max_length",
+            max_length=self.sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(pipeline.text_encoder.device)
+        states = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return {"encoder_hidden_states": states, "encoder_attention_mask": tokens.attention_mask}
+
+    def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
+        """The resolution (B, 2) and the aspect ratio (B, 1), for a model that is told them."""
+        if not self.denoiser.use_additional_conditions:
+            return {}
+        resolution = torch.full_like(sizes[:, :2], self.config.data.resolution).float()
+        return {"resolution": resolution, "aspect_ratio": torch.ones_like(resolution[:, :1])}
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's noise for (x_t, t, text, resolution)."""
+        output = self.network(
+            noisy_latents,
+            timestep=timesteps,
+            encoder_hidden_states=conditions["encoder_hidden_states"],
+            encoder_attention_mask=conditions["encoder_attention_mask"],
+            added_cond_kwargs={name: conditions.get(name) for name in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+        return output[:, : noisy_latents.shape[1]]

@@ -1,0 +1,69 @@
+"""Stable Diffusion 3 and 3.5: two CLIP text encoders, T5 or none, and a transformer trained by flow matching."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..config import Config
+from ..errors import UserError
+from .base import Conditions, check_resolution
+from .flow import FlowFamily
+from .text import clip_states, require_parts, t5_states
+
+
+class StableDiffusion3(FlowFamily):
+    """`StableDiffusion3Pipeline`; without its T5 the transformer sees zeros in the place of T5's states.
+
+    Raises:
+        UserError: a CLIP text encoder is missing, or as `FlowFamily`.
+    """
+
+    encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_layers = (
+        *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    weighting_scheme = "logit_normal"
+    default_sequence_length = 256
+
+    def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
+        super().__init__(pipeline, config)
+        require_parts(pipeline, ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(C, R/f, R/f); the resolution must suit the VAE and the patches, and not outgrow the places of these."""
+        transformer, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
+        patch = factor * transformer.patch_size
+        check_resolution(resolution, patch)
+        if resolution > (largest := transformer.pos_embed_max_size * patch):
+            raise UserError(
+                f"`--resolution {resolution}` is more than the {largest} that this model can place: lower it."
+            )
+        return transformer.in_channels, resolution // factor, resolution // factor
+
+    def encode_captions(self, captions: Sequence[str]) -> Conditions:
+        """CLIP's states, side by side and filled up with zeros, before T5's; and CLIP's projected states."""
+        pipeline, length = self.pipeline, self.pipeline.tokenizer_max_length
+        first, pooled = clip_states(pipeline.tokenizer, pipeline.text_encoder, captions, length)
+        second, pooled_2 = clip_states(pipeline.tokenizer_2, pipeline.text_encoder_2, captions, length)
+        clip, t5 = torch.cat([first, second], dim=-1), self._t5_states(captions, like=first)
+        clip = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {
+            "encoder_hidden_states": torch.cat([clip, t5], dim=1),
+            "pooled_projections": torch.cat([pooled, pooled_2], dim=-1),
+        }
+
+    def _t5_states(self, captions: Sequence[str], like: Tensor) -> Tensor:
+        if self.pipeline.text_encoder_3 is None:
+            return like.new_zeros(
+                len(captions), self.sequence_length, self.pipeline.transformer.config.joint_attention_dim
+            )
+        return t5_states(self.pipeline.tokenizer_3, self.pipeline.text_encoder_3, captions, self.sequence_length)
+
+    def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        """The transformer's output for (x_σ, σ T, text)."""
+        told = self.objective.sigma(timesteps) * len(self.objective)
+        return self.network(noisy_latents, timestep=told, **conditions, return_dict=False)[0]
