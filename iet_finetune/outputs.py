@@ -184,12 +184,17 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
 
 
 def _remove_pipeline(folder: Path) -> None:
+    """Its index goes aside first, so that it never seems complete with parts missing; who is killed goes on later."""
+    aside = folder / f".{INDEX}.removed"
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        (folder / INDEX).unlink()
-        for part in (folder / name for name, value in index.items() if isinstance(value, list)):
-            if part.is_dir():  # a component that the pipeline does without has no folder
-                remove_folder(part)
+        (folder / INDEX).replace(aside)
+    if not aside.is_file():
+        return
+    index = json.loads(aside.read_text(encoding="utf-8"))
+    for part in (folder / name for name, value in index.items() if isinstance(value, list)):
+        if part.is_dir():  # a component that the pipeline does without has no folder
+            remove_folder(part)
+    aside.unlink()
 
 
 def write_config(folder: Path, config: Config) -> None:
