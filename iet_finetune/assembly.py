@@ -264,7 +264,8 @@ def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, 
     adapter = None
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
-        if accelerator.mixed_precision in HALF:
+        # What is rounded must be read again to be saved, and random weights were never stored.
+        if accelerator.mixed_precision in HALF and config.model.model_config is None:
             adapter.round_frozen(HALF[accelerator.mixed_precision])
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""The page on adding a family: its program, from outside the package, trains a pipeline that the package does not know."""
+"""The page on adding a family: its program trains a pipeline that the package does not know, from outside of it."""
 
 import os
 import re
