@@ -17,15 +17,12 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .clone import Clone
 from .config import Config
 from .errors import UserError
-from .families import load_pipeline, save_pipeline
-from .files import LORA_NAME
 from .groups import Ranks
 from .hub import check_push, push
 from .identity import check_identity, differences, environment, free_settings
 from .ledger import write_ledger
-from .lora_export import Export, plan_export
-from .lora_file import write_lora
 from .reporting import Reporter, warn
+from .result import Result
 from .schedule import Step, Wave
 from .smoke import shrink
 from .tracking import RoundSums
@@ -219,15 +216,15 @@ class Trainer:
     def _finish(self) -> None:
         self._gather_clones()
         self.ensemble.load_result()
-        export = self._plan_export()
-        outputs.publish(self.output, lambda folder: self._save(folder, export))
+        result = Result(self.parts, self.config)
+        outputs.publish(self.output, result.save)
         parts, clones = self.parts, self.ensemble.clones
         ledgers = [clone.ledger for clone in clones]
         write_ledger(self.output / LEDGER, parts.images, parts.heldout, parts.indices, ledgers)
         picture = self.reporter.before_after()
-        write_model_card(self.output, self._card_facts(picture, export))
+        write_model_card(self.output, self._card_facts(picture, result))
         self.reporter.close()
-        self._print_summary(picture, export)
+        self._print_summary(picture, result)
         if self.config.hub.push_to_hub:
             print(f"pushed to {push(self.output, self.config.hub)}")
 
@@ -312,50 +309,7 @@ class Trainer:
         checkpoint = (merged + sums + velocity + live * averages + 2 * moments) * weights + adapted
         outputs.check_space(self.output, checkpoint + pipeline)
 
-    def _plan_export(self) -> Export | None:
-        """What becomes of the adapter; None if the whole denoiser was trained."""
-        if self.parts.adapter is None:
-            return None
-        family = self.parts.family
-        form = self.config.adapter.lora_export if family.loads_lora else "fuse"
-        return plan_export(self.parts.adapter, family.denoiser_name, form, self._save_dtype or torch.float32)
-
-    def _save(self, folder: Path, export: Export | None) -> None:
-        if export is None or export.layers is None:
-            self._save_pipeline(folder)
-        else:
-            folder.mkdir()
-            write_lora(folder / LORA_NAME, export.layers)
-
-    @property
-    def _save_dtype(self) -> torch.dtype | None:
-        name = self.config.model.save_dtype
-        return getattr(torch, name) if name is not None else None
-
-    def _save_pipeline(self, folder: Path) -> None:
-        family, dtypes = self.parts.family, dict(self.parts.source.dtypes)
-        if self._save_dtype is not None:
-            name = family.denoiser_name
-            dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
-            dtypes[name] = self._save_dtype
-        save_pipeline(self._plain_pipeline(), folder, dtypes, self.parts.source.classes)
-
-    def _plain_pipeline(self) -> Any:
-        """The pipeline with the trained denoiser, without an adapter."""
-        family, adapter = self.parts.family, self.parts.adapter
-        if adapter is not None and adapter.is_rounded:
-            pipeline: Any = load_pipeline(self.parts.source, self.config.model)
-            adapter.fuse(pipeline.components[family.denoiser_name])
-            # What the run wrote into it, such as `--prediction_type`.
-            pipeline.register_modules(scheduler=family.pipeline.scheduler)
-            return pipeline
-        if adapter is not None:
-            adapter.fuse()
-            adapter.remove()
-        self.parts.accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
-        return family.pipeline
-
-    def _card_facts(self, picture: Path | None, export: Export | None) -> CardFacts:
+    def _card_facts(self, picture: Path | None, result: Result) -> CardFacts:
         return CardFacts(
             base_model=self.config.model.pretrained_model_name_or_path,
             base_license=base_license(self.parts.source.folder) if self.parts.source.folder is not None else None,
@@ -369,21 +323,16 @@ class Trainer:
             skip_rates=tuple(line["skip_rate"] for line in self.reporter.lines),
             sample_grid=picture.relative_to(self.output).as_posix() if picture is not None else None,
             versions=environment()["versions"],
-            lora_export=export.words if export is not None else None,
+            lora_export=result.words,
             class_names=self.parts.images.class_names,
             absent=self.parts.source.absent,
         )
 
-    def _print_summary(self, picture: Path | None, export: Export | None) -> None:
+    def _print_summary(self, picture: Path | None, result: Result) -> None:
         rates = " ".join(f"{line['skip_rate']:.1%}" for line in self.reporter.lines)
         print(f"skipped by round: {rates}")
         if picture is not None:
             print(f"before and after: {picture}")
-        if export is not None:
-            print(f"saved as {export.words}")
-        if export is None or export.layers is None:
-            loader = "DiffusionPipeline" if self.parts.images.classes is None else "ClassConditionalPipeline"
-            without = "".join(f", {name}=None" for name in self.parts.source.absent)
-            print(f'load it with: {loader}.from_pretrained("{self.output}"{without})', flush=True)
-        else:
-            print(f'load it with: pipeline.load_lora_weights("{self.output}")', flush=True)
+        if result.words is not None:
+            print(f"saved as {result.words}")
+        print(f"load it with: {result.how_to_load(self.output)}", flush=True)

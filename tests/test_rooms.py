@@ -33,7 +33,7 @@ ROOMS = (
     *("watch", "meetings", "groups"),
     *("host", "budget", "checkpoint", "merger", "lora_clones", "lora_merger", "mergers", "lora_export", "outputs"),
     *("tracking",),
-    *("clone", "ensemble", "local", "validation", "assembly", "reporting"),
+    *("clone", "ensemble", "local", "validation", "assembly", "result", "reporting"),
     *("audit", "card", "upload_list", "hub", "model_folder", "merge_command", "trainer", "cli"),
 )
 # Only names the others: the package itself, lazily, and the entry of `python -m`.
