@@ -73,7 +73,8 @@ def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
 
 
 def test_from_scratch_garments_are_drawn_and_the_result_loads(tmp_path):
-    flags = ["make", "-n", "-o", "/dev/null", "INSTALLED=/dev/null", "FASHION_MNIST=/nowhere"]
+    # These tests may themselves be run by make, and the inner one would say which folder it enters and leaves.
+    flags = ["make", "--no-print-directory", "-n", "-o", "/dev/null", "INSTALLED=/dev/null", "FASHION_MNIST=/nowhere"]
     make = subprocess.run(
         [*flags, f"BIN={Path(sys.executable).parent}", "demo-unconditional"],
         cwd=ROOT,
