@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from e2e.command import ERROR, SCRIPT, contents, environment, flags, leftovers, run_script, the_error, wait_for, words
 from safetensors.torch import load_file
 
-from iet_finetune import cli, trainer
+from iet_finetune import cli, result, trainer
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LATEST = {"resume_from_checkpoint": "latest"}
@@ -156,17 +156,19 @@ def test_ctrl_c_in_the_middle_of_a_file_of_a_checkpoint_is_still_ctrl_c(world, t
     assert_finished(tmp_path / "out")
 
 
-@pytest.mark.parametrize("function", ["save_pipeline", "write_ledger", "write_model_card"])
-def test_a_disk_that_is_full_at_the_end_costs_only_the_end(world, small_disk, monkeypatch, capfd, function):
+@pytest.mark.parametrize(
+    ("room", "function"), [(result, "save_pipeline"), (trainer, "write_ledger"), (trainer, "write_model_card")]
+)
+def test_a_disk_that_is_full_at_the_end_costs_only_the_end(world, small_disk, monkeypatch, capfd, room, function):
     disk = small_disk(40 * MB)
     settings = flags(world, disk / "out", **LATEST)
-    real = getattr(trainer, function)
+    real = getattr(room, function)
 
     def late(*arguments: object) -> None:
         fill(disk / "filler")
         real(*arguments)
 
-    monkeypatch.setattr(trainer, function, late)
+    monkeypatch.setattr(room, function, late)
     assert train(settings) == 2
     error = capfd.readouterr().err
     assert error.splitlines()[-1].startswith(f"{ERROR}no space left on the device")
