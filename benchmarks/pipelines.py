@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from iet_finetune.families.tiny import tiny_tokenizer
 
 _WORD_LENGTH, _TEXT_WIDTH = 16, 32
 
@@ -31,7 +32,7 @@ def build_unet(channels: tuple[int, ...]) -> UNet2DConditionModel:
 def save_pipeline(folder: Path, channels: tuple[int, ...]) -> int:
     """Saves a pipeline whose latents have a quarter of the image's side; returns its UNet's number of parameters."""
     torch.manual_seed(0)
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer(_WORD_LENGTH)
     unet = build_unet(channels)
     pipeline = StableDiffusionPipeline(
         vae=_vae(),
@@ -57,12 +58,6 @@ def save_images(folder: Path, count: int, size: int) -> Path:
         lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": f"noise {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
-
-
-def _tokenizer() -> CLIPTokenizer:
-    letters = sorted(ByteLevel.alphabet())
-    words = [*letters, *[f"{letter}</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=_WORD_LENGTH)
 
 
 def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

@@ -28,7 +28,6 @@ SHRUNK: dict[str, Any] = {
     "validation_rounds": 1,
     "validation_inference_steps": 2,
     "checkpoints_total_limit": 1,
-    "resume_from_checkpoint": None,
     "offload_dir": None,
     "report_to": "none",
     "push_to_hub": False,
@@ -72,10 +71,11 @@ def shrink(config: Config, folder: Path) -> Config:
         save_tiny_pipeline(kind, folder / "model")
         changes |= {"pretrained_model_name_or_path": str(folder / "model"), "resolution": RESOLUTION}
         changes |= {"revision": None, "variant": None, "prediction_type": config.model.prediction_type}
-        needs_captions = True
+        needs_captions = kind not in ("DDPMPipeline", "DDIMPipeline")
     changes |= _images(config, folder / "images", changes["resolution"], needs_captions)
-    if config.validation.validation_prompts:
-        changes["validation_prompts"] = list(config.validation.validation_prompts[:1])
+    # Names of classes are those of the recipe's own data.
+    prompts = config.validation.validation_prompts[:1] if config.data.class_column is None else ()
+    changes["validation_prompts"] = list(prompts)
     return Config.from_flags(**(config.to_flags() | changes))
 
 
@@ -88,7 +88,8 @@ def _pipeline_class(config: Config) -> str:
         if not index.is_file():
             from huggingface_hub import hf_hub_download
 
-            index = Path(hf_hub_download(name, "model_index.json", revision=config.model.revision))
+            model = config.model
+            index = Path(hf_hub_download(name, "model_index.json", revision=model.revision, cache_dir=model.cache_dir))
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except Exception as error:  # the Hub's client raises whatever comes
         raise UserError(

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -21,6 +24,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (  # type: ignore[attr-defined]  # some are made when they are asked for
@@ -40,11 +44,11 @@ WIDTH = 16  # of CLIP and its projection
 T5_WIDTH = 40  # more than both CLIPs side by side, as in SD 3
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer over single bytes, with no merges."""
+def tiny_tokenizer(length: int = 12) -> CLIPTokenizer:
+    """A CLIP tokenizer over single bytes, with no merges, for captions of up to `length` tokens."""
     letters = sorted(ByteLevel.alphabet())
     words = [*letters, *[f"{letter}</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=12)
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=length)
 
 
 def tiny_sd(
@@ -53,26 +57,7 @@ def tiny_sd(
     """A Stable Diffusion pipeline with random weights that follow from the seed; 16-pixel images, 8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokenizer = tiny_tokenizer()
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=12,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            sample_size=RESOLUTION,
-        )
+        text_encoder, encoder = clip(layers=1), vae()
         unet = UNet2DConditionModel(
             sample_size=RESOLUTION // 2,
             block_out_channels=(16, 32),
@@ -94,9 +79,9 @@ def tiny_sd(
         prediction_type=prediction_type,
     )
     return StableDiffusionPipeline(
-        vae=vae,
+        vae=encoder,
         text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        tokenizer=tiny_tokenizer(),
         unet=unet,
         scheduler=scheduler,
         safety_checker=None,
@@ -287,6 +272,19 @@ def tiny_pixart(sigma: bool = False) -> PixArtAlphaPipeline | PixArtSigmaPipelin
     )
 
 
+def tiny_pixels() -> UNet2DModel:
+    """An unconditional network of 16-pixel colour images."""
+    return UNet2DModel(
+        sample_size=RESOLUTION,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+
+
 # Of each class of pipeline one.
 TINY: dict[str, Callable[[], Any]] = {
     "StableDiffusionPipeline": tiny_sd,
@@ -295,6 +293,8 @@ TINY: dict[str, Callable[[], Any]] = {
     "FluxPipeline": tiny_flux,
     "PixArtAlphaPipeline": tiny_pixart,
     "PixArtSigmaPipeline": lambda: tiny_pixart(sigma=True),
+    "DDPMPipeline": lambda: DDPMPipeline(tiny_pixels(), DDPMScheduler()),
+    "DDIMPipeline": lambda: DDIMPipeline(tiny_pixels(), DDIMScheduler()),
 }
 
 

@@ -1,14 +1,17 @@
 """Every recipe runs, shrunk by `--smoke`, and is listed with one line."""
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from diffusers import DiffusionPipeline
 
 from iet_finetune import Config, Trainer, UserError
 from iet_finetune.config import flag_names
+from iet_finetune.families import FAMILIES
 from iet_finetune.families.tiny import TINY
 from iet_finetune.recipes import recipes_command
 from iet_finetune.smoke import KNOWN, shrink
@@ -82,6 +85,31 @@ def test_a_recipe_says_nothing_that_is_not_a_flag_and_begins_with_what_it_is():
         for command in re.findall(r"--config (configs/\S+)", text):
             assert (ROOT / command).is_file()
             assert command == f"configs/{recipe.name}" or command.startswith("configs/accelerate/")
+
+
+@pytest.mark.parametrize("kind", sorted(TINY))
+def test_any_pipeline_that_can_be_trained_has_a_small_one(kind, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    flags = {"pretrained_model_name_or_path": str(tmp_path / "base"), "train_data_dir": "x", "output_dir": "out"}
+    small = shrink(Config.from_flags(**flags), tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(small.model.pretrained_model_name_or_path)).__name__ == kind
+    captions = (tmp_path / "images" / "metadata.jsonl").exists()
+    assert captions == (kind not in ("DDPMPipeline", "DDIMPipeline"))
+
+
+def test_there_is_a_small_pipeline_for_every_family():
+    assert set(TINY) == set(FAMILIES)
+
+
+def test_a_second_try_in_the_same_folder_goes_on_where_the_first_stopped(tmp_path, capsys):
+    flags = {"model_config": "cifar100", "train_data_dir": "x", "class_column": "kind", "smoke": True}
+    flags |= {"output_dir": str(tmp_path / "out"), "num_shards": 2, "validation_prompts": ["apple"]}
+    output = Trainer(Config.from_flags(**flags)).train()
+    with pytest.raises(UserError, match="is not empty"):
+        Trainer(Config.from_flags(**flags))
+    assert Trainer(Config.from_flags(**flags, resume_from_checkpoint="latest")).train() == output
+    assert len((output / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("name", ["./nothing", "no/such/name", "a" * 300])
