@@ -63,7 +63,7 @@ class Trainer:
             raise
 
     def train(self) -> Path:
-        """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` after a LoRA run."""
+        """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
             with self.ranks.one_voice():
                 self.train_rounds()
