@@ -17,6 +17,8 @@ from ..objective import NoiseSchedule, Objective
 from ..settings import ValidationConfig
 
 Conditions = dict[str, Tensor]
+# What says how flow matching draws and weighs noise levels.
+FLOW_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 
 
 class Family(ABC):
@@ -37,20 +39,20 @@ class Family(ABC):
     lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     needs_captions: ClassVar[bool] = True
     # What means nothing to the family, and is refused rather than ignored.
-    refused_flags: ClassVar[tuple[str, ...]] = ("weighting_scheme", "max_sequence_length", "guidance_scale")
+    refused_flags: ClassVar[tuple[str, ...]] = (*FLOW_FLAGS, "max_sequence_length", "guidance_scale")
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         self.pipeline = pipeline
         self.config = config
-        self.refuse(*self.refused_flags)
+        self.refuse(*self.refused_flags, *(() if self.needs_captions else ("caption_column", "caption_dropout")))
         self.network: Callable[..., Any] = self.denoiser
         self.objective = self.make_objective()
 
     def refuse(self, *names: str) -> None:
-        """Raises a `UserError` if one of these flags, none of which has a default, is given."""
-        flags = self.config.to_flags()
+        """Raises a `UserError` if one of these flags has another value than its default."""
+        flags, defaults = self.config.to_flags(), Config().to_flags()
         for name in names:
-            if flags[name] is not None:
+            if flags[name] != defaults[name]:
                 raise UserError(
                     f"`--{name} {flags[name]}` means nothing to a {type(self.pipeline).__name__}: leave it out."
                 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from ..objective import FlowMatching
+from ..settings import TrainingConfig
 from .base import Family
 
 # The longest that diffusers' pipelines draw with.
@@ -48,10 +49,15 @@ class FlowFamily(Family):
                 f"the pipeline's scheduler is a {type(scheduler).__name__}, and a {type(self.pipeline).__name__} is "
                 "trained with a FlowMatchEulerDiscreteScheduler: save the pipeline with one."
             )
+        scheme = training.weighting_scheme or self.weighting_scheme
+        for name, own in (("logit_mean", "logit_normal"), ("logit_std", "logit_normal"), ("mode_scale", "mode")):
+            value = getattr(training, name)
+            if scheme != own and value != getattr(TrainingConfig(), name):
+                raise UserError(f"`--{name} {value}` does nothing with weighting scheme {scheme}, only with {own}.")
         # A fresh one: drawing leaves the noise levels of its own steps in a scheduler.
         return FlowMatching(
             FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
-            training.weighting_scheme or self.weighting_scheme,
+            scheme,
             training.logit_mean,
             training.logit_std,
             training.mode_scale,

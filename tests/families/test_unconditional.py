@@ -362,6 +362,8 @@ def test_prompts_that_cannot_be_drawn_are_refused_in_one_line(world, tmp_path):
     assert "`--validation_prompts a cat`: this model takes no prompts" in message
     message = refusal(world, tmp_path / "d", validation_guidance_scale=3.0)
     assert "`--validation_guidance_scale 3.0` means nothing to a DDPMPipeline: leave it out" in message
+    message = refusal(world, tmp_path / "e", caption_dropout=0.1)
+    assert "`--caption_dropout 0.1` means nothing to a DDPMPipeline: leave it out" in message
     message = refusal(world, tmp_path / "b", "pretrained by class", validation_prompts=["hot"])
     assert "`--validation_prompts hot` is no class in `--class_column kind`. Did you mean `hat`?" in message
     message = refusal(world, tmp_path / "c", "pretrained by class", validation_prompts=["xyz"])
