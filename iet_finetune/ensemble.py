@@ -247,6 +247,13 @@ class Ensemble:
                 if parameter_of(key) in gone:
                     tensor.zero_()
 
+    def release(self) -> None:
+        """Gives back the memory of the device that only training needs; nothing can be trained any more."""
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
+        if self._ema is not None:
+            self._ema.tensors.clear()
+
     def load_result(self) -> None:
         """Puts the merged denoiser, or its moving average if there is one, into the live tensors."""
         for name in ("denoiser", "ema"):

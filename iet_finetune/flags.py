@@ -94,8 +94,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`--help` lists the flags).")
 
 
-def build_parser(description: str, groups: dict[str, type], prog: str | None = None) -> argparse.ArgumentParser:
-    """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute."""
+def build_parser(
+    description: str, groups: dict[str, type], prog: str | None = None, only: typing.Container[str] | None = None
+) -> argparse.ArgumentParser:
+    """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute.
+
+    Args:
+        prog: what `--help` calls the program; the script's name if not given.
+        only: the names of the flags that it has; all if not given.
+    """
     parser = _Parser(
         prog=prog,
         description=description,
@@ -109,7 +116,8 @@ def build_parser(description: str, groups: dict[str, type], prog: str | None = N
     for title, group in groups.items():
         section = parser.add_argument_group(title)
         for spec in flag_specs(group):
-            _add_argument(section, spec)
+            if only is None or spec.name in only:
+                _add_argument(section, spec)
     return parser
 
 

@@ -50,7 +50,7 @@ def push(output_dir: Path, hub: HubConfig) -> str:
         UserError: the run is not complete, or the push failed: then the line gives the command to push again.
     """
     output_dir = Path(output_dir)
-    files = upload_list(output_dir)
+    files = upload_list(output_dir, hub.push_audit_images)
     token = hub.hub_token
     try:
         token = check_push(output_dir, hub)
@@ -190,7 +190,8 @@ def _command(output_dir: Path, hub: HubConfig) -> str:
     """The line that pushes again; never with the token in it."""
     name = "OWNER/NAME" if name_fault(_name(output_dir, hub)) else hub.hub_model_id
     words = ["iet-finetune", "push", str(output_dir)] + (["--hub_model_id", name] if name else [])
-    return shlex.join(words + (["--hub_private_repo"] if hub.hub_private_repo else []))
+    switches = [name for name in ("hub_private_repo", "push_audit_images") if getattr(hub, name)]
+    return shlex.join([*words, *(f"--{name}" for name in switches)])
 
 
 def _without_secrets(line: str, token: str | None) -> str:

@@ -31,7 +31,7 @@ _OF_A_MACHINE = (
         "dataset_name",
         "dataloader_num_workers",
     ),
-    *("output_dir", "offload_dir"),
+    *("output_dir", "offload_dir", "holdout_data_dir", "generated_dir"),
 )
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 

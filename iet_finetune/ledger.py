@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .data.dataset import TrainingImages
 from .files import written_beside
 
+LEDGER = "ledger.parquet"
+
 
 class ShardLedger(nn.Module):
     """The ledger of one shard, kept on the device and read once at the end.

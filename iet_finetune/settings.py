@@ -316,6 +316,48 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class AuditConfig:
+    """Measuring how much the finished pipeline repeats its training images, and how good its pictures are."""
+
+    audit: bool = flag(False, "Audit the pipeline when it is finished; `iet-finetune audit` does it later.")
+    holdout_data_dir: str | None = flag(
+        None, "Folder of images that were never trained on, read like `--train_data_dir`; or see `--holdout_fraction`."
+    )
+    num_images: int = flag(1000, "Pictures that are drawn and judged.")
+    prompts: str = flag(
+        "train",
+        "What they are drawn from: the captions (or classes) of the training images (train) or of those held out "
+        "(heldout), the empty prompt (none), or a text file with a prompt a line.",
+    )
+    scheduler: str | None = flag(
+        None, "Scheduler of diffusers to draw with, such as DDIMScheduler; the pipeline's own if not given."
+    )
+    num_inference_steps: int = flag(50, "Denoising steps of a picture.")
+    sampling_guidance_scale: float | None = flag(
+        None, "Guidance to draw with; what the pipeline draws with by default if not given."
+    )
+    eval_batch_size: int = flag(16, "Pictures drawn, and images judged, at once.")
+    generated_dir: str | None = flag(None, "Folder of generated images to judge instead of drawing any.")
+    features: tuple[str, ...] = flag(
+        ("effnet_lite0",),
+        "What images are compared by besides their pixels: effnet_lite0, which needs no network, a vision model of "
+        "transformers (Hub id or folder; DINOv2, CLIP), or a TorchScript file (SSCD).",
+    )
+    clip_model: str | None = flag(None, "CLIP model (Hub id or folder) for the CLIP score.")
+    reference_model: str | None = flag(
+        None, "Pipeline that has not seen the images, to calibrate membership inference by; the base model if known."
+    )
+    membership_images: int = flag(1000, "Images of each side that losses are taken of.")
+    membership_draws: int = flag(8, "Draws of noise level and noise for each of them.")
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_inference_steps", "eval_batch_size", "membership_images"):
+            _at_least_one(name, getattr(self, name))
+        _not_negative("sampling_guidance_scale", self.sampling_guidance_scale or 0.0)
+        require(self.membership_draws >= 8, f"`--membership_draws` must be at least 8, not {self.membership_draws}.")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """What is kept so that an interrupted run can go on."""
 
@@ -353,3 +395,6 @@ class HubConfig:
     hub_token: str | None = flag(None, "Token for the upload; the stored login if not given. Never written anywhere.")
     hub_model_id: str | None = flag(None, "Repository to push to; the name of `--output_dir` if not given.")
     hub_private_repo: bool = flag(False, "Make the repository private.")
+    push_audit_images: bool = flag(
+        False, "Upload the audit's report too, which shows training images and their captions."
+    )

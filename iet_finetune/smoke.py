@@ -31,6 +31,7 @@ SHRUNK: dict[str, Any] = {
     "offload_dir": None,
     "report_to": "none",
     "push_to_hub": False,
+    "audit": False,
     "smoke": False,
 }
 IMAGES_A_SHARD = 2

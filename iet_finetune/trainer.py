@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 
 from . import outputs
 from .assembly import build_parts, start_accelerator
+from .audit_command import audit_model, check_audit
 from .card import CardFacts, base_license, write_model_card
 from .checkpoint import Checkpoint, CheckpointStore
 from .clone import Clone
@@ -20,14 +22,12 @@ from .errors import UserError
 from .groups import Ranks
 from .hub import check_push, push
 from .identity import check_identity, differences, environment, free_settings
-from .ledger import write_ledger
+from .ledger import LEDGER, write_ledger
 from .reporting import Reporter, warn
 from .result import Result
 from .schedule import Step, Wave
 from .smoke import shrink
 from .tracking import RoundSums
-
-LEDGER = "ledger.parquet"
 
 
 class Trainer:
@@ -225,8 +225,22 @@ class Trainer:
         write_model_card(self.output, self._card_facts(picture, result))
         self.reporter.close()
         self._print_summary(picture, result)
+        if self.config.audit.audit:
+            self._audit()
         if self.config.hub.push_to_hub:
             print(f"pushed to {push(self.output, self.config.hub)}")
+
+    def _audit(self) -> None:
+        """Measures what was saved, loaded as a user loads it, and puts the figures into the card."""
+        self.parts.family.pipeline.to("cpu")
+        self.ensemble.release()
+        try:
+            print(audit_model(self.output, self.parts.accelerator.device), flush=True)
+        except UserError as error:
+            raise UserError(
+                f"{error} The finished pipeline is saved in `{self.output}`; audit it with: "
+                f"iet-finetune audit --model {shlex.quote(str(self.output))}"
+            ) from None
 
     def _gather_clones(self) -> None:
         """The clones of the other ranks as they stand in the checkpoint that every run ends with."""
@@ -236,6 +250,8 @@ class Trainer:
     def _prepare(self, accelerator: Accelerator, resume: str | None) -> None:
         if self.config.hub.push_to_hub and self.ranks.is_main:
             check_push(self.output, self.config.hub)
+        if self.config.audit.audit and self.ranks.is_main:
+            check_audit(self.config)
         self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
         checkpoint = self._checkpoint(resume)
         self.parts = build_parts(self.config, accelerator, self.ranks)

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import ModelCard
 
+from .audit.report import LOCAL_BEGINS, LOCAL_ENDS
 from .card import AUDIT_NAME, CARD_NAME, GRID_TITLE
 from .config import SECRET_FLAGS, flag_names
 from .errors import UserError, one_line
@@ -18,12 +19,14 @@ Files = dict[str, Path | bytes]
 
 INDEX_NAME = "model_index.json"
 CONFIG_NAME = "training_config.yaml"
-OWN_FILES = (INDEX_NAME, LORA_NAME, CARD_NAME, CONFIG_NAME, AUDIT_NAME)
+REPORT_NAME = "audit/report.html"
+OWN_FILES = (INDEX_NAME, LORA_NAME, CARD_NAME, CONFIG_NAME, AUDIT_NAME, REPORT_NAME)
 COMPONENT_SUFFIXES = (".json", ".safetensors")
 TOKENIZER_FILES = ("merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 LOCAL_FLAGS = (
     *("train_data_dir", "output_dir", "cache_dir", "offload_dir", "logging_dir", "resume_from_checkpoint"),
+    *("holdout_data_dir", "generated_dir", "prompts", "features", "clip_model", "reference_model"),
     *SECRET_FLAGS,
 )
 NAMED_FLAGS = ("pretrained_model_name_or_path", "dataset_name")  # a Hub id or a folder
@@ -32,12 +35,15 @@ ORIGIN_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 LOCAL_PATH = re.compile(r"(file://|~/|/[^/\s]+/|[A-Za-z]:[\\/]|\\\\)")
 
 
-def upload_list(output_dir: Path) -> Files:
+def upload_list(output_dir: Path, audit_images: bool = False) -> Files:
     """Everything that may be uploaded: path in the repository to local file, or to bytes where the copy differs.
 
     The folders of the components that `model_index.json` names (configurations, tokenizer files, safetensors), that
     file itself, a LoRA file, the model card with the sample grid it shows, the training configuration and
     `audit/audit.json`. Configurations lose what names a folder of this machine; the local files stay as they are.
+
+    Args:
+        audit_images: whether the audit's report, which shows training images, goes too.
 
     Raises:
         UserError: no finished pipeline, a component that is missing or has its weights in pickles only, no card, or
@@ -58,6 +64,8 @@ def upload_list(output_dir: Path) -> Files:
         files[CONFIG_NAME] = _public_config(output_dir / CONFIG_NAME, card)
     if (output_dir / AUDIT_NAME).is_file():
         files[AUDIT_NAME] = _public_json(output_dir / AUDIT_NAME)
+    if audit_images:
+        files[REPORT_NAME] = _public_report(output_dir / REPORT_NAME)
     return files
 
 
@@ -97,6 +105,15 @@ def _public_json(path: Path) -> bytes:
     if public == values:
         return path.read_bytes()
     return (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _public_report(path: Path) -> bytes:
+    """The report without what names folders of this machine."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"`--push_audit_images`: `{path}` cannot be read: {one_line(error)}. Audit first.") from None
+    return re.sub(f"{LOCAL_BEGINS}.*?{LOCAL_ENDS}", "", text, flags=re.DOTALL).encode()
 
 
 def _without_paths(value: Any) -> Any:

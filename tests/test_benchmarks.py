@@ -140,3 +140,14 @@ def test_the_speed_of_real_ranks_and_merges_is_measured(tmp_path):
     heads = [line for line in table_of(printed) if line[0] == "ranks"]
     assert heads == [list(one), list(found["merges"][0])]
     assert len(found["checks"]) == 2
+
+
+@linux
+def test_the_search_for_neighbours_is_measured_against_the_loop(tmp_path):
+    found, printed = run_benchmark("nearest", tmp_path, "--fast", "--threads", "1")
+    ours, loop = found["rows"]
+    assert (ours["images"], loop["images"]) == (200, 8)
+    assert found["ratio"] == pytest.approx(loop["ms an image"] / ours["ms an image"])
+    assert 50 < ours["peak MB"] < 2000
+    assert found["checks"][2]["holds"], "other neighbours than the loop's"
+    assert [line[0] for line in table_of(printed)[2:]] == ["ours, both orientations", "the loop"]

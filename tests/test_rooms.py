@@ -34,7 +34,8 @@ ROOMS = (
     *("host", "budget", "checkpoint", "merger", "lora_clones", "lora_merger", "mergers", "lora_export", "outputs"),
     *("tracking",),
     *("clone", "ensemble", "local", "validation", "assembly", "result", "reporting"),
-    *("audit", "card", "upload_list", "hub", "model_folder", "merge_command", "trainer", "cli"),
+    *("audit", "audit_section", "card", "upload_list", "hub", "model_folder", "merge_command", "audit_command"),
+    *("trainer", "cli"),
 )
 # Only names the others: the package itself, lazily, and the entry of `python -m`.
 DOORS = {Path("__init__.py"), Path("__main__.py")}

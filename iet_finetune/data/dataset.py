@@ -125,6 +125,26 @@ def load_images(
     return training, images.subset(sorted(held_out))
 
 
+def load_folder(flag: str, folder: str, data: DataConfig, *, cache_dir: str | None, captions: bool) -> TrainingImages:
+    """All images of a folder that another flag names than those of the training images.
+
+    Args:
+        flag: its name, for errors.
+        data: the columns.
+        captions: whether captions and classes are wanted; if not, every caption is empty.
+
+    Raises:
+        UserError: as `load_images`.
+    """
+    source = f"`--{flag} {folder}`"
+    if not os.path.isdir(folder):
+        raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
+    columns = Columns(data.image_column, None, None)
+    if captions:
+        columns = Columns(data.image_column, data.caption_column, None, data.class_column)
+    return _hashed(read_image_folder(source, find_files(folder), columns, cache_dir), columns)
+
+
 def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> Samples:
     if data.train_data_dir is None:
         if data.dataset_name is None:

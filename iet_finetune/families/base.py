@@ -172,12 +172,7 @@ class Family(ABC):
 
     def fingerprint(self) -> str:
         """A hash over the weights of all models and the scheduler's settings; two pipelines hardly ever share it."""
-        settings = {k: v for k, v in self.pipeline.scheduler.config.items() if not k.startswith("_")}
-        digest = hashlib.blake2b(json.dumps(settings, default=str).encode(), digest_size=16)
-        for name, component in sorted(self.pipeline.components.items()):
-            if isinstance(component, nn.Module):
-                _hash_weights(digest, name, component)
-        return digest.hexdigest()
+        return pipeline_fingerprint(self.pipeline)
 
     def sampling_pipeline(self) -> Any:
         """The pipeline as it stands, for drawing images while training: without safety checker or progress bar."""
@@ -187,6 +182,16 @@ class Family(ABC):
         pipeline = type(self.pipeline)(**components)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def pipeline_fingerprint(pipeline: Any) -> str:
+    """A hash over the weights of all models of any pipeline and its scheduler's settings."""
+    settings = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
+    digest = hashlib.blake2b(json.dumps(settings, default=str).encode(), digest_size=16)
+    for name, component in sorted(pipeline.components.items()):
+        if isinstance(component, nn.Module):
+            _hash_weights(digest, name, component)
+    return digest.hexdigest()
 
 
 def _hash_weights(digest: Any, name: str, module: nn.Module, samples: int = 4096) -> None:

@@ -1,0 +1,68 @@
+"""What every part of an audit hands back: its figures, what it could not measure and why, warnings, histograms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .metrics import Metric
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results of one part of an audit, or of several merged.
+
+    Attributes:
+        metrics: name to figure.
+        not_measured: the name of a metric that is missing to the reason, in words for the reader of the report.
+        warnings: one line each.
+        histograms: name to `{"edges": [n + 1 numbers], series: [n counts], ...}`; see `histogram`.
+    """
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    not_measured: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    histograms: dict[str, dict[str, list]] = field(default_factory=dict)
+
+    @staticmethod
+    def merged(*findings: "Findings") -> "Findings":
+        """All of them in one, in the given order; the same warning is kept once.
+
+        Raises:
+            ValueError: two parts measured the same metric, or one metric is both measured and not.
+        """
+        everything = Findings()
+        for part in findings:
+            _add(everything.metrics, part.metrics)
+            _add(everything.not_measured, part.not_measured)
+            _add(everything.histograms, part.histograms)
+            everything.warnings.extend(line for line in part.warnings if line not in everything.warnings)
+        if both := everything.metrics.keys() & everything.not_measured.keys():
+            raise ValueError(f"both measured and not measured: {', '.join(sorted(both))}")
+        return everything
+
+
+def histogram(edges: Sequence[float] | np.ndarray, **series: np.ndarray | None) -> dict[str, list]:
+    """Counts of several sets of numbers over common bins.
+
+    Args:
+        edges: (n + 1,), ascending. A number beyond an end is counted in the bin at that end, so that none is lost.
+        series: name to numbers (any shape); None is left out.
+
+    Returns:
+        `{"edges": [n + 1 numbers], name: [n counts], ...}`, plain Python numbers, fit for JSON.
+    """
+    bounds = np.asarray(edges, dtype=np.float64)
+    counts = {
+        name: np.histogram(np.clip(np.ravel(values), bounds[0], bounds[-1]), bounds)[0].tolist()
+        for name, values in series.items()
+        if values is not None
+    }
+    return {"edges": bounds.tolist(), **counts}
+
+
+def _add(into: dict, new: dict) -> None:
+    """Puts the items of `new` into `into`; a name that is already there is a mistake of ours."""
+    if twice := into.keys() & new.keys():
+        raise ValueError(f"found twice: {', '.join(sorted(twice))}")
+    into.update(new)

@@ -1,0 +1,74 @@
+"""Prompt memorization: how far the captions of training images pull the denoiser away from no caption."""
+
+from collections import Counter
+
+import numpy as np
+
+from .bench import NEEDS_MODEL, Bench, choose
+from .findings import Findings
+from .images import digest
+from .metrics import Metric
+from .prompts import guidance_fault, prompt_by_repeats, prompt_findings, prompt_norms
+from .samples import autocast, distinct_captions
+from .subject import Subject
+
+# Captions of each side: each costs as much as drawing a picture.
+PROMPTS = 200
+OF_PROMPTS = ("prompt_memorization", "prompt_memorization_auc")
+
+
+def measure_prompts(bench: Bench, subject: Subject | None) -> tuple[Findings, dict[str, Metric]]:
+    """The norms of the guidance of captions of training images, against those of held-out images.
+
+    Returns:
+        the figures, and the mean norm by how many training images have the caption.
+    """
+    guidance = bench.config.audit.sampling_guidance_scale
+    reason = NEEDS_MODEL if subject is None else guidance_fault(subject.pipeline, guidance)
+    if subject is None or reason is not None:
+        return Findings(not_measured=dict.fromkeys(OF_PROMPTS, str(reason))), {}
+    training = _chosen(distinct_captions(bench.material.training), bench.seed)
+    known = set(distinct_captions(bench.material.training))
+    unknown = [text for text in distinct_captions(bench.material.heldout) if text not in known]
+    ours = _norms(bench, subject, "training captions", training)
+    theirs = None
+    if heldout := _chosen(unknown, bench.seed):
+        theirs = _norms(bench, subject, "held-out captions", heldout)
+    counts = Counter(text for texts in bench.material.training.captions for text in set(texts))
+    repeats = np.array([counts[text] for text in training])
+    return prompt_findings(ours, theirs, bench.seed), prompt_by_repeats(ours, repeats, bench.seed)
+
+
+def _chosen(captions: list[str], seed: int) -> list[str]:
+    return [captions[number] for number in choose(len(captions), PROMPTS, seed)]
+
+
+def _norms(bench: Bench, subject: Subject, of: str, captions: list[str]) -> np.ndarray:
+    audit, size, precision = bench.config.audit, bench.config.data.resolution, bench.config.training.mixed_precision
+
+    def compute(part: range) -> np.ndarray:
+        with autocast(subject.device, precision or "no"):
+            return prompt_norms(
+                subject.pipeline,
+                subject.denoiser,
+                [captions[number] for number in part],
+                [bench.seed + number for number in part],
+                batch_size=bench.batch,
+                size=size,
+                steps=audit.num_inference_steps,
+                guidance=audit.sampling_guidance_scale,
+                options=subject.call_options(),
+            )
+
+    made_from = {
+        "model": subject.fingerprint,
+        "scheduler": type(subject.pipeline.scheduler).__name__,
+        "captions": digest(captions),
+        "seed": bench.seed,
+        "steps": audit.num_inference_steps,
+        "guidance": audit.sampling_guidance_scale,
+        "size": size,
+        "precision": precision or "no",
+        "batch": bench.batch,
+    }
+    return bench.work.rows(f"guidance of {of}", made_from, len(captions), compute, bench.batch)

@@ -1,0 +1,96 @@
+"""What every figure of an audit is: a value with its 95 % confidence interval and what held-out images score."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        value: the figure itself.
+        low, high: its 95 % confidence interval.
+        null: the same figure with real images that were not trained on in the place of what is judged, or what chance
+            gives; None where there is no such thing.
+        count, total: of a rate, how many of how many.
+    """
+
+    value: float
+    low: float
+    high: float
+    null: float | None = None
+    count: int | None = None
+    total: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = (self.value, self.low, self.high, 0.0 if self.null is None else self.null)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"a metric must be finite, not {numbers}")
+
+    def against(self, null: "Metric | float | None") -> "Metric":
+        """The same figure beside its null."""
+        return replace(self, null=null.value if isinstance(null, Metric) else null)
+
+    def to_json(self) -> dict[str, Any]:
+        """`value`, `low`, `high` and `null`; of a rate `count` and `total` besides."""
+        fields = asdict(self)
+        return {name: value for name, value in fields.items() if name not in ("count", "total") or value is not None}
+
+
+def rate(count: int, total: int) -> Metric:
+    """A share, with Wilson's score interval (Wilson, 1927).
+
+    Raises:
+        ValueError: there are none, or more than there are.
+    """
+    if not 0 <= count <= total or total == 0:
+        raise ValueError(f"{count} of {total} is no rate")
+    low, high = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
+    return Metric(count / total, float(low), float(high), count=count, total=total)
+
+
+def bootstrap(
+    statistic: Callable[..., float],
+    *samples: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    centred: bool = False,
+) -> Metric:
+    """`statistic(*samples)`, with the percentile interval of its bootstrap distribution (Efron, 1979).
+
+    Args:
+        statistic: of arrays like `samples`.
+        samples: each is drawn from anew, independently of the others, along its first dimension.
+        resamples: how often.
+        seed: of the draws.
+        centred: the interval is the value plus and minus 1.96 standard deviations of the bootstrap distribution, for
+            statistics that repeated samples push to one side, such as a Fréchet distance.
+    """
+    value = float(statistic(*samples))
+    rng = np.random.default_rng(seed)
+    drawn = np.array(
+        [
+            float(statistic(*(sample[rng.integers(0, len(sample), len(sample))] for sample in samples)))
+            for _ in range(resamples)
+        ]
+    )
+    tail = (1 - CONFIDENCE) / 2
+    if centred:
+        reach = float(stats.norm.isf(tail)) * float(drawn.std(ddof=1))
+        return Metric(value, value - reach, value + reach)
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Metric(value, float(low), float(high))
+
+
+def mean(values: np.ndarray, seed: int = 0) -> Metric:
+    """The mean of numbers (n,), with its bootstrap interval."""
+    return bootstrap(np.mean, values, seed=seed)

@@ -1,0 +1,188 @@
+"""Whole audits of made-up models: one that copies, one that does not, and what must make no difference."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from audit_runs import run_audit, save_mosaic
+from PIL import Image
+from tiny import save_images
+
+from iet_finetune import UserError
+
+SIZE = 16
+NULL = ("f_mem", "extracted", "similarity_mean_mosaic", "similarity_p95_mosaic", "similarity_above_0.5_mosaic")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_images(folder / "train", 60)
+    save_images(folder / "held", 24, seed=1)
+    save_mosaic(folder)
+    return folder
+
+
+def settings(world: Path, generated: Path, **changes: Any) -> dict[str, Any]:
+    flags = {"generated_dir": generated, "train_data_dir": world / "train", "holdout_data_dir": world / "held"}
+    return {**flags, "features": world / "mosaic.pt", "resolution": SIZE, **changes}
+
+
+def copied(source: Path, target: Path, count: int, mirrored: bool = False) -> Path:
+    """The first images of a folder, without captions."""
+    target.mkdir()
+    for file in sorted(source.glob("*.png"))[:count]:
+        image = Image.open(file)
+        (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image).save(target / file.name)
+    return target
+
+
+def test_a_model_that_returns_training_images_is_found_out(world, tmp_path):
+    audit = run_audit(tmp_path / "out", **settings(world, copied(world / "train", tmp_path / "made", 30)))
+    metrics = audit["metrics"]
+    assert metrics["f_mem"] == metrics["f_mem"] | {"value": 1.0, "null": 0.0, "count": 30, "total": 30}
+    assert metrics["mq_0.15"]["value"] == 1.0
+    assert metrics["extracted"] == metrics["extracted"] | {"value": 0.5, "null": 0.0, "count": 30, "total": 60}
+    assert metrics["similarity_mean_mosaic"]["value"] == pytest.approx(1, abs=1e-5)
+    assert metrics["similarity_mean_mosaic"]["null"] < 0.99
+    pairs = json.loads((tmp_path / "out" / "pairs.json").read_text())
+    assert len(pairs) == 30
+    assert all(pair["distance"] == 0 and pair["ratio"] == 0 and not pair["flipped"] for pair in pairs)
+    assert all(Path(pair["generated"]).name == Path(pair["training_name"]).name for pair in pairs)
+
+
+def test_a_model_that_returns_held_out_images_scores_the_null(world, tmp_path):
+    audit = run_audit(tmp_path / "out", **settings(world, copied(world / "held", tmp_path / "made", 24)))
+    rates = [name for name in audit["metrics"] if name.startswith("mq_")]
+    assert len(rates) == 10
+    for name in (*NULL, *rates):
+        assert audit["metrics"][name]["value"] == audit["metrics"][name]["null"], name
+    assert audit["metrics"]["frechet_mosaic"]["value"] == pytest.approx(0, abs=1e-6)
+    assert audit["metrics"]["coverage_mosaic"]["value"] == 1.0
+
+
+def test_mirrored_copies_are_found(world, tmp_path):
+    made = copied(world / "train", tmp_path / "made", 10, mirrored=True)
+    audit = run_audit(tmp_path / "out", **settings(world, made))
+    assert audit["metrics"]["f_mem"]["value"] == 1.0
+    assert audit["metrics"]["similarity_mean_mosaic"]["value"] == pytest.approx(1, abs=1e-5)
+    assert all(pair["flipped"] for pair in json.loads((tmp_path / "out" / "pairs.json").read_text()))
+
+
+def test_exact_duplicates_in_the_training_images_change_no_figure_of_memorization(world, tmp_path):
+    made = copied(world / "train", tmp_path / "made", 20)
+    plain = run_audit(tmp_path / "plain", **settings(world, made))
+    shutil.copytree(world / "train", tmp_path / "twice")
+    rows = (tmp_path / "twice" / "metadata.jsonl").read_text().splitlines()
+    for number in range(12):
+        picture = Image.open(tmp_path / "twice" / f"{number:03d}.png")
+        picture.save(tmp_path / "twice" / f"again-{number:03d}.png", compress_level=1)
+        rows.append(rows[number].replace(f'"{number:03d}.png', f'"again-{number:03d}.png'))
+    (tmp_path / "twice" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    twice = run_audit(tmp_path / "out", **settings(world, made, train_data_dir=tmp_path / "twice"))
+    assert twice["data"]["exact_duplicates"] == 12
+    assert twice["data"]["distinct"] == plain["data"]["distinct"] == 60
+    for name, figure in plain["metrics"].items():
+        if not name.startswith("extracted_"):
+            assert twice["metrics"][name] == figure, name
+    assert [row["repeats"] for row in twice["by_repeats"]] == ["1", "2-4"]
+    assert twice["metrics"]["extracted_x2_4"]["value"] == 1.0
+    repeats = {Path(pair["training_name"]).name: pair["repeats"] for pair in read_pairs(tmp_path / "out")}
+    assert repeats["003.png"] == 2
+    assert repeats["015.png"] == 1
+
+
+def read_pairs(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "pairs.json").read_text()))
+
+
+def test_held_out_images_that_were_trained_on_are_left_out(world, tmp_path):
+    shutil.copytree(world / "held", tmp_path / "held")
+    shutil.copyfile(world / "train" / "007.png", tmp_path / "held" / "000.png")
+    mirrored = Image.open(world / "train" / "009.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored.save(tmp_path / "held" / "001.png")
+    made = copied(world / "train", tmp_path / "made", 20)
+    audit = run_audit(tmp_path / "out", **settings(world, made, holdout_data_dir=tmp_path / "held"))
+    assert audit["data"]["heldout_images"] == 22
+    assert any(line.startswith("2 held-out images are training images") for line in audit["warnings"])
+    assert audit["metrics"]["f_mem"]["null"] == 0.0
+
+
+def test_with_generated_images_alone_what_needs_the_model_is_listed(world, tmp_path):
+    audit = run_audit(tmp_path / "out", **settings(world, copied(world / "train", tmp_path / "made", 8)))
+    assert audit["model"] is None
+    for name in ("mia_auc", "mia_tpr_at_1_fpr", "mia_ref_auc", "heldout_loss", "prompt_memorization"):
+        assert audit["not_measured"][name] == "needs the model: only `--generated_dir` was given"
+        assert name not in audit["metrics"]
+
+
+def test_without_held_out_images_there_is_no_null_and_no_quality(world, tmp_path):
+    flags = settings(world, copied(world / "train", tmp_path / "made", 8))
+    del flags["holdout_data_dir"]
+    audit = run_audit(tmp_path / "out", **flags)
+    assert audit["metrics"]["f_mem"]["null"] is None
+    assert "needs held-out images" in audit["not_measured"]["frechet_mosaic"]
+    assert not any(name.startswith("frechet") for name in audit["metrics"])
+
+
+def test_a_share_held_out_of_an_unknown_model_is_doubted(world, tmp_path):
+    flags = settings(world, copied(world / "train", tmp_path / "made", 8), holdout_fraction=0.2)
+    del flags["holdout_data_dir"]
+    audit = run_audit(tmp_path / "out", **flags)
+    assert audit["data"]["heldout_images"] == 12
+    assert any("there is no record that the model was trained without them" in line for line in audit["warnings"])
+
+
+def test_the_prompts_of_generated_images_are_read_from_their_metadata(world, tmp_path):
+    run_audit(tmp_path / "out", **settings(world, world / "train"))
+    pairs = read_pairs(tmp_path / "out")
+    assert all(pair["prompt"] == f"thing {int(Path(pair['generated']).stem)}" for pair in pairs)
+
+
+def test_the_resolution_is_that_of_the_first_generated_image_unless_given(world, tmp_path):
+    made = copied(world / "train", tmp_path / "made", 8)
+    for file in made.glob("*.png"):
+        Image.open(file).resize((24, 32), Image.Resampling.NEAREST).save(file)
+    flags = settings(world, made)
+    del flags["resolution"]
+    assert run_audit(tmp_path / "out", **flags)["settings"]["resolution"] == 24
+
+
+def test_what_may_be_published_names_no_file_folder_or_caption(world, tmp_path):
+    made = copied(world / "train", tmp_path / "made", 8)
+    run_audit(tmp_path / "out", **settings(world, made))
+    text = (tmp_path / "out" / "audit.json").read_text()
+    assert str(tmp_path) not in text
+    assert str(world) not in text
+    assert ".png" not in text
+    assert "thing" not in text
+
+
+def test_the_same_audit_again_says_the_same(world, tmp_path):
+    flags = settings(world, copied(world / "train", tmp_path / "made", 12))
+    first = run_audit(tmp_path / "out", **flags)
+    computed = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "work").iterdir()}
+    assert run_audit(tmp_path / "out", **flags) == first
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "work").iterdir()} == computed
+    assert run_audit(tmp_path / "other", **flags) == first
+
+
+def test_no_generated_images_are_an_error(world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = settings(world, tmp_path / "empty")
+    with pytest.raises(UserError, match=r"`--generated_dir .*empty` has no images"):
+        run_audit(tmp_path / "out", **flags)
+
+
+def test_pixels_are_those_of_the_files(world, tmp_path):
+    from iet_finetune import Config
+    from iet_finetune.audit.images import file_array, training_transform
+    from iet_finetune.audit.work import Work
+
+    files = sorted((world / "train").glob("*.png"))[:5]
+    transform = training_transform(Config.from_flags(resolution=SIZE))
+    pixels, _ = file_array(Work(tmp_path), "images", files, transform, False)
+    np.testing.assert_array_equal(pixels, np.stack([np.asarray(Image.open(file)) for file in files]))

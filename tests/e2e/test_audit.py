@@ -1,0 +1,242 @@
+"""The command `audit` on pipelines that were trained here and elsewhere, cut short and taken up, and `--audit`."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from audit_runs import read_audit, save_mosaic
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
+from e2e.command import contents, environment, flags, the_error, words
+from huggingface_hub import ModelCard
+from tiny import save_images, tiny_sd
+
+from iet_finetune import cli
+
+AUDIT = [sys.executable, "-m", "iet_finetune", "audit"]
+OF_THE_MODEL = ("mia_auc", "mia_tpr_at_1_fpr", "heldout_loss", "prompt_memorization", "prompt_memorization_auc")
+OF_A_REFERENCE = ("mia_ref_auc", "mia_ref_tpr_at_1_fpr")
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images that were not trained on in `held`, and features in `mosaic.pt`."""
+    folder = tmp_path_factory.mktemp("held")
+    save_images(folder / "held", 10, seed=5)
+    captions = folder / "held" / "metadata.jsonl"
+    captions.write_text(captions.read_text().replace("thing", "other"))
+    save_mosaic(folder)
+    return folder
+
+
+def small(held: Path, **changes: Any) -> dict[str, Any]:
+    """Flags of an audit of a few small pictures."""
+    pictures = {"num_images": 5, "num_inference_steps": 2, "eval_batch_size": 4}
+    return {"holdout_data_dir": held / "held", "features": held / "mosaic.pt", **pictures, **changes}
+
+
+def audit(output: Path, **settings: Any) -> dict[str, Any]:
+    """Runs the command in this process; it must succeed."""
+    assert cli.main(["audit", *words({**settings, "output_dir": output})]) == 0
+    return read_audit(output)
+
+
+@pytest.fixture(scope="module")
+def audited(world: Path, held: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run with `--audit` left."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output = tmp_path_factory.mktemp("audited") / "out"
+    settings = flags(world, output, audit=True, **small(held))
+    assert cli.main(["train", *words(settings)]) == 0
+    return output
+
+
+def test_a_run_ends_with_an_audit_of_what_it_saved(audited):
+    found = read_audit(audited / "audit")
+    assert found["model"] == "out"
+    assert found["data"]["generated_images"] == 5
+    assert set(found["metrics"]) >= {"f_mem", "frechet_mosaic", *OF_THE_MODEL, *OF_A_REFERENCE}
+    assert found["not_measured"]["clip_score"] == "needs `--clip_model`"
+    for figure in found["metrics"].values():
+        assert figure.keys() >= {"value", "low", "high", "null"}
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert (audited / "audit" / "report.html").stat().st_size > 10_000
+    pair = json.loads((audited / "audit" / "pairs.json").read_text())[0]
+    # One pass: every image was seen once.
+    assert (pair["seen"], pair["skipped"], pair["repeats"]) == (1, 0, 1)
+
+
+def test_the_card_shows_the_audit(audited):
+    card = ModelCard.load(audited / "README.md")
+    found = read_audit(audited / "audit")
+    assert card.text.count("\n## Audit\n") == 1
+    assert card.text.index("## Audit") < card.text.index("## Limits") < card.text.index("## License")
+    assert "Memorization of this pipeline: not measured." not in card.text
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["f_mem"] == found["metrics"]["f_mem"]["value"]
+    assert results["mia_ref_auc"] == found["metrics"]["mia_ref_auc"]["value"]
+    assert str(audited) not in str(card)
+
+
+def test_the_command_repeats_the_audit_without_being_told_of_data_or_base(audited, tmp_path):
+    copy = shutil.copytree(audited, tmp_path / "out")
+    shutil.rmtree(copy / "audit")
+    card = (copy / "README.md").read_text()
+    assert cli.main(["audit", "--model", str(copy)]) == 0
+    assert read_audit(copy / "audit") == read_audit(audited / "audit")
+    assert (copy / "README.md").read_text() == card
+
+
+def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
+    settings = small(held, model=world / "trained", num_images=12, num_inference_steps=6, membership_draws=40)
+    whole = audit(tmp_path / "whole", **settings)
+    output = tmp_path / "cut"
+    command = [*AUDIT, *words({**settings, "output_dir": output})]
+    with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1) as process:
+        end = time.monotonic() + 90
+        while not (output / "samples" / "000007.png").exists():
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert not (output / "audit.json").exists()
+    drawn = {file.name: file.stat().st_mtime_ns for file in sorted((output / "samples").glob("*.png"))[:8]}
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_audit(output) == whole
+    assert {name: (output / "samples" / name).stat().st_mtime_ns for name in drawn} == drawn
+    assert "figures: " in done.stdout
+
+
+def test_an_adapter_is_audited_on_its_base(world, held, tmp_path):
+    settings = flags(world, tmp_path / "out", use_lora=True, rank=2, lora_export="truncate", learning_rate=1e-2)
+    assert cli.main(["train", *words(settings)]) == 0
+    ours = audit(tmp_path / "audit", model=tmp_path / "out", **small(held))
+    base = small(held, train_data_dir=world / "data", model=world / "base")
+    plain = audit(tmp_path / "plain", **base)
+    assert ours["metrics"].keys() == plain["metrics"].keys() | set(OF_A_REFERENCE)
+    assert ours["fingerprint"] != plain["fingerprint"]
+    assert ours["metrics"]["heldout_loss"] != plain["metrics"]["heldout_loss"]
+
+
+def test_a_pipeline_that_no_family_knows_is_drawn_from_and_judged(world, held, tmp_path):
+    components = tiny_sd(timesteps=50).components
+    settings = {name: value for name, value in components["unet"].config.items() if not name.startswith("_")}
+    unet = UNet2DConditionModel(**{**settings, "time_cond_proj_dim": 8})
+    scheduler = LCMScheduler.from_config(components["scheduler"].config)
+    kept = {name: components[name] for name in ("vae", "text_encoder", "tokenizer")}
+    parts = {**kept, "unet": unet, "scheduler": scheduler, "safety_checker": None, "feature_extractor": None}
+    LatentConsistencyModelPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "lcm")
+    found = audit(tmp_path / "out", model=tmp_path / "lcm", train_data_dir=world / "data", **small(held))
+    assert found["pipeline_class"] == "LatentConsistencyModelPipeline"
+    assert {"f_mem", "frechet_mosaic", "similarity_mean_mosaic"} <= found["metrics"].keys()
+    for name in ("mia_auc", "heldout_loss", "prompt_memorization"):
+        assert "LatentConsistencyModelPipeline" in found["not_measured"][name]
+
+
+def test_audits_are_compared(audited, world, held, tmp_path, capsys):
+    audit(tmp_path / "base", model=world / "base", train_data_dir=world / "data", **small(held))
+    capsys.readouterr()
+    files = [str(tmp_path / "base" / "audit.json"), str(audited)]
+    assert cli.main(["audit", "--compare", *files, "--output_dir", str(tmp_path / "compared")]) == 0
+    said = capsys.readouterr().out
+    assert "f_mem" in said
+    assert "page: " in said
+    assert (tmp_path / "compared" / "compare.html").is_file()
+    differences = json.loads((tmp_path / "compared" / "compare.json").read_text())
+    assert "heldout_loss" in differences["metrics"]
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "nothing to judge": ({"model": None}, ["give `--model DIR_OR_HUB_ID`, or `--generated_dir FOLDER`"]),
+    "no such model": ({"model": "nowhere/at/all"}, ["`--model nowhere/at/all`", "no such folder"]),
+    "a folder that is no pipeline": ({"model": "data"}, ["`--model data` is not a diffusers pipeline"]),
+    "no training images": ({"train_data_dir": None}, ["`--train_data_dir FOLDER` or `--dataset_name NAME`"]),
+    "no such training images": ({"train_data_dir": "none"}, ["`--train_data_dir none` is not a folder"]),
+    "no such held-out images": ({"holdout_data_dir": "none"}, ["`--holdout_data_dir none` is not a folder"]),
+    "held-out images without captions": ({"holdout_data_dir": "bare"}, ["`--holdout_data_dir bare` has no captions"]),
+    "no such generated images": ({"generated_dir": "none"}, ["`--generated_dir none` is not a folder"]),
+    "no such features": ({"features": "nowhere.pt"}, ["`--features nowhere.pt`"]),
+    "features that are none": ({"features": "data/000.png"}, ["`--features data/000.png`"]),
+    "no such CLIP model": ({"clip_model": "no/such/model"}, ["`--clip_model no/such/model`"]),
+    "no such reference": ({"reference_model": "no/such/model"}, ["`--reference_model no/such/model`"]),
+    "no such prompts": ({"prompts": "none.txt"}, ["`--prompts none.txt`", "no file"]),
+    "an unknown scheduler": ({"scheduler": "DDIM"}, ["`--scheduler DDIM` is no scheduler"]),
+    "too few draws": ({"membership_draws": 7}, ["`--membership_draws` must be at least 8, not 7"]),
+    "no pictures": ({"num_images": 0}, ["`--num_images` must be at least 1, not 0"]),
+    "a resolution that does not fit": ({"resolution": 13}, ["`--resolution 13` must be a multiple of"]),
+    "an unknown flag": ({"num_image": 3}, ["unknown flag `--num_image`. Did you mean `--num_images`?"]),
+    "a flag of training": ({"learning_rate": 0.1}, ["unknown flag `--learning_rate`"]),
+    "nowhere to write": ({"output_dir": "taken/out"}, ["`--output_dir taken/out` cannot be written"]),
+    "one audit to compare": ({"compare": "torn.json"}, ["`--model` does nothing with `--compare`"]),
+}
+
+
+@pytest.fixture
+def copy(world: Path, held: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the pipeline and the images, where the command is typed."""
+    for name in ("base", "data"):
+        shutil.copytree(world / name, tmp_path / name)
+    shutil.copytree(held, tmp_path / "held")
+    save_images(tmp_path / "bare", 3)
+    (tmp_path / "bare" / "metadata.jsonl").unlink()
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "torn.json").write_text('{"format": "iet_finetune.audit"')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("spoil", "named"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_ends_in_one_line_that_names_it_and_loses_nothing(copy, capfd, spoil, named):
+    plain = {"model": "base", "train_data_dir": "data", "output_dir": "out", **small(Path("held/"))}
+    before = contents(copy)
+    code = cli.main(["audit", *words({**plain, "holdout_data_dir": "held/held", **spoil})])
+    line = the_error(code, *capfd.readouterr())
+    for part in named:
+        assert part in line
+    after = contents(copy)
+    assert {name: after.get(name) for name in before} == before
+    assert not (copy / "out" / "audit.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["torn.json"], "`--compare` needs at least two audits"),
+        (["torn.json", "torn.json"], "`--compare torn.json` is damaged"),
+        (["none.json", "torn.json"], "`--compare none.json`: there is no such file"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(copy, capfd, files, said):
+    assert said in the_error(cli.main(["audit", "--compare", *files]), *capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"holdout_data_dir": "none"}, "`--holdout_data_dir none` is not a folder"),
+        ({"prompts": "none.txt"}, "`--prompts none.txt`"),
+    ],
+)
+def test_what_would_make_the_audit_fail_ends_a_run_before_it_trains(copy, capfd, change, said):
+    settings = flags(copy, copy / "out", audit=True, **change)
+    assert said in the_error(cli.main(["train", *words(settings)]), *capfd.readouterr())
+    assert not (copy / "out" / "metrics.jsonl").exists()
+
+
+def test_an_audit_that_fails_leaves_the_trained_pipeline_and_says_how_to_go_on(copy, capfd):
+    settings = flags(copy, copy / "out", audit=True, num_inference_steps=2, num_images=1, scheduler="DDIM")
+    code = cli.main(["train", *words(settings)])
+    _, stderr = capfd.readouterr()
+    line = stderr.splitlines()[-1]
+    assert code == 2
+    assert "`--scheduler DDIM` is no scheduler" in line
+    assert line.endswith(f"audit it with: iet-finetune audit --model {copy / 'out'}")
+    assert (copy / "out" / "model_index.json").is_file()
