@@ -14,7 +14,7 @@ import yaml
 from .config import GROUPS, Config, flag_names
 from .errors import UserError, one_line
 from .flags import build_parser, flag_specs, parse_arguments, read_yaml
-from .settings import AuditConfig, ModelConfig
+from .settings import AuditConfig, DataConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "iet-finetune audit"
 CONFIG_NAME = "training_config.yaml"
-OF_DATA = (
-    *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
-    *("class_column", "max_train_samples", "holdout_fraction", "resolution", "center_crop"),
-    "image_interpolation_mode",
-)
+OF_DATA = tuple(spec.name for spec in flag_specs(DataConfig))
 OF_AUDIT = tuple(spec.name for spec in flag_specs(AuditConfig) if spec.name != "audit")
 # What a run that was trained here is asked about itself.
 OF_THE_RUN = (
