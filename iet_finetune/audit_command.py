@@ -33,6 +33,19 @@ OF_THE_RUN = (
     *("seed", "max_sequence_length", "guidance_scale"),
 )
 FLAGS = (*OF_THE_RUN, "revision", "variant", "mixed_precision", "output_dir")
+# What means something else here than in training.
+TOLD = {
+    "pretrained_model_name_or_path": "Hub id or folder of the pipeline that a LoRA file is for.",
+    "resolution": "Side of the square images in pixels; that of training, else of the pipeline's own, if not given.",
+    "dataset_split": "Split of the data set that was trained on. (default: train)",
+    "max_train_samples": "The training was on a random subset of this many images.",
+    "random_flip": "Makes no difference here: mirrored copies are always looked for.",
+    "caption_dropout": "Makes no difference here.",
+    "dataloader_num_workers": "Makes no difference here.",
+    "output_dir": "Where the audit and its pictures are written; the folder `audit` in that of the model if not given.",
+    "seed": "Seed of the pictures and of every other draw; that of training if not given.",
+    "mixed_precision": "Precision in which the pipeline works here; fp32 if not given.",
+}
 EXTRA = ("scipy", "torchmetrics")
 
 
@@ -158,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         {title: group for title, group in groups.items() if {spec.name for spec in flag_specs(group)} & set(FLAGS)},
         PROGRAM,
         only=FLAGS,
+        told=TOLD,
     )
     parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
     parser.add_argument(

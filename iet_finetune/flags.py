@@ -95,13 +95,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(
-    description: str, groups: dict[str, type], prog: str | None = None, only: typing.Container[str] | None = None
+    description: str,
+    groups: dict[str, type],
+    prog: str | None = None,
+    only: typing.Container[str] | None = None,
+    told: typing.Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute.
 
     Args:
         prog: what `--help` calls the program; the script's name if not given.
         only: the names of the flags that it has; all if not given.
+        told: the line of `--help`, default and all, of flags that mean something else here.
     """
     parser = _Parser(
         prog=prog,
@@ -117,18 +122,19 @@ def build_parser(
         section = parser.add_argument_group(title)
         for spec in flag_specs(group):
             if only is None or spec.name in only:
-                _add_argument(section, spec)
+                _add_argument(section, spec, (told or {}).get(spec.name))
     return parser
 
 
-def _add_argument(section: Any, spec: FlagSpec) -> None:
-    help_text = spec.help.replace("%", "%%")
+def _add_argument(section: Any, spec: FlagSpec, told: str | None) -> None:
+    help_text = (told or spec.help).replace("%", "%%")
     if spec.scalar is bool:
         names = (f"--{spec.name}", f"--no_{spec.name}")
         section.add_argument(*names, action=_BoolAction, nargs=0, dest=spec.name, help=help_text)
         return
-    if spec.default is not None and spec.default != ():
-        help_text += f" (default: {spec.default})"
+    if told is None and spec.default is not None and spec.default != ():
+        shown = " ".join(map(str, spec.default)) if spec.many else spec.default
+        help_text += f" (default: {shown})"
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.scalar.__name__.upper()
     section.add_argument(f"--{spec.name}", nargs="+" if spec.many else None, metavar=metavar, help=help_text)
 
