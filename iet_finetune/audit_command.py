@@ -42,7 +42,7 @@ TOLD = {
     "random_flip": "Makes no difference here: mirrored copies are always looked for.",
     "caption_dropout": "Makes no difference here.",
     "dataloader_num_workers": "Makes no difference here.",
-    "output_dir": "Where the audit and its pictures are written; the folder `audit` in that of the model if not given.",
+    "output_dir": "Where the audit and its pictures are written; `audit` in the folder of the model if not given.",
     "seed": "Seed of the pictures and of every other draw; that of training if not given.",
     "mixed_precision": "Precision in which the pipeline works here; fp32 if not given.",
 }

@@ -1,12 +1,13 @@
 """The output folder: whether it may be used, and how finished things get into it."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
@@ -34,6 +35,7 @@ INDEX = "model_index.json"
 CONFIG = "training_config.yaml"
 # Without one of these there is no finished result in a folder.
 MARKS = (INDEX, LORA_NAME)
+AUDIT_FILES = ("audit/audit.json", "audit/pairs.json", "audit/report.html")
 
 
 class FolderLock:
@@ -181,6 +183,28 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
         else:
             entry.replace(folder / entry.name)
     partial.rmdir()
+
+
+@contextlib.contextmanager
+def audit_of_other_weights_removed(folder: Path) -> Iterator[None]:
+    """Removes the audit of the result in a folder if the weights become others inside; what was drawn stays.
+
+    Pictures and figures of the old weights that are kept beside it are not used for new ones.
+    """
+    before = _weights_digest(folder) if (folder / AUDIT_FILES[0]).exists() else None
+    yield
+    if before is not None and _weights_digest(folder) != before:
+        for name in AUDIT_FILES:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+        if not file.parent.name.startswith("checkpoint-"):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _remove_pipeline(folder: Path) -> None:

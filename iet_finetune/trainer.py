@@ -217,7 +217,8 @@ class Trainer:
         self._gather_clones()
         self.ensemble.load_result()
         result = Result(self.parts, self.config)
-        outputs.publish(self.output, result.save)
+        with outputs.audit_of_other_weights_removed(self.output):
+            outputs.publish(self.output, result.save)
         parts, clones = self.parts, self.ensemble.clones
         ledgers = [clone.ledger for clone in clones]
         write_ledger(self.output / LEDGER, parts.images, parts.heldout, parts.indices, ledgers)

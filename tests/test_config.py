@@ -113,7 +113,9 @@ def on_the_command_line(flags: dict[str, Any]) -> list[str]:
 def test_a_configuration_comes_back_from_the_command_line(config):
     # A prompt that begins with a dash would be a flag.
     prompts = [prompt for prompt in config.validation.validation_prompts if not prompt.startswith("-")]
-    flags = {**config.to_flags(), **base_of(config), "validation_prompts": prompts}
+    # And none at all can only be written in a file.
+    features = [name for name in config.audit.features if not name.startswith("-")] or ["x"]
+    flags = {**config.to_flags(), **base_of(config), "validation_prompts": prompts, "features": features}
     flags["train_data_dir"] = None if flags["dataset_name"] is not None else "cats"
     assert Config.from_command_line(on_the_command_line(flags)).to_flags() == flags
 

@@ -94,6 +94,18 @@ def test_the_command_repeats_the_audit_without_being_told_of_data_or_base(audite
     assert (copy / "README.md").read_text() == card
 
 
+def test_an_audit_is_shown_as_long_as_the_weights_are_those_that_were_audited(world, audited, held, tmp_path):
+    copy = Path(shutil.copytree(audited, tmp_path / "out"))
+    settings = flags(world, copy, resume_from_checkpoint="latest", **small(held))
+    assert cli.main(["train", *words(settings)]) == 0
+    assert "\n## Audit\n" in (copy / "README.md").read_text()
+    assert read_audit(copy / "audit") == read_audit(audited / "audit")
+    assert cli.main(["train", *words({**settings, "num_train_epochs": 2})]) == 0
+    assert "## Audit" not in (copy / "README.md").read_text()
+    assert "Memorization of this pipeline: not measured." in (copy / "README.md").read_text()
+    assert not (copy / "audit" / "report.html").exists()
+
+
 def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
     settings = small(held, model=world / "trained", num_images=12, num_inference_steps=6, membership_draws=40)
     whole = audit(tmp_path / "whole", **settings)
