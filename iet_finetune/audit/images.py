@@ -22,10 +22,6 @@ class Pixels(NamedTuple):
     array: np.ndarray
     key: str
 
-    def rows(self, indices: np.ndarray) -> "Pixels":
-        """Some of them; to be used for few."""
-        return Pixels(self.array[indices], digest([self.key, *map(str, indices)]))
-
     def __len__(self) -> int:
         return len(self.array)
 

@@ -35,12 +35,14 @@ class Chosen:
 
     Attributes:
         name: what the progress bar calls them.
-        images: in the order of `pixels`.
+        images: the chosen ones.
+        pixels, places: of more images, and which of those are the chosen ones.
     """
 
     name: str
     images: TrainingImages
     pixels: Pixels
+    places: np.ndarray
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,7 +68,7 @@ def losses(subject: Subject, bench: Bench, chosen: Chosen, draws: Draws) -> np.n
         with autocast(subject.device, precision):
             rows = image_losses(
                 family,
-                as_values(chosen.pixels.array[numbers]).to(subject.device),
+                as_values(chosen.pixels.array[chosen.places[numbers]]).to(subject.device),
                 [images.captions[i][0] for i in numbers],
                 torch.tensor(sizes, device=subject.device),
                 torch.tensor(labels, device=subject.device),
@@ -77,7 +79,7 @@ def losses(subject: Subject, bench: Bench, chosen: Chosen, draws: Draws) -> np.n
 
     made_from: dict[str, Any] = {
         "model": subject.fingerprint,
-        "images": chosen.pixels.key,
+        "images": digest([chosen.pixels.key, *map(str, chosen.places)]),
         "told": images.fingerprint,
         "draws": digest([str(draws.timesteps.tolist()), str(draws.noise.double().sum().item())]),
         "precision": precision,
@@ -122,25 +124,21 @@ def measure_losses(
     Returns:
         the figures, those by noise level, and of each attack the AUC by how often an image is in the data.
     """
-    reason = None
-    if subject is None:
-        reason = NEEDS_MODEL
-    elif subject.family is None:
-        reason = f"no family of this package knows the {subject.class_name}, so its losses are not known"
-    elif not bench.has_heldout:
-        reason = NEEDS_HELDOUT
-    if reason is not None or subject is None or subject.family is None:
-        return Findings(not_measured=dict.fromkeys(OF_LOSSES, str(reason))), [], {}
+    if (reason := _why_not(bench, subject)) is not None:
+        return Findings(not_measured=dict.fromkeys(OF_LOSSES, reason)), [], {}
+    assert subject is not None and subject.family is not None
     config = bench.config
     shape = subject.family.latent_shape(config.data.resolution)
     low = fixed_draws(subject.family.objective, shape, config.audit.membership_draws, bench.seed)
     spread = spread_draws(subject.family.objective, shape, config.audit.membership_draws, bench.seed)
     training, heldout, repeats = _sides(bench)
-    ours = losses(subject, bench, training, low), losses(subject, bench, heldout, low)
-    whole = losses(subject, bench, training, spread), losses(subject, bench, heldout, spread)
+    both = Draws(torch.cat([low.timesteps, spread.timesteps]), torch.cat([low.noise, spread.noise]), ())
+    count = len(low.timesteps)
+    every = losses(subject, bench, training, both), losses(subject, bench, heldout, both)
+    ours, whole = [side[:, :count] for side in every], [side[:, count:] for side in every]
     theirs, warnings = _reference_losses(bench, subject, load_reference, (training, heldout), low)
     known, unknown = theirs if theirs is not None else (None, None)
-    findings, levels = membership_findings(*ours, low.levels, known, unknown, bench.seed)
+    findings, levels = membership_findings(ours[0], ours[1], low.levels, known, unknown, bench.seed)
     scores = {"mia_auc": [raw_scores(side) for side in ours]}
     if theirs is not None:
         scores["mia_ref_auc"] = [calibrated_scores(*pair) for pair in zip(ours, theirs, strict=True)]
@@ -155,18 +153,23 @@ def measure_losses(
     )
 
 
+def _why_not(bench: Bench, subject: Subject | None) -> str | None:
+    if subject is None:
+        return NEEDS_MODEL
+    if subject.family is None:
+        return f"no family of this package knows the {subject.class_name}, so its losses are not known"
+    return None if bench.has_heldout else NEEDS_HELDOUT
+
+
 def _sides(bench: Bench) -> tuple[Chosen, Chosen, np.ndarray]:
     """The training and the held-out images whose losses are taken, and how often each of the former is in the data."""
     material, limit = bench.material, bench.config.audit.membership_images
     of_training = choose(len(material.members), limit, bench.seed)
     of_heldout = choose(len(material.heldout), limit, bench.seed)
     firsts = [int(number) for number in material.firsts[of_training]]
-    training = Chosen("training images", material.training.subset(firsts), material.references.rows(of_training))
-    heldout = Chosen(
-        "held-out images",
-        material.heldout.subset([int(number) for number in of_heldout]),
-        material.heldout_pixels.rows(of_heldout),
-    )
+    training = Chosen("training images", material.training.subset(firsts), material.references, of_training)
+    unseen = material.heldout.subset([int(number) for number in of_heldout])
+    heldout = Chosen("held-out images", unseen, material.heldout_pixels, of_heldout)
     return training, heldout, material.repeats[of_training]
 
 
