@@ -1,6 +1,7 @@
 """What tests of whole audits share: a small feature network, the command, and what it wrote."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ class Mosaic(nn.Module):
 def save_mosaic(folder: Path) -> Path:
     """A TorchScript file of such features, as SSCD comes in one."""
     path = folder / "mosaic.pt"
-    torch.jit.trace(Mosaic(), torch.zeros(1, 3, 288, 288)).save(str(path))
+    with warnings.catch_warnings():
+        # torch would rather have files of another kind; SSCD comes in these.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(Mosaic(), torch.zeros(1, 3, 288, 288)).save(str(path))
     return path
 
 

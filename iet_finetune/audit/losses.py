@@ -84,6 +84,7 @@ def losses(subject: Subject, bench: Bench, chosen: Chosen, draws: Draws) -> np.n
         "draws": digest([str(draws.timesteps.tolist()), str(draws.noise.double().sum().item())]),
         "precision": precision,
         "batch": batch,
+        **{f"told_{name}": value for name, value in subject.told.items()},
     }
     return bench.work.rows(f"losses of {chosen.name}", made_from, len(images), compute, batch)
 
@@ -126,7 +127,8 @@ def measure_losses(
     """
     if (reason := _why_not(bench, subject)) is not None:
         return Findings(not_measured=dict.fromkeys(OF_LOSSES, reason)), [], {}
-    assert subject is not None and subject.family is not None
+    assert subject is not None
+    assert subject.family is not None
     config = bench.config
     shape = subject.family.latent_shape(config.data.resolution)
     low = fixed_draws(subject.family.objective, shape, config.audit.membership_draws, bench.seed)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from audit_runs import read_audit, save_mosaic, typed
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from iet_finetune import cli
 from iet_finetune.data.dataset import load_images
 from iet_finetune.settings import DataConfig
 
@@ -70,6 +72,32 @@ def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
     eval(line, {"pipeline": pipeline})
     assert pipeline.get_active_adapters()
     assert pipeline("red apple", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_the_three_models_are_audited_in_the_same_way_and_then_compared(tmp_path):
+    # These tests may themselves be run by make, and the inner one would say which folder it enters and leaves.
+    flags = ["make", "--no-print-directory", "-n", "-o", "/dev/null", "INSTALLED=/dev/null"]
+    make = subprocess.run(
+        [*flags, f"BIN={Path(sys.executable).parent}", "demo-audit"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = [line.split("audit ", 1)[1] for line in make.stdout.splitlines() if "iet-finetune audit " in line]
+    *audits, compare = [line.split() for line in lines]
+    models = {line[line.index("--model") + 1] for line in audits}
+    assert models == {"demo/pipeline", "outputs/demo-plain", "outputs/demo"}
+    assert len({tuple(line[: line.index("--model")]) for line in audits}) == 1
+    assert compare[1:4] == ["outputs/demo-base", "outputs/demo-plain", "outputs/demo"]
+    base = next(line for line in audits if "demo/pipeline" in line)
+    assert base[base.index("--output_dir") + 1] == "outputs/demo-base/audit"
+    few = {"num_images": 3, "num_inference_steps": 2, "membership_images": 8, "features": save_mosaic(tmp_path)}
+    short = typed({**few, "output_dir": tmp_path / "base" / "audit"})
+    assert cli.main(["audit", *base, *short]) == 0
+    found = read_audit(tmp_path / "base" / "audit")
+    assert found["data"] == found["data"] | {"training_images": 580, "distinct": 300, "exact_duplicates": 280}
+    assert [(row["repeats"], row["images"]) for row in found["by_repeats"]] == [("1", 280), ("10 or more", 20)]
 
 
 def test_from_scratch_garments_are_drawn_and_the_result_loads(tmp_path):
