@@ -13,6 +13,7 @@ import yaml
 
 from .config import GROUPS, Config, flag_names
 from .errors import UserError, one_line
+from .files import LORA_NAME
 from .flags import build_parser, flag_specs, parse_arguments, read_yaml
 from .settings import AuditConfig, DataConfig, ModelConfig
 
@@ -46,6 +47,8 @@ TOLD = {
     "seed": "Seed of the pictures and of every other draw; that of training if not given.",
     "mixed_precision": "Precision in which the pipeline works here; fp32 if not given.",
 }
+# How a pipeline of the Hub is chosen; of a finished run it is its base's and not its own.
+OF_LOADING = ("revision", "variant")
 EXTRA = ("scipy", "torchmetrics")
 
 
@@ -128,13 +131,15 @@ def judge(given: Mapping[str, Any]) -> "Judged":
     asked = config.audit.reference_model
     # The base of a run that was trained here is what its model was before.
     assumed = config.model.pretrained_model_name_or_path if of_run else None
-    reference = _model({}, asked) if asked is not None else _model(of_run, assumed)
+    loading = of_run if asked is None else {"cache_dir": config.model.cache_dir}
+    if (Path(str(model)) / LORA_NAME).is_file():
+        config = replace(config, model=_loaded_as(config.model, of_run, given))
     return Judged(
         config=replace(config, model=replace(config.model, model_config=None)),
         model=model,
-        reference=reference,
+        reference=_model(loading, asked or assumed),
         reference_is_wish=asked is not None,
-        split_is_known=bool(of_run),
+        split_is_known=_is_split_of(config, of_run),
         has_resolution="resolution" in given or "resolution" in of_run or _in_file(given, "resolution"),
         output=output,
         own=own and output.resolve() == Path(f"{model}/audit").resolve(),
@@ -145,8 +150,22 @@ def _model(of_run: Mapping[str, Any], name: str | None) -> ModelConfig | None:
     """How a reference model is loaded: as the run itself loaded it, where that is known."""
     if name is None:
         return None
-    known = {key: of_run.get(key) for key in ("revision", "variant", "cache_dir")}
+    known = {key: of_run.get(key) for key in (*OF_LOADING, "cache_dir", "prediction_type")}
     return ModelConfig(pretrained_model_name_or_path=name, **known)
+
+
+def _loaded_as(model: ModelConfig, of_run: Mapping[str, Any], given: Mapping[str, Any]) -> ModelConfig:
+    """The base of a LoRA file that was trained here, loaded as the run loaded it unless something else is given."""
+    if "pretrained_model_name_or_path" in given:
+        return model
+    known = {name: of_run[name] for name in OF_LOADING if name in of_run and getattr(model, name) is None}
+    return replace(model, **known)
+
+
+def _is_split_of(config: Config, of_run: Mapping[str, Any]) -> bool:
+    """Whether the run, if there was one, drew the same share and so was trained without it."""
+    flags = config.to_flags()
+    return bool(of_run) and all(flags[name] == of_run.get(name) for name in ("holdout_fraction", "seed"))
 
 
 def _of_the_run(model: str | None) -> dict[str, Any]:

@@ -81,6 +81,17 @@ class FolderLock:
         self.release()
 
 
+def make_writable(folder: Path) -> None:
+    """Makes the output folder, if it is not there; raises a `UserError` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"`--output_dir {folder}` cannot be written: {reason}. Choose another folder.") from None
+
+
 def claim(folder: Path, resuming: bool) -> FolderLock:
     """Creates the output folder, makes sure that it can be written and holds nothing that would be mixed up, and
     removes what an interrupted run of ours left half done.
@@ -89,13 +100,7 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
         UserError: it is a file, cannot be written, is in use, is not empty although nothing is resumed, or holds
             other things than a run that could be resumed.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"`--output_dir {folder}` cannot be written: {reason}. Choose another folder.") from None
+    make_writable(folder)
     lock = FolderLock(folder)
     try:
         _check_content(folder, resuming)

@@ -29,6 +29,7 @@ def sample_audit(**changes: Any) -> dict[str, Any]:
         "version": 1,
         "model": "emoji-sd-iet",
         "pipeline_class": "StableDiffusionPipeline",
+        "reference": {"model": "emoji-sd", "fingerprint": "77aa10fe93b2c4d8"},
         "date": "2026-11-25",
         "versions": {"iet_finetune": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0"},
         "settings": {
@@ -71,6 +72,7 @@ def sample_audit(**changes: Any) -> dict[str, Any]:
                 "images": 20,
                 "extracted": share(12, 20, 0.0),
                 "mia_auc": figure(0.94, 0.03, 0.5),
+                "mia_ref_auc": figure(0.98, 0.01, 0.5),
                 "prompt_memorization": figure(14.2, 1.1, 8.1),
             },
         ],

@@ -252,7 +252,8 @@ _IN_FEATURES = {
     ),
 }
 _MINOR = {"similarity_mean", "similarity_p90"}
-_BY_REPEATS = ("extracted", "mia_auc", "prompt_memorization")
+# What is also measured by how often images are in the data.
+BY_REPEATS = ("extracted", "mia_auc", "mia_ref_auc", "prompt_memorization")
 
 
 def describe(name: str) -> Entry:
@@ -289,7 +290,7 @@ def _known(name: str) -> Entry | None:
         return replace(_PLAIN[name], name=name)
     if name.startswith("mq_"):
         return _mq(name)
-    for metric in _BY_REPEATS:
+    for metric in BY_REPEATS:
         end = name.removeprefix(f"{metric}_")
         if end != name and end in REPEATS:
             whole = _PLAIN[metric]
@@ -322,7 +323,7 @@ def _place(name: str) -> tuple[int, int, str, int, str]:
     start, often = name.removesuffix(f"_{entry.slug}"), 0
     if entry.repeats is not None:
         often = 1 + list(REPEATS.values()).index(entry.repeats)
-        start = next(metric for metric in _BY_REPEATS if name.startswith(f"{metric}_x"))
+        start = next(metric for metric in BY_REPEATS if name.startswith(f"{metric}_x"))
     start = "mq" if start.startswith("mq_") else start
     position = _ORDER.index(start) if start in _ORDER else len(_ORDER)
     return GROUPS.index(entry.group), position, entry.slug or "", often, name

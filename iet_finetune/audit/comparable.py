@@ -25,6 +25,7 @@ def differing_conditions(labels: Sequence[str], audits: Sequence[Mapping[str, An
             f"number of {name.split('_')[0].replace('heldout', 'held-out')} images", labels, data, name
         )
     yield from _features(labels, audits)
+    yield from _references(labels, audits)
     settings = [{name.lstrip("-"): value for name, value in audit.get("settings", {}).items()} for audit in audits]
     for name in dict.fromkeys(name for each in settings for name in each if name not in _FREE):
         yield from _differing(f"`--{name}`", labels, settings, name)
@@ -43,6 +44,15 @@ def _features(labels: Sequence[str], audits: Sequence[Mapping[str, Any]]) -> Ite
         if len({str(each) for _, each in having}) > 1:
             names, prints = zip(*having, strict=True)
             yield f"the features {slug} are not the same: {_listed(names, [_short(each) for each in prints])}"
+
+
+def _references(labels: Sequence[str], audits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Membership inference that was calibrated by other models."""
+    named = zip(labels, (audit.get("reference") for audit in audits), strict=True)
+    found = [(label, each) for label, each in named if isinstance(each, Mapping)]
+    if len({str(each.get("fingerprint")) for _, each in found}) > 1:
+        shown = [f"{each.get('model')} {_short(each.get('fingerprint'))}" for _, each in found]
+        yield f"the reference models differ: {_listed([label for label, _ in found], shown)}"
 
 
 def _differing(words: str, labels: Sequence[str], tables: Sequence[Mapping[str, Any]], name: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError, one_line
 from ..files import written_beside
-from .catalogue import in_order, repeats_name
+from .catalogue import BY_REPEATS, in_order, repeats_name
 from .comparable import differing_conditions
 from .compare_text import as_text as as_text
 from .differences import Difference, difference
@@ -150,7 +150,7 @@ def _figures(audit: Mapping[str, Any]) -> dict[str, Any]:
     """All metrics of an audit by name, those of the images that are so often in the data among them."""
     figures = dict(audit.get("metrics", {}))
     for row in audit.get("by_repeats", []):
-        for metric in ("extracted", "mia_auc", "prompt_memorization"):
+        for metric in BY_REPEATS:
             name = repeats_name(metric, str(row.get("repeats")))
             if name is not None and row.get(metric) is not None:
                 figures.setdefault(name, row[metric])

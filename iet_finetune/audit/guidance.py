@@ -1,12 +1,11 @@
 """Prompt memorization: how far the captions of training images pull the denoiser away from no caption."""
 
-from collections import Counter
-
 import numpy as np
 
 from .bench import NEEDS_MODEL, Bench, choose
 from .findings import Findings
 from .images import digest
+from .material import Material
 from .metrics import Metric
 from .prompts import guidance_fault, prompt_by_repeats, prompt_findings, prompt_norms
 from .samples import autocast, distinct_captions
@@ -21,7 +20,7 @@ def measure_prompts(bench: Bench, subject: Subject | None) -> tuple[Findings, di
     """The norms of the guidance of captions of training images, against those of held-out images.
 
     Returns:
-        the figures, and the mean norm by how many training images have the caption.
+        the figures, and the mean norm by how often the image of the caption is in the data.
     """
     guidance = bench.config.audit.sampling_guidance_scale
     reason = NEEDS_MODEL if subject is None else guidance_fault(subject.pipeline, guidance)
@@ -34,9 +33,17 @@ def measure_prompts(bench: Bench, subject: Subject | None) -> tuple[Findings, di
     theirs = None
     if heldout := _chosen(unknown, bench.seed):
         theirs = _norms(bench, subject, "held-out captions", heldout)
-    counts = Counter(text for texts in bench.material.training.captions for text in set(texts))
-    repeats = np.array([counts[text] for text in training])
+    repeats = _repeats(bench.material, training)
     return prompt_findings(ours, theirs, bench.seed), prompt_by_repeats(ours, repeats, bench.seed)
+
+
+def _repeats(material: Material, captions: list[str]) -> np.ndarray:
+    """How many training images the picture of each caption is, (P,) int64; of several pictures the most repeated."""
+    most: dict[str, int] = {}
+    for members in material.members:
+        for text in {text for number in members for text in material.training.captions[number]}:
+            most[text] = max(most.get(text, 0), len(members))
+    return np.array([most[text] for text in captions], dtype=np.int64)
 
 
 def _chosen(captions: list[str], seed: int) -> list[str]:
@@ -70,5 +77,6 @@ def _norms(bench: Bench, subject: Subject, of: str, captions: list[str]) -> np.n
         "size": size,
         "precision": precision or "no",
         "batch": bench.batch,
+        **{f"told_{name}": value for name, value in subject.told.items()},
     }
     return bench.work.rows(f"guidance of {of}", made_from, len(captions), compute, bench.batch)

@@ -1,6 +1,6 @@
 """What an audit compares: training images without their duplicates, images held out, and the generated ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -63,7 +63,29 @@ def load_real_images(config: Config, needs_captions: bool) -> tuple[TrainingImag
         heldout = load_folder(
             "holdout_data_dir", audit.holdout_data_dir, data, cache_dir=cache_dir, captions=needs_captions
         )
+        heldout = _numbered_alike(heldout, training, data.class_column)
     return training, heldout
+
+
+def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: str | None) -> TrainingImages:
+    """The held-out images with the training images' numbers of the classes: by itself a folder numbers only its own.
+
+    Raises:
+        UserError: a class by name that no training image has.
+    """
+    if heldout.classes is None:
+        return heldout
+    theirs, ours = heldout.class_names or (), {name: i for i, name in enumerate(training.class_names or ())}
+    numbers = []
+    for number in heldout.classes:
+        name = theirs[number]
+        # A number stands for itself, also one that no training image has.
+        if name not in ours and name != str(number):
+            raise UserError(
+                f"`--holdout_data_dir`: no training image has the class {name!r} of `--class_column {column}`."
+            )
+        numbers.append(ours.get(name, number))
+    return replace(heldout, classes=tuple(numbers), class_names=training.class_names)
 
 
 def prepare(config: Config, work: Work, training: TrainingImages, heldout: TrainingImages, grey: bool) -> Material:
@@ -109,14 +131,15 @@ def _groups(representative: np.ndarray) -> tuple[np.ndarray, ...]:
 
 def _chosen(work: Work, name: str, everything: np.ndarray, indices: np.ndarray, key: str) -> Pixels:
     """Some of the images: as they are where they lie together, else copied into a file of their own."""
+    key = digest([key, name, *map(str, indices)])
     if len(indices) and np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
-        return Pixels(everything[indices[0] : indices[0] + len(indices)], digest([key, name]))
+        return Pixels(everything[indices[0] : indices[0] + len(indices)], key)
 
     def fill(row: np.ndarray, number: int) -> None:
         row[:] = everything[indices[number]]
 
     chosen = work.filled(name, {"images": key}, (len(indices), *everything.shape[1:]), fill)
-    return Pixels(chosen, digest([key, name]))
+    return Pixels(chosen, key)
 
 
 def _warnings(known: int, heldout: int) -> list[str]:

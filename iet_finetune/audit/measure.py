@@ -14,6 +14,7 @@ from ..data.image_folder import find_files, is_metadata
 from ..data.images import decode_rgb
 from ..data.samples import read_file
 from ..errors import UserError
+from ..ledger import LEDGER
 from ..settings import ModelConfig
 from .bench import Bench
 from .compared import Generated, measure_clip, measure_features, measure_pixels
@@ -27,6 +28,7 @@ from .memorization import REPEATS
 from .metrics import Metric
 from .neighbours import Neighbours
 from .samples import draw_samples, plan_samples
+from .seen import Seen, check_split, read_ledger
 from .subject import Found, Subject, find_subject
 from .work import Work
 
@@ -44,6 +46,7 @@ class Judged:
         has_resolution: whether `--resolution` was given; if not, it is that of the pipeline's own pictures.
         output: where the audit, and the pictures that are drawn, are kept.
         own: whether that folder is of this model alone.
+        ledger: where that of the run lies, if the model was trained here.
     """
 
     config: Config
@@ -55,6 +58,10 @@ class Judged:
     output: Path
     own: bool
 
+    @property
+    def ledger(self) -> Path | None:
+        return None if self.model is None else Path(self.model) / LEDGER
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -62,6 +69,8 @@ class Measured:
 
     Attributes:
         subject: name and class of the pipeline, if there is one.
+        reference: name and fingerprint of the model that membership inference was calibrated by; None without one.
+        ledger: how often the run that trained the model saw and skipped each image, by its content; empty if unknown.
         sampling: how the pictures were drawn.
         nearest: of the generated images among the references.
         similarity: by the features' slug, of each generated image to the reference that is most like it.
@@ -70,6 +79,8 @@ class Measured:
 
     config: Config
     subject: dict[str, Any]
+    reference: dict[str, Any] | None
+    ledger: Seen
     sampling: dict[str, Any]
     material: Material
     generated: Generated
@@ -94,25 +105,28 @@ def measure(judged: Judged, device: torch.device, silent: bool = False) -> Measu
     reference = _find_reference(judged)
     needs_captions = config.audit.clip_model is not None or (found is not None and found.needs_captions)
     training, heldout = load_real_images(config, needs_captions)
+    ledger = read_ledger(judged.ledger)
+    heldout, about_split = check_split(training, heldout, ledger)
     features = _load_features(config, device)
     subject = found.load(device) if found is not None else None
     if subject is not None and subject.family is not None:
-        subject.family.take_classes(training.class_names, max(training.classes or (0,)))
+        subject.family.take_classes(training.class_names, max((*(training.classes or (0,)), *(heldout.classes or ()))))
     config = _sized(judged, subject)
     if subject is not None and subject.family is not None:
         subject.family.latent_shape(config.data.resolution)  # or it cannot be of that size
     material = prepare(config, work, training, heldout, grey=subject is not None and subject.is_grey)
     bench = Bench(config, material, work, device)
+    calibrator: dict[str, Any] = {}
     sampling, generated = _generate(judged, bench, subject)
     about_prompts, by_caption = measure_prompts(bench, subject)
-    about_losses, levels, by_loss = measure_losses(bench, subject, _loader(reference, device))
+    about_losses, levels, by_loss = measure_losses(bench, subject, _loader(reference, device, calibrator))
     described = _described(subject)
     # Whatever comes now needs the memory more.
     del subject
     about_pixels, nearest, extracted = measure_pixels(bench, generated)
     by_features = {each.slug: measure_features(bench, generated, each) for each in features}
     findings = Findings.merged(
-        Findings(warnings=[*_doubts(judged), *material.warnings]),
+        Findings(warnings=[*_doubts(judged, ledger), *about_split, *material.warnings]),
         about_pixels,
         *(found_out for found_out, _ in by_features.values()),
         about_losses,
@@ -123,6 +137,8 @@ def measure(judged: Judged, device: torch.device, silent: bool = False) -> Measu
     return Measured(
         config=config,
         subject=described,
+        reference=calibrator if "mia_ref_auc" in findings.metrics else None,
+        ledger=ledger,
         sampling=sampling,
         material=material,
         generated=generated,
@@ -135,9 +151,9 @@ def measure(judged: Judged, device: torch.device, silent: bool = False) -> Measu
     )
 
 
-def _doubts(judged: Judged) -> list[str]:
+def _doubts(judged: Judged, ledger: Seen) -> list[str]:
     data, audit = judged.config.data, judged.config.audit
-    if judged.split_is_known or not data.holdout_fraction or audit.holdout_data_dir is not None:
+    if ledger or judged.split_is_known or not data.holdout_fraction or audit.holdout_data_dir is not None:
         return []
     return [
         f"the held-out images are {data.holdout_fraction:g} of the data, and there is no record that the model was "
@@ -166,8 +182,17 @@ def _find_reference(judged: Judged) -> Found | None:
         return None
 
 
-def _loader(reference: Found | None, device: torch.device) -> Callable[[], Subject] | None:
-    return None if reference is None else lambda: reference.load(device)
+def _loader(reference: Found | None, device: torch.device, told: dict[str, Any]) -> Callable[[], Subject] | None:
+    """What loads the reference model, if there is one, and then notes which it is."""
+    if reference is None:
+        return None
+
+    def load() -> Subject:
+        subject = reference.load(device)
+        told.update(model=subject.name, fingerprint=subject.fingerprint)
+        return subject
+
+    return load
 
 
 def _sized(judged: Judged, subject: Subject | None) -> Config:
@@ -192,25 +217,33 @@ def _generate(judged: Judged, bench: Bench, subject: Subject | None) -> tuple[di
     """The pictures, given or drawn, and how they were drawn."""
     config, grey = bench.config, subject is not None and subject.is_grey
     transform = training_transform(config, center_crop=True)
-    if config.audit.generated_dir is not None:
-        return {}, _given(config.audit.generated_dir, bench, grey)
-    assert subject is not None
-    if config.audit.scheduler is not None:
+    if subject is not None and config.audit.scheduler is not None:
         subject.set_scheduler(config.audit.scheduler)
+    if config.audit.generated_dir is not None:
+        return _drawing(config, subject), _given(config.audit.generated_dir, bench, grey)
+    assert subject is not None
     plan = plan_samples(config, subject, bench.material.training, bench.material.heldout)
     files = draw_samples(subject, plan, judged.output / "samples", bench.work, own=judged.own)
     pixels = file_array(bench.work, "generated images", files, transform, grey)
-    guidance = plan.guidance if plan.guidance is not None else subject.default_guidance
     sampling = {
         "num_images": len(files),
         "prompts": config.audit.prompts if config.audit.prompts in ("train", "heldout", "none") else "a file",
-        "scheduler": plan.scheduler,
-        "num_inference_steps": plan.steps,
-        "sampling_guidance_scale": guidance,
-        "seed": plan.seed,
-        "mixed_precision": plan.precision,
+        **_drawing(config, subject),
     }
     return sampling, Generated(pixels, tuple(files), plan.prompts)
+
+
+def _drawing(config: Config, subject: Subject | None) -> dict[str, Any]:
+    """How a picture is drawn from a prompt, for what is measured meanwhile too; nothing without a model."""
+    if subject is None:
+        return {}
+    guidance = config.audit.sampling_guidance_scale
+    return {
+        "scheduler": type(subject.pipeline.scheduler).__name__,
+        "num_inference_steps": config.audit.num_inference_steps,
+        "sampling_guidance_scale": guidance if guidance is not None else subject.default_guidance,
+        "mixed_precision": config.training.mixed_precision or "no",
+    }
 
 
 def _given(folder: str, bench: Bench, grey: bool) -> Generated:

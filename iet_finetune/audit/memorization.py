@@ -79,14 +79,14 @@ def similarity_metrics(slug: str, generated: np.ndarray, null: np.ndarray | None
         histogram `similarity_SLUG`, from 0 to 1.
     """
 
-    def beside(figure: Metric, statistic: Callable[[np.ndarray], float]) -> Metric:
-        return figure.against(None if null is None else float(statistic(null)))
+    def beside(figure: Callable[[np.ndarray], Metric]) -> Metric:
+        return figure(generated).against(None if null is None else figure(null))
 
     figures = {
-        f"similarity_mean_{slug}": beside(mean(generated, seed), np.mean),
-        f"similarity_p90_{slug}": beside(bootstrap(_p90, generated, seed=seed), _p90),
-        f"similarity_p95_{slug}": beside(bootstrap(_p95, generated, seed=seed), _p95),
-        f"similarity_above_{COPIED:g}_{slug}": beside(_share(generated > COPIED), _above),
+        f"similarity_mean_{slug}": beside(lambda values: mean(values, seed)),
+        f"similarity_p90_{slug}": beside(lambda values: bootstrap(_p90, values, seed=seed)),
+        f"similarity_p95_{slug}": beside(lambda values: bootstrap(_p95, values, seed=seed)),
+        f"similarity_above_{COPIED:g}_{slug}": beside(lambda values: _share(values > COPIED)),
     }
     return Findings(
         metrics=figures, histograms={f"similarity_{slug}": histogram(BINS, generated=generated, null=null)}
@@ -215,10 +215,6 @@ def _p90(values: np.ndarray) -> float:
 
 def _p95(values: np.ndarray) -> float:
     return float(np.quantile(values, 0.95))
-
-
-def _above(values: np.ndarray) -> float:
-    return float((values > COPIED).mean())
 
 
 def _quotient(nearest: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ class Metric:
         null: the same figure with real images that were not trained on in the place of what is judged, or what chance
             gives; None where there is no such thing.
         count, total: of a rate, how many of how many.
+        null_low, null_high: the 95 % confidence interval of the null, where it has one of its own.
     """
 
     value: float
@@ -30,20 +31,24 @@ class Metric:
     null: float | None = None
     count: int | None = None
     total: int | None = None
+    null_low: float | None = None
+    null_high: float | None = None
 
     def __post_init__(self) -> None:
-        numbers = (self.value, self.low, self.high, 0.0 if self.null is None else self.null)
+        numbers = [each for each in asdict(self).values() if each is not None]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"a metric must be finite, not {numbers}")
 
     def against(self, null: "Metric | float | None") -> "Metric":
-        """The same figure beside its null."""
-        return replace(self, null=null.value if isinstance(null, Metric) else null)
+        """The same figure beside its null, and the interval of that if it has one."""
+        if isinstance(null, Metric):
+            return replace(self, null=null.value, null_low=null.low, null_high=null.high)
+        return replace(self, null=null)
 
     def to_json(self) -> dict[str, Any]:
-        """`value`, `low`, `high` and `null`; of a rate `count` and `total` besides."""
-        fields = asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("count", "total") or value is not None}
+        """`value`, `low`, `high` and `null`, and of the others what there is."""
+        always = ("value", "low", "high", "null")
+        return {name: value for name, value in asdict(self).items() if name in always or value is not None}
 
 
 def rate(count: int, total: int) -> Metric:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow.parquet
 from PIL import Image
 
 from ..data.dataset import TrainingImages
@@ -16,6 +15,8 @@ from .images import digest
 from .measure import Measured
 from .memorization import closest_pairs, ratios
 from .report import write_report
+from .seen import Seen, of_group
+from .subject import shown
 
 AUDIT, PAIRS = "audit.json", "pairs.json"
 FORMAT, VERSION = "iet_finetune.audit", 1
@@ -34,7 +35,7 @@ class Pair(NamedTuple):
     facts: dict[str, Any]
 
 
-def write_outcome(folder: Path, measured: Measured, command: str, ledger: Path) -> dict[str, Any]:
+def write_outcome(folder: Path, measured: Measured, command: str) -> dict[str, Any]:
     """Writes all files into the folder, the report last, and returns what is in `audit.json`.
 
     `audit.json` may be shown to anybody: there are no captions, no names of files and no folders in it. The other two
@@ -42,9 +43,8 @@ def write_outcome(folder: Path, measured: Measured, command: str, ledger: Path) 
 
     Args:
         command: the line that repeats the audit.
-        ledger: of the run that trained the model; it need not be there.
     """
-    audit, pairs = _audit(measured), _pairs(measured, folder, read_ledger(ledger))
+    audit, pairs = _audit(measured), _pairs(measured, folder, measured.ledger)
     _write_json(folder / AUDIT, audit)
     _write_json(folder / PAIRS, [pair.facts for pair in pairs])
     pictures = {pair.facts["generated"]: pair for pair in pairs}
@@ -65,9 +65,10 @@ def _audit(measured: Measured) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         **measured.subject,
+        "reference": measured.reference,
         "date": datetime.date.today().isoformat(),
         "versions": environment()["versions"],
-        "settings": {**{name: flags[name] for name in SETTINGS}, **measured.sampling},
+        "settings": {**{name: flags[name] for name in SETTINGS}, **_clip(measured), **measured.sampling},
         "data": {
             "training_images": len(material.training),
             "distinct": len(material.references),
@@ -95,7 +96,12 @@ def _contents(images: TrainingImages) -> str:
     return digest(sorted(images.content_hashes))
 
 
-def _pairs(measured: Measured, folder: Path, seen: dict[str, tuple[int, int]]) -> list[Pair]:
+def _clip(measured: Measured) -> dict[str, str]:
+    name = measured.config.audit.clip_model
+    return {} if name is None else {"clip_model": shown(name)}
+
+
+def _pairs(measured: Measured, folder: Path, ledger: Seen) -> list[Pair]:
     nearest, material, generated = measured.nearest, measured.material, measured.generated
     ratio = ratios(nearest) if nearest.distance.shape[1] > 1 else None
     values = generated.pixels.array[0].size
@@ -103,7 +109,7 @@ def _pairs(measured: Measured, folder: Path, seen: dict[str, tuple[int, int]]) -
     for number in closest_pairs(nearest):
         reference = int(nearest.index[number, 0])
         members = material.members[reference]
-        told = _of_ledger(material.training, members, seen)
+        told = of_group(material.training, members, ledger)
         facts = {
             "generated": _relative(generated.files[number], folder),
             "training_name": material.training.names[members[0]],
@@ -123,28 +129,6 @@ def _pairs(measured: Measured, folder: Path, seen: dict[str, tuple[int, int]]) -
 
 def _relative(file: Path, folder: Path) -> str:
     return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else str(file)
-
-
-def read_ledger(file: Path) -> dict[str, tuple[int, int]]:
-    """Content hash -> how often all copies of an image were seen and skipped in training; empty without a ledger."""
-    if not file.is_file():
-        return {}
-    table = pyarrow.parquet.read_table(file, columns=["content_hash", "seen", "skipped"]).to_pylist()
-    sums: dict[str, tuple[int, int]] = {}
-    for row in table:
-        seen, skipped = sums.get(row["content_hash"], (0, 0))
-        sums[row["content_hash"]] = seen + row["seen"], skipped + row["skipped"]
-    return sums
-
-
-def _of_ledger(
-    images: TrainingImages, members: np.ndarray, seen: dict[str, tuple[int, int]]
-) -> tuple[int, int] | None:
-    """How often the images of a group were seen and skipped, all together; None if the ledger does not know one."""
-    hashes = {images.content_hashes[number] for number in members}
-    if not hashes <= seen.keys():
-        return None
-    return sum(seen[each][0] for each in hashes), sum(seen[each][1] for each in hashes)
 
 
 def _write_json(path: Path, values: Any) -> None:

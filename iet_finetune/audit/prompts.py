@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..families.loading import quiet_loading
 from .findings import Findings, histogram
 from .membership import evaluating
 from .memorization import repeat_classes
@@ -94,7 +95,7 @@ def prompt_norms(
         for start in range(0, len(prompts), batch_size):
             chosen = [min(start + i, len(prompts) - 1) for i in range(batch_size)]
             generators = [torch.Generator().manual_seed(int(seeds[i])) for i in chosen]
-            with _watched(denoiser, batch_size) as watch, torch.no_grad():
+            with _watched(denoiser, batch_size) as watch, torch.no_grad(), quiet_loading():
                 pipeline([prompts[i] for i in chosen], generator=generators, **told)
             norms.append(watch.mean().cpu().numpy())
     return np.concatenate([*norms, np.zeros(0, dtype=np.float32)])[: len(prompts)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .catalogue import GROUPS, describe, in_order, times
+from .catalogue import BY_REPEATS, GROUPS, describe, in_order, times
 from .charts import histogram_chart, interval_mark, level_chart
 
 Audit = Mapping[str, Any]
@@ -136,7 +136,7 @@ def _mark(figure: Mapping[str, Any], percent: bool) -> Markup:
 def repeats(audit: Audit) -> Part | None:
     """Figures of the images that are in the data once, a few times, often; None if there are none."""
     rows = audit.get("by_repeats") or []
-    columns = [name for name in ("extracted", "mia_auc", "prompt_memorization") if any(row.get(name) for row in rows)]
+    columns = [name for name in BY_REPEATS if any(row.get(name) for row in rows)]
     if not rows:
         return None
     return {

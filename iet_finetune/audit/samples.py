@@ -31,6 +31,7 @@ class Plan:
         scheduler: its class.
         model: fingerprint of the pipeline.
         precision: `no`, `bf16` or `fp16`.
+        told: what else the pipeline is told, such as a length of prompts; see `Subject.told`.
     """
 
     prompts: tuple[str, ...]
@@ -43,11 +44,13 @@ class Plan:
     model: str
     precision: str
     batch: int
+    told: dict[str, Any]
 
     def settings(self) -> dict[str, Any]:
         """What decides a picture, whatever the number of pictures, in types of JSON."""
         values = asdict(self)
-        return {name: value for name, value in values.items() if name not in ("prompts", "classes")}
+        told = values.pop("told")
+        return {name: value for name, value in values.items() if name not in ("prompts", "classes")} | told
 
 
 def plan_samples(config: Config, subject: Subject, training: TrainingImages, heldout: TrainingImages) -> Plan:
@@ -78,6 +81,7 @@ def plan_samples(config: Config, subject: Subject, training: TrainingImages, hel
         subject.fingerprint,
         config.training.mixed_precision or "no",
         audit.eval_batch_size,
+        subject.told,
     )
 
 

@@ -48,7 +48,8 @@ class Subject:
     @property
     def is_grey(self) -> bool:
         """Whether its pictures have one channel."""
-        return getattr(self.pipeline, "vae", None) is None and getattr(self.denoiser.config, "in_channels", 3) == 1
+        settings = getattr(self.denoiser, "config", None)
+        return getattr(self.pipeline, "vae", None) is None and getattr(settings, "in_channels", 3) == 1
 
     @property
     def takes_prompts(self) -> bool:
@@ -74,11 +75,19 @@ class Subject:
     def default_guidance(self) -> float | None:
         """The guidance that the pipeline draws with by default; None if it takes none."""
         parameter = inspect.signature(self.pipeline.__call__).parameters.get("guidance_scale")
-        return None if parameter is None else float(parameter.default)
+        return float(parameter.default) if parameter is not None and _is_number(parameter.default) else None
 
     def call_options(self) -> dict[str, Any]:
         """What the pipeline must be told to draw as it was trained."""
         return {} if self.family is None else self.family.call_options
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Settings beside its weights and its scheduler that decide what it predicts, in types of JSON."""
+        told = dict(self.call_options())
+        if self.family is not None and (guidance := self.family.config.training.guidance_scale) is not None:
+            told["guidance_scale"] = guidance
+        return told
 
     def draw(
         self,
@@ -110,9 +119,10 @@ class Subject:
             wanted["guidance_scale"] = guidance
         arguments = {name: value for name, value in wanted.items() if name in known}
         try:
-            with torch.no_grad():
+            # Quiet: a pipeline repeats for every batch which prompts are too long for it.
+            with torch.no_grad(), quiet_loading():
                 images = self.pipeline(**arguments).images
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"`--model {self.name}`: a {self.class_name} could not draw ({one_line(error).rstrip('.')}): draw "
                 "yourself, and give the pictures with `--generated_dir`."
@@ -132,7 +142,12 @@ class Subject:
         if flow != name.startswith("FlowMatch"):
             raise UserError(f"`--scheduler {name}` does not draw with a {self.class_name}: leave it out.")
         with quiet_loading():
-            self.pipeline.scheduler = kind.from_config(self.pipeline.scheduler.config)
+            scheduler = kind.from_config(self.pipeline.scheduler.config)
+        if isinstance(self.pipeline, diffusers.DDIMPipeline) and not isinstance(scheduler, diffusers.DDIMScheduler):
+            # That pipeline draws by DDIM alone; its sister takes what there is.
+            self.pipeline = diffusers.DDPMPipeline(unet=self.denoiser, scheduler=scheduler)
+            self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.scheduler = scheduler
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,7 @@ class Found:
             # By DDIM, by class and without a safety checker, as while training.
             pipeline = family.sampling_pipeline()
         pipeline.set_progress_bar_config(disable=True)
-        return Subject(_shown(self.name), self.source.class_name, family, pipeline.to(device), device, fingerprint)
+        return Subject(shown(self.name), self.source.class_name, family, pipeline.to(device), device, fingerprint)
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -229,6 +244,10 @@ def _add_lora(pipeline: Any, folder: Path, flag: str) -> None:
         ) from None
 
 
-def _shown(name: str) -> str:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(name: str) -> str:
     """A name without the folders of this machine."""
     return os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name

@@ -10,6 +10,8 @@ from .metrics import rate
 
 GUARANTEE = "This measures; it does not prove that nothing is memorized: only differential privacy gives a guarantee."
 
+# Copies that are rarer than this may be missed without calling a model clean: 73 pictures without one show it.
+_RARE = 0.05
 BAD, GOOD, OPEN, PLAIN = "bad", "good", "open", "plain"
 Figure = Mapping[str, Any]
 
@@ -46,9 +48,10 @@ class Verdict:
 
 def verdict(audit: Mapping[str, Any]) -> Verdict:
     """What the content of an audit.json says, in words."""
+    copies = _copies(audit)
     found = [
-        _copies(audit),
-        *_extraction(audit),
+        copies,
+        *_extraction(audit, copies.tone),
         *_similarity(audit),
         *_membership(audit),
         *_prompts(audit),
@@ -68,7 +71,9 @@ def _headline(found: list[Sentence]) -> tuple[str, str]:
         copies = "No copies were found, but" if tones["copies"] == GOOD else "Whatever it draws,"
         return f"{copies} the model gives away what it was trained on.", BAD
     if tones["copies"] == GOOD:
-        return "No memorization was found.", GOOD
+        # Who draws no copies may still be told by its losses, if nobody looked.
+        looked = GOOD in (tones.get("membership"), tones.get("prompts"))
+        return ("No memorization was found." if looked else "No copies of training images were found."), GOOD
     if OPEN in tones.values():
         return "Whether the model memorizes cannot be told from this audit.", OPEN
     return "Memorization was not measured.", OPEN
@@ -85,7 +90,7 @@ def _copies(audit: Mapping[str, Any]) -> Sentence:
             f"None of {total:,} generated {_noun(total, 'image')} is nearly a copy of a training image; with 95 % "
             f"confidence fewer than {entry.show(figure['high'])} are."
         )
-        return Sentence(GOOD, text, "copies")
+        return Sentence(GOOD if figure["high"] <= _RARE else OPEN, text, "copies")
     text = (
         f"{_of(count, total, 'generated image')} {'is nearly a copy' if count == 1 else 'are nearly copies'} of "
         f"training images ({entry.show(figure['value'])}, 95 % interval "
@@ -111,7 +116,8 @@ def _against_heldout(text: str, figure: Figure, audit: Mapping[str, Any]) -> Sen
     return Sentence(OPEN, f"{text} Against the score{few}, it cannot be told from chance.", "copies")
 
 
-def _extraction(audit: Mapping[str, Any]) -> Iterator[Sentence]:
+def _extraction(audit: Mapping[str, Any], copies: str) -> Iterator[Sentence]:
+    """What the training images suffer; `copies` is the tone of the finding about the generated ones."""
     figure = _figure(audit, "extracted")
     if figure is None:
         return
@@ -125,9 +131,9 @@ def _extraction(audit: Mapping[str, Any]) -> Iterator[Sentence]:
         text = f"{_of(count, total, 'distinct training image')} can be extracted."
         if len(classes) > 1:
             text += " Whether repeated images suffer more cannot be told."
-        clear = figure.get("null") is not None and figure["low"] > figure["null"]
-        # How often held-out images hit by chance is counted in fewer tries, so a few images prove nothing.
-        yield Sentence(BAD if clear and figure["low"] > 0.01 else OPEN, text, "extraction")
+        # How often held-out images hit by chance is counted in other numbers of tries, so that the two shares cannot
+        # be compared; those of the generated and the held-out images that are copies can.
+        yield Sentence(BAD if copies == BAD else OPEN, text, "extraction")
 
 
 def _repeated(classes: list[tuple[str, Figure]]) -> str:
@@ -155,8 +161,12 @@ def _similarity(audit: Mapping[str, Any]) -> Iterator[Sentence]:
             yield Sentence(PLAIN, f"{text}.", "similarity_alone")
             continue
         text += f"; for held-out images that is {entry.show(null)}. "
-        if figure["low"] > null:
+        of_heldout = {"value": null, "low": figure.get("null_low", null), "high": figure.get("null_high", null)}
+        apart = difference(of_heldout, figure)
+        if apart.low > 0:
             yield Sentence(BAD, f"{text}Generated images come closer.", "similarity")
+        elif apart.value > 0:
+            yield Sentence(OPEN, f"{text}That generated images come closer may be chance.", "similarity_open")
         else:
             yield Sentence(GOOD, f"{text}Generated images come no closer than that.", "similarity_none")
 
@@ -167,17 +177,17 @@ def _membership(audit: Mapping[str, Any]) -> Iterator[Sentence]:
     if name is not None:
         attack = "compared with a reference model" if name == "mia_ref_auc" else "by its loss alone"
         text = f"Shown a training image and a held-out one, an attack on the model ({attack}) picks the right one "
-        yield _pairs(text, figures[name] or {}, "membership", "Nobody can tell training images from others this way.")
+        yield _pairs(text, figures[name] or {}, "membership", "image")
 
 
 def _prompts(audit: Mapping[str, Any]) -> Iterator[Sentence]:
     figure = _figure(audit, "prompt_memorization_auc")
     if figure is not None:
         text = "Shown a training caption and a held-out one, the model's reaction gives the training caption away "
-        yield _pairs(text, figure, "prompts", "Training captions pull no more than others.")
+        yield _pairs(text, figure, "prompts", "caption")
 
 
-def _pairs(text: str, figure: Figure, about: str, none: str) -> Sentence:
+def _pairs(text: str, figure: Figure, about: str, noun: str) -> Sentence:
     """An AUC in words: how often the right one of two is picked."""
     text += (
         f"in {100 * figure['value']:.0f} % of cases (95 % interval {100 * figure['low']:.0f} to "
@@ -185,9 +195,12 @@ def _pairs(text: str, figure: Figure, about: str, none: str) -> Sentence:
     )
     if figure["low"] > 0.5:
         return Sentence(BAD, f"{text}{_strength(figure['value'])}", about)
-    if figure["high"] >= 0.5 and figure["high"] - figure["low"] > 0.2:
-        return Sentence(OPEN, f"{text}Too few images were looked at to tell that from guessing.", about)
-    return Sentence(GOOD, f"{text}{none}", about)
+    if figure["high"] < 0.5:
+        # What was trained on does not score lower for that: the held-out ones are easier, or of another kind.
+        return Sentence(OPEN, f"{text}The two sets of {noun}s differ in other ways, which may hide a leak.", about)
+    if figure["high"] - figure["low"] > 0.2:
+        return Sentence(OPEN, f"{text}Too few {noun}s were looked at to tell that from guessing.", about)
+    return Sentence(GOOD, f"{text}No leak was found this way.", about)
 
 
 def _strength(auc: float) -> str:

@@ -131,7 +131,7 @@ def load_folder(flag: str, folder: str, data: DataConfig, *, cache_dir: str | No
     Args:
         flag: its name, for errors.
         data: the columns.
-        captions: whether captions and classes are wanted; if not, every caption is empty.
+        captions: whether captions are wanted; if not, every caption is empty.
 
     Raises:
         UserError: as `load_images`.
@@ -139,9 +139,8 @@ def load_folder(flag: str, folder: str, data: DataConfig, *, cache_dir: str | No
     source = f"`--{flag} {folder}`"
     if not os.path.isdir(folder):
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
-    columns = Columns(data.image_column, None, None)
-    if captions:
-        columns = Columns(data.image_column, data.caption_column, None, data.class_column)
+    caption_column = data.caption_column if captions else None
+    columns = Columns(data.image_column, caption_column, None, data.class_column)
     return _hashed(read_image_folder(source, find_files(folder), columns, cache_dir), columns)
 
 

@@ -88,7 +88,7 @@ def test_metrics_are_in_the_order_of_the_groups_and_classes_of_repeats_behind_th
     assert names[0] == "f_mem"
 
 
-@pytest.mark.parametrize("metric", ["extracted", "mia_auc", "prompt_memorization"])
+@pytest.mark.parametrize("metric", ["extracted", "mia_auc", "mia_ref_auc", "prompt_memorization"])
 @pytest.mark.parametrize(("repeats", "end"), [("1", "x1"), ("2-4", "x2_4"), ("5-9", "x5_9"), ("10 or more", "x10_up")])
 def test_a_class_of_repeats_has_a_name_and_a_title_of_its_own(metric, repeats, end):
     name = repeats_name(metric, repeats)

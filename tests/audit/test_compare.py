@@ -153,6 +153,10 @@ def test_audits_of_the_same_conditions_give_no_warning(two):
             {"features": [{"slug": "effnet_lite0", "fingerprint": "eeee"}]},
             "the features effnet_lite0 are not the same: 0badc0ffee12 (a), eeee (b)",
         ),
+        (
+            {"reference": {"fingerprint": "ffff"}},
+            "the reference models differ: emoji-sd 77aa10fe93b2 (a), emoji-sd ffff (b)",
+        ),
         ({"settings": {"num_inference_steps": 20}}, "the `--num_inference_steps` differs: 50 (a), 20 (b)"),
         ({"settings": {"sampling_guidance_scale": 7.5}}, "the `--sampling_guidance_scale` differs: none (a), 7.5 (b)"),
         (
@@ -271,6 +275,7 @@ def test_odd_contents_that_a_comparison_does_not_need_do_not_stop_it(save):
         "features": [{"slug": ["x"], "fingerprint": {}}],
         "data": {"training_fingerprint": [1], "generated_images": "many"},
         "model": 7,
+        "reference": "base",
         "date": None,
     }
     found = compare([save("a"), save("b", **odd)])

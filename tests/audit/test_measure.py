@@ -111,6 +111,33 @@ def test_held_out_images_that_were_trained_on_are_left_out(world, tmp_path):
     assert audit["metrics"]["f_mem"]["null"] == 0.0
 
 
+def test_a_training_image_that_becomes_a_held_out_one_leaves_nothing_behind(world, tmp_path):
+    """All images, in their order, are the same as before; only the border between the two sides has moved."""
+    for name in ("train", "held"):
+        shutil.copytree(world / name, tmp_path / name)
+    made = copied(world / "train", tmp_path / "made", 60)
+    flags = settings(world, made, train_data_dir=tmp_path / "train", holdout_data_dir=tmp_path / "held")
+    assert run_audit(tmp_path / "out", **flags)["metrics"]["f_mem"]["value"] == 1.0
+    rows = (tmp_path / "train" / "metadata.jsonl").read_text().splitlines()
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    (tmp_path / "train" / "059.png").rename(tmp_path / "held" / "!.png")
+    held = tmp_path / "held" / "metadata.jsonl"
+    held.write_text(rows[-1].replace("059.png", "!.png") + "\n" + held.read_text())
+    after = run_audit(tmp_path / "out", **flags)
+    assert (after["data"]["distinct"], after["data"]["heldout_images"]) == (59, 25)
+    assert after["metrics"]["f_mem"]["count"] == 59
+    assert after == run_audit(tmp_path / "fresh", **flags)
+
+
+def test_what_a_killed_audit_left_half_done_is_removed(world, tmp_path):
+    left = [tmp_path / "out" / ".report.html.partial", tmp_path / "out" / "work" / ".a-0.npy.partial"]
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    for file in left:
+        file.write_bytes(b"half")
+    run_audit(tmp_path / "out", **settings(world, copied(world / "train", tmp_path / "made", 8)))
+    assert not any(file.exists() for file in left)
+
+
 def test_with_generated_images_alone_what_needs_the_model_is_listed(world, tmp_path):
     audit = run_audit(tmp_path / "out", **settings(world, copied(world / "train", tmp_path / "made", 8)))
     assert audit["model"] is None

@@ -174,3 +174,21 @@ def test_a_model_without_prompts_is_drawn_from_noise_alone(world, tmp_path):
     assert json.loads((tmp_path / "out" / SETTINGS).read_text())["scheduler"] == "DDIMScheduler"
     with pytest.raises(UserError, match=r"takes no prompts"):
         plan_samples(config_of(world, prompts="cats.txt"), subject, training, heldout)
+
+
+def test_pictures_of_prompts_that_were_cut_at_another_length_are_not_taken_up(world, tmp_path):
+    from iet_finetune.families.tiny import save_tiny_pipeline
+
+    save_tiny_pipeline("PixArtSigmaPipeline", tmp_path / "pixart")
+    name = str(tmp_path / "pixart")
+    plans = []
+    for length in (8, 12):
+        config = config_of(world, max_sequence_length=length)
+        subject = subject_of(world, config, name)
+        images = load_images(config.data, cache_dir=None, seed=0)
+        plans.append(plan_samples(config, subject, *images))
+        assert subject.told["max_sequence_length"] == length
+    assert plans[0].model == plans[1].model
+    draw(subject, dataclasses.replace(plans[0], prompts=(), classes=()), tmp_path / "out")
+    with pytest.raises(UserError, match=r"another max_sequence_length \(8 then, 12 now\)"):
+        draw(subject, dataclasses.replace(plans[1], prompts=(), classes=()), tmp_path / "out")

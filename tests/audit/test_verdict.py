@@ -37,7 +37,29 @@ def test_no_copies_among_many_is_said_with_what_may_be_missed():
         "None of 1,000 generated images is nearly a copy of a training image; with 95 % confidence fewer than 0.4 % "
         "are."
     )
-    assert verdict(audit).headline == "No memorization was found."
+    assert verdict(audit).headline == "No copies of training images were found."
+
+
+def test_no_memorization_is_said_only_where_membership_was_looked_at():
+    metrics = {"f_mem": share(0, 1000, 0.0), "mia_auc": figure(0.51, 0.03, 0.5)}
+    assert verdict(bare(metrics=metrics)).headline == "No memorization was found."
+    unclear = metrics | {"mia_auc": figure(0.6, 0.2, 0.5)}
+    assert verdict(bare(metrics=unclear)).headline == "No copies of training images were found."
+
+
+def test_few_pictures_without_a_copy_are_no_good_news():
+    found = verdict(bare(metrics={"f_mem": share(0, 20, 0.0)}))
+    assert found.sentences[0].tone == OPEN
+    assert found.headline == "Whether the model memorizes cannot be told from this audit."
+    assert sentence(bare(metrics={"f_mem": share(0, 80, 0.0)}), "copies").tone == GOOD
+
+
+def test_training_images_hit_in_more_tries_than_held_out_ones_had_are_not_held_against_the_model():
+    # One in fifty by chance: of 1,000 generated images twenty hit something, of 60 held-out ones one.
+    metrics = {"f_mem": share(20, 1000, 1 / 60), "extracted": share(18, 300, 1 / 300)}
+    found = verdict(bare(metrics=metrics, data={"heldout_images": 60}))
+    assert [each.tone for each in found.sentences if each.about in ("copies", "extraction")] == [OPEN, OPEN]
+    assert found.tone == OPEN
 
 
 def test_one_copy_is_spoken_of_in_the_singular():
@@ -120,9 +142,10 @@ def test_nothing_extracted_is_good_news():
         (0.55, 0.03, BAD, "a slight leak"),
         (0.7, 0.03, BAD, "a clear leak"),
         (0.9, 0.03, BAD, "a strong leak"),
-        (0.51, 0.03, GOOD, "Nobody can tell"),
+        (0.51, 0.03, GOOD, "No leak was found this way"),
         (0.6, 0.2, OPEN, "Too few images"),
-        (0.45, 0.03, GOOD, "Nobody can tell"),
+        (0.45, 0.03, OPEN, "differ in other ways"),
+        (0.1, 0.05, OPEN, "differ in other ways"),
     ],
 )
 def test_a_membership_attack_is_judged_by_its_interval(auc, reach, tone, words):
@@ -158,6 +181,16 @@ def test_a_leak_with_copies_unmeasured_does_not_claim_that_there_are_none():
 def test_similarity_is_set_against_held_out_images(null, about, tone):
     audit = bare(
         metrics={"similarity_p95_effnet_lite0": figure(0.83, 0.01, null)},
+        features=[{"slug": "effnet_lite0", "title": "EfficientNet-Lite0 (ImageNet)"}],
+    )
+    assert sentence(audit, about).tone == tone
+
+
+@pytest.mark.parametrize(("null_reach", "about", "tone"), [(0.01, "similarity", BAD), (0.2, "similarity_open", OPEN)])
+def test_the_similarity_of_few_held_out_images_is_no_more_certain_than_their_number(null_reach, about, tone):
+    of_heldout = {"null_low": 0.75 - null_reach, "null_high": 0.75 + null_reach}
+    audit = bare(
+        metrics={"similarity_p95_effnet_lite0": figure(0.83, 0.01, 0.75) | of_heldout},
         features=[{"slug": "effnet_lite0", "title": "EfficientNet-Lite0 (ImageNet)"}],
     )
     assert sentence(audit, about).tone == tone

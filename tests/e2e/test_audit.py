@@ -11,8 +11,15 @@ from typing import Any
 
 import pytest
 from audit_runs import read_audit, save_mosaic
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
-from e2e.command import contents, environment, flags, the_error, words
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from e2e.command import contents, environment, flags, run_torchrun, the_error, words
 from huggingface_hub import ModelCard
 from tiny import save_images, tiny_sd
 
@@ -104,6 +111,48 @@ def test_an_audit_is_shown_as_long_as_the_weights_are_those_that_were_audited(wo
     assert "## Audit" not in (copy / "README.md").read_text()
     assert "Memorization of this pipeline: not measured." in (copy / "README.md").read_text()
     assert not (copy / "audit" / "report.html").exists()
+
+
+def test_a_run_of_two_ranks_ends_with_an_audit_of_the_first_while_the_other_waits(world, held, tmp_path):
+    # Whatever the audit did together with the other would wait in vain.
+    settings = flags(world, tmp_path / "out", audit=True, num_shards=2, ddp_timeout=20, **small(held))
+    done = run_torchrun(2, settings)
+    assert done.returncode == 0, done.stderr
+    assert read_audit(tmp_path / "out" / "audit")["metrics"].keys() >= {"f_mem", "frechet_mosaic", *OF_THE_MODEL}
+
+
+def test_pixels_are_drawn_with_the_scheduler_that_is_asked_for(held, tmp_path):
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    unet = UNet2DModel(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path / "ddpm")
+    settings = small(held, model=tmp_path / "ddpm", train_data_dir=held / "held", holdout_data_dir=None, num_images=2)
+    pictures = []
+    for name in ("DDIMScheduler", "DDPMScheduler"):
+        found = audit(tmp_path / name, **settings, scheduler=name)
+        assert found["settings"]["scheduler"] == name
+        pictures.append((tmp_path / name / "samples" / "000000.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_the_reference_model_is_named(audited):
+    found = read_audit(audited / "audit")
+    assert found["reference"]["model"] == "base"
+    assert found["reference"]["fingerprint"] not in (None, found["fingerprint"])
+
+
+def test_a_share_that_was_trained_on_is_not_taken_for_held_out(audited, held, tmp_path):
+    few = {"num_images": 2, "num_inference_steps": 1, "features": held / "mosaic.pt"}
+    copy = shutil.copytree(audited, tmp_path / "out")
+    config = (copy / "training_config.yaml").read_text().splitlines()
+    kept = [line for line in config if not line.startswith("holdout_data_dir")]
+    (copy / "training_config.yaml").write_text("\n".join(kept) + "\n")
+    found = audit(tmp_path / "audit", model=copy, holdout_fraction=0.25, **few)
+    assert found["data"]["heldout_images"] == 0
+    assert any("held-out images were trained on, as the ledger of the run says" in each for each in found["warnings"])
+    assert "needs held-out images" in found["not_measured"]["mia_auc"]
+    (copy / "ledger.parquet").unlink()
+    found = audit(tmp_path / "unknown", model=copy, holdout_fraction=0.25, **few)
+    assert any("there is no record that the model was trained without them" in each for each in found["warnings"])
 
 
 def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
