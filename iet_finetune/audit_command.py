@@ -124,6 +124,8 @@ def judge(given: Mapping[str, Any]) -> "Judged":
     of_run = _of_the_run(model)
     flags = {name: value for name, value in given.items() if name != "model"}
     config = Config.layered(flags, {name: of_run[name] for name in OF_THE_RUN if name in of_run})
+    if config.audit.generated_dir is not None:
+        _refuse_of_drawing(given)
     own = model is not None and os.path.isdir(model)
     if not own and "output_dir" not in given:
         raise UserError("`--output_dir` is missing: say where the audit is to be written.")
@@ -144,6 +146,15 @@ def judge(given: Mapping[str, Any]) -> "Judged":
         output=output,
         own=own and output.resolve() == Path(f"{model}/audit").resolve(),
     )
+
+
+def _refuse_of_drawing(given: Mapping[str, Any]) -> None:
+    for name in ("num_images", "prompts"):
+        if name in given:
+            raise UserError(
+                f"`--{name} {given[name]}` does nothing with `--generated_dir`, all of whose pictures are judged: "
+                "leave it out."
+            )
 
 
 def _model(of_run: Mapping[str, Any], name: str | None) -> ModelConfig | None:

@@ -12,12 +12,8 @@ HEADING = "## Audit"
 
 
 def audit_section(audit: Mapping[str, Any]) -> str:
-    """The heading, the verdict, and the table of figures with intervals and nulls, from the content of audit.json."""
-    lines = [
-        "| metric | value | 95 % interval | null |",
-        "| --- | ---: | ---: | ---: |",
-        *_rows(audit),
-    ]
+    """The heading, the verdict, the table of figures with intervals and nulls, and the warnings of an audit.json."""
+    table = "\n".join(["| metric | value | 95 % interval | null |", "| --- | ---: | ---: | ---: |", *_rows(audit)])
     data, words = audit["data"], verdict(audit)
     about = (
         f"{data['generated_images']} generated images against {data['distinct']} distinct training images and "
@@ -25,7 +21,10 @@ def audit_section(audit: Mapping[str, Any]) -> str:
         "same way (of quality: what the training images score)."
     )
     findings = "\n".join(f"- {sentence.text}" for sentence in words.sentences)
-    return f"{HEADING}\n\n{words.headline}\n\n{findings}\n\n{about}\n\n" + "\n".join(lines)
+    parts = [HEADING, words.headline, findings, about, table]
+    if audit["warnings"]:
+        parts += ["Warnings:", "\n".join(f"- {line}" for line in audit["warnings"])]
+    return "\n\n".join(parts)
 
 
 def _rows(audit: Mapping[str, Any]) -> Iterator[str]:

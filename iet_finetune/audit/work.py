@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..files import written_beside
 
 # Seconds of computing that an interruption may cost.
@@ -107,7 +108,9 @@ class Work:
             yield advance
 
     def _path(self, name: str, made_from: Mapping[str, Any]) -> Path:
-        digest = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
+        # Another version of this package may compute the same thing in another way.
+        text = json.dumps({**made_from, "by": __version__}, sort_keys=True)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return self._folder / f"{name.replace(' ', '-')}-{digest}.npy"
 
     def _save(self, path: Path, rows: np.ndarray) -> None:

@@ -191,6 +191,9 @@ def pipeline_fingerprint(pipeline: Any) -> str:
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             _hash_weights(digest, name, component)
+        for adapter in getattr(component, "peft_config", {}).values():
+            # By what its matrices are multiplied.
+            digest.update(f"{adapter.lora_alpha} {adapter.alpha_pattern} {adapter.use_rslora}".encode())
     return digest.hexdigest()
 
 

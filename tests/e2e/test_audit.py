@@ -24,6 +24,7 @@ from huggingface_hub import ModelCard
 from tiny import save_images, tiny_sd
 
 from iet_finetune import cli
+from iet_finetune.upload_list import upload_list
 
 AUDIT = [sys.executable, "-m", "iet_finetune", "audit"]
 OF_THE_MODEL = ("mia_auc", "mia_tpr_at_1_fpr", "heldout_loss", "prompt_memorization", "prompt_memorization_auc")
@@ -90,6 +91,18 @@ def test_the_card_shows_the_audit(audited):
     assert results["f_mem"] == found["metrics"]["f_mem"]["value"]
     assert results["mia_ref_auc"] == found["metrics"]["mia_ref_auc"]["value"]
     assert str(audited) not in str(card)
+
+
+def test_training_images_are_published_only_if_that_is_asked_for(audited, world):
+    plain = upload_list(audited)
+    assert [name for name in plain if name.startswith("audit/")] == ["audit/audit.json"]
+    asked = upload_list(audited, audit_images=True)
+    assert asked.keys() - plain.keys() == {"audit/report.html"}
+    report = bytes(asked["audit/report.html"]).decode()
+    assert "data:image/png;base64," in report
+    for local in (audited, world):
+        assert str(local) in (audited / "audit" / "report.html").read_text()
+        assert str(local) not in report
 
 
 def test_the_command_repeats_the_audit_without_being_told_of_data_or_base(audited, tmp_path):
@@ -223,7 +236,14 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such training images": ({"train_data_dir": "none"}, ["`--train_data_dir none` is not a folder"]),
     "no such held-out images": ({"holdout_data_dir": "none"}, ["`--holdout_data_dir none` is not a folder"]),
     "held-out images without captions": ({"holdout_data_dir": "bare"}, ["`--holdout_data_dir bare` has no captions"]),
-    "no such generated images": ({"generated_dir": "none"}, ["`--generated_dir none` is not a folder"]),
+    "a number of given pictures": (
+        {"generated_dir": "bare"},
+        ["`--num_images 5` does nothing with `--generated_dir`"],
+    ),
+    "no such generated images": (
+        {"generated_dir": "none", "num_images": None},
+        ["`--generated_dir none` is not a folder"],
+    ),
     "no such features": ({"features": "nowhere.pt"}, ["`--features nowhere.pt`"]),
     "features that are none": ({"features": "data/000.png"}, ["`--features data/000.png`"]),
     "no such CLIP model": ({"clip_model": "no/such/model"}, ["`--clip_model no/such/model`"]),
