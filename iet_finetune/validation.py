@@ -22,7 +22,7 @@ def draw_images(family: Family, validation: ValidationConfig, seed: int, resolut
     """
     pipeline = family.sampling_pipeline().to(next(family.denoiser.parameters()).device)
     rows = []
-    with _evaluating(family.denoiser), torch.no_grad():
+    with evaluating(family.denoiser), torch.no_grad():
         for prompt in family.prompts(validation):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
             rows.append(family.draw(pipeline, prompt, generators, validation, resolution))
@@ -30,7 +30,8 @@ def draw_images(family: Family, validation: ValidationConfig, seed: int, resolut
 
 
 @contextmanager
-def _evaluating(module: torch.nn.Module) -> Iterator[None]:
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Without dropout inside; as it was afterwards."""
     was_training = module.training
     module.eval()
     try:

@@ -98,7 +98,56 @@ def measure(judged: Judged, device: torch.device, silent: bool = False) -> Measu
     Raises:
         UserError: whatever the user can mend, the cheapest mistakes first.
     """
-    config, work = judged.config, Work(judged.output / "work", silent)
+    subject, loaded = _load(judged, device, Work(judged.output / "work", silent))
+    bench, calibrator = loaded.bench, dict[str, Any]()
+    sampling, generated = _generate(judged, bench, subject)
+    about_prompts, by_caption = measure_prompts(bench, subject)
+    about_losses, levels, by_loss = measure_losses(bench, subject, _loader(loaded.reference, device, calibrator))
+    described = _described(subject)
+    # Whatever comes now needs the memory more.
+    del subject
+    about_pixels, nearest, extracted = measure_pixels(bench, generated)
+    by_features = {each.slug: measure_features(bench, generated, each) for each in loaded.features}
+    findings = Findings.merged(
+        Findings(warnings=loaded.warnings),
+        about_pixels,
+        *(found_out for found_out, _ in by_features.values()),
+        about_losses,
+        about_prompts,
+        measure_clip(bench, generated),
+    )
+    rows = {"extracted": extracted, **by_loss, "prompt_memorization": by_caption}
+    return Measured(
+        config=bench.config,
+        subject=described,
+        reference=calibrator if "mia_ref_auc" in findings.metrics else None,
+        ledger=loaded.ledger,
+        sampling=sampling,
+        material=bench.material,
+        generated=generated,
+        nearest=nearest,
+        similarity={slug: similarity for slug, (_, similarity) in by_features.items()},
+        features=loaded.features,
+        findings=findings,
+        by_noise_level=levels,
+        by_repeats=_by_repeats(bench.material.repeats, rows),
+    )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """All but the pipeline that is audited, which does not stay until the end."""
+
+    bench: Bench
+    features: list[Features]
+    reference: Found | None
+    ledger: Seen
+    warnings: list[str]
+
+
+def _load(judged: Judged, device: torch.device, work: Work) -> tuple[Subject | None, _Loaded]:
+    """What is judged and what it is compared with: names first, then images, then weights."""
+    config = judged.config
     if judged.model is None and config.audit.generated_dir is None:
         raise UserError("nothing to judge: give `--model DIR_OR_HUB_ID`, or `--generated_dir FOLDER`.")
     found = find_subject(config, judged.model, "model") if judged.model is not None else None
@@ -109,46 +158,14 @@ def measure(judged: Judged, device: torch.device, silent: bool = False) -> Measu
     heldout, about_split = check_split(training, heldout, ledger)
     features = _load_features(config, device)
     subject = found.load(device) if found is not None else None
-    if subject is not None and subject.family is not None:
-        subject.family.take_classes(training.class_names, max((*(training.classes or (0,)), *(heldout.classes or ()))))
     config = _sized(judged, subject)
     if subject is not None and subject.family is not None:
+        classes = (*(training.classes or (0,)), *(heldout.classes or ()))
+        subject.family.take_classes(training.class_names, max(classes))
         subject.family.latent_shape(config.data.resolution)  # or it cannot be of that size
     material = prepare(config, work, training, heldout, grey=subject is not None and subject.is_grey)
-    bench = Bench(config, material, work, device)
-    calibrator: dict[str, Any] = {}
-    sampling, generated = _generate(judged, bench, subject)
-    about_prompts, by_caption = measure_prompts(bench, subject)
-    about_losses, levels, by_loss = measure_losses(bench, subject, _loader(reference, device, calibrator))
-    described = _described(subject)
-    # Whatever comes now needs the memory more.
-    del subject
-    about_pixels, nearest, extracted = measure_pixels(bench, generated)
-    by_features = {each.slug: measure_features(bench, generated, each) for each in features}
-    findings = Findings.merged(
-        Findings(warnings=[*_doubts(judged, ledger), *about_split, *material.warnings]),
-        about_pixels,
-        *(found_out for found_out, _ in by_features.values()),
-        about_losses,
-        about_prompts,
-        measure_clip(bench, generated),
-    )
-    rows = {"extracted": extracted, **by_loss, "prompt_memorization": by_caption}
-    return Measured(
-        config=config,
-        subject=described,
-        reference=calibrator if "mia_ref_auc" in findings.metrics else None,
-        ledger=ledger,
-        sampling=sampling,
-        material=material,
-        generated=generated,
-        nearest=nearest,
-        similarity={slug: similarity for slug, (_, similarity) in by_features.items()},
-        features=features,
-        findings=findings,
-        by_noise_level=levels,
-        by_repeats=_by_repeats(material.repeats, rows),
-    )
+    warnings = [*_doubts(judged, ledger), *about_split, *material.warnings]
+    return subject, _Loaded(Bench(config, material, work, device), features, reference, ledger, warnings)
 
 
 def _doubts(judged: Judged, ledger: Seen) -> list[str]:

@@ -1,16 +1,16 @@
 """Membership inference: can the training images be told from held-out ones by the model's loss on them?"""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..families.base import Conditions, Family, in_chunks
 from ..local import ENCODE_CHUNK
 from ..objective import Objective, per_sample_loss
+from ..validation import evaluating
 from .bench import NEEDS_HELDOUT
 from .findings import Findings, histogram
 from .memorization import repeat_classes
@@ -131,17 +131,6 @@ def _encode(family: Family, pixel_values: Tensor, captions: list[str]) -> tuple[
     names = list(family.encode_captions(captions[:1]))
     tensors = in_chunks(lambda chunk: tuple(family.encode_captions(chunk).values()), captions, size)
     return latents, dict(zip(names, tensors, strict=True))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout inside; as it was afterwards."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
 
 
 def raw_scores(losses: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..families.loading import quiet_loading
+from ..validation import evaluating
 from .findings import Findings, histogram
-from .membership import evaluating
 from .memorization import repeat_classes
 from .metrics import Metric, mean
 from .separation import auc_metric, common_edges
