@@ -134,6 +134,25 @@ def test_the_package_and_its_configuration_import_no_heavy_library(code):
     assert not loaded & heavy
 
 
+WITHOUT_THE_EXTRA = """
+import sys
+sys.modules |= dict.fromkeys(("scipy", "torchmetrics", "efficientnet_lite_pytorch"))
+"""
+
+
+def test_without_the_packages_of_the_audit_everything_else_works():
+    loaded_after(f"{WITHOUT_THE_EXTRA}\nimport iet_finetune.trainer, iet_finetune.hub, iet_finetune.audit.compare")
+
+
+def test_without_its_packages_an_audit_ends_in_a_line_that_says_how_to_get_them(monkeypatch, capsys):
+    from iet_finetune import audit_command, cli
+
+    monkeypatch.setattr(audit_command, "EXTRA", ("scipy_of_nobody", "torchmetrics_of_nobody"))
+    assert cli.main(["audit", "--model", "somebody/model"]) == 2
+    line = "an audit needs scipy_of_nobody and torchmetrics_of_nobody: `pip install 'iet_finetune[audit]'`."
+    assert line in capsys.readouterr().err
+
+
 PUBLIC = {
     "AntiGradientControl": "agc",
     "ClassConditionalPipeline": "pipelines",

@@ -1,14 +1,16 @@
 """What every figure of an audit is: a value with its 95 % confidence interval and what held-out images score."""
 
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
+# 1.96: so many standard deviations to either side of a normal distribution's mean hold that share of it.
+_REACH = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 RESAMPLES = 1000
 
 
@@ -59,8 +61,12 @@ def rate(count: int, total: int) -> Metric:
     """
     if not 0 <= count <= total or total == 0:
         raise ValueError(f"{count} of {total} is no rate")
-    low, high = stats.binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
-    return Metric(count / total, float(low), float(high), count=count, total=total)
+    share, weight = count / total, _REACH**2 / total
+    middle = (share + weight / 2) / (1 + weight)
+    reach = _REACH / (1 + weight) * math.sqrt(share * (1 - share) / total + weight / (4 * total))
+    # Rounding must not leave an end beyond where it lies.
+    low, high = (0.0 if count == 0 else middle - reach), (1.0 if count == total else middle + reach)
+    return Metric(share, low, high, count=count, total=total)
 
 
 def bootstrap(
@@ -88,11 +94,10 @@ def bootstrap(
             for _ in range(resamples)
         ]
     )
-    tail = (1 - CONFIDENCE) / 2
     if centred:
-        reach = float(stats.norm.isf(tail)) * float(drawn.std(ddof=1))
+        reach = _REACH * float(drawn.std(ddof=1))
         return Metric(value, value - reach, value + reach)
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Metric(value, float(low), float(high))
 
 
