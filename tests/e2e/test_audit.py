@@ -20,12 +20,14 @@ from diffusers import (
     UNet2DModel,
 )
 from e2e.command import contents, environment, flags, run_torchrun, the_error, words
+from hub_server import HubServer
 from huggingface_hub import ModelCard
-from tiny import save_images, tiny_sd
+from tiny import RESOLUTION, save_images, tiny_sd
 
 from iet_finetune import cli
 from iet_finetune.upload_list import upload_list
 
+TOKEN = "hf_thisIsNotARealTokenButItLooksLikeOne03"
 AUDIT = [sys.executable, "-m", "iet_finetune", "audit"]
 OF_THE_MODEL = ("mia_auc", "mia_tpr_at_1_fpr", "heldout_loss", "prompt_memorization", "prompt_memorization_auc")
 OF_A_REFERENCE = ("mia_ref_auc", "mia_ref_tpr_at_1_fpr")
@@ -103,6 +105,27 @@ def test_training_images_are_published_only_if_that_is_asked_for(audited, world)
     for local in (audited, world):
         assert str(local) in (audited / "audit" / "report.html").read_text()
         assert str(local) not in report
+
+
+def test_a_run_is_pushed_with_its_audit_and_audited_from_the_hub(audited, world, held, tmp_path):
+    with HubServer(TOKEN) as hub:
+        there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        there |= {"HF_HUB_DISABLE_XET": "1"}
+        said = {"capture_output": True, "text": True, "timeout": 120, "check": False, "env": environment(**there)}
+        program = AUDIT[:-1]
+        pushed = subprocess.run([*program, "push", str(audited), "--hub_model_id", "user/cats"], **said)
+        assert pushed.returncode == 0, pushed.stderr
+        files = hub.repositories["user/cats"].files
+        assert json.loads(files["audit/audit.json"]) == read_audit(audited / "audit")
+        assert "type: mia_ref_auc" in files["README.md"].decode()
+        settings = small(held, model="user/cats", train_data_dir=world / "data", output_dir=tmp_path / "out")
+        done = subprocess.run([*AUDIT, *words({**settings, "resolution": RESOLUTION})], **said)
+        assert done.returncode == 0, done.stderr
+        assert hub.troubles == []
+    ours, theirs = read_audit(tmp_path / "out"), read_audit(audited / "audit")
+    assert ours["model"] == "user/cats"
+    assert ours["fingerprint"] == theirs["fingerprint"]
+    assert ours["metrics"] == {name: figure for name, figure in theirs["metrics"].items() if "mia_ref" not in name}
 
 
 def test_the_command_repeats_the_audit_without_being_told_of_data_or_base(audited, tmp_path):
