@@ -10,7 +10,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lora demo-unconditional demo-audit test bench lint format clean
+.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-speed lint format clean
 
 help: ## List these commands.
 	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
@@ -63,6 +63,9 @@ bench: $(INSTALLED) ## Measure memory and speed; takes 15 minutes or more, 16 GB
 	@missed=0; for each in memory scaling lora_merge lora_step nearest; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$each.py || missed=1; \
 	done; exit $$missed
+
+bench-speed: $(INSTALLED) ## Measure the trainer's speed against a plain loop, and its start; takes about 10 minutes.
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .

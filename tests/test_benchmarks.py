@@ -151,3 +151,64 @@ def test_the_search_for_neighbours_is_measured_against_the_loop(tmp_path):
     assert 50 < ours["peak MB"] < 2000
     assert found["checks"][2]["holds"], "other neighbours than the loop's"
     assert [line[0] for line in table_of(printed)[2:]] == ["ours, both orientations", "the loop"]
+
+
+def test_the_speed_of_training_is_measured_against_the_plain_loop(tmp_path):
+    found, printed = run_benchmark("speed", tmp_path, "--fast")
+    assert [row["training"] for row in found["speeds"]] == ["plain loop", "K = 1", "K = 1, AGC", "K = 2, AGC"]
+    for row in found["speeds"]:
+        # Two turns of one step with 8 images, whose median is their mean.
+        assert row["images/s"] == pytest.approx(8 * 1000 / row["ms a step"])
+    *parts, total = found["parts"]
+    assert sum(part["ms a round"] for part in parts) == pytest.approx(total["ms a round"])
+    assert all(part["ms a step"] > 0 for part in parts)
+    diffusers, ours = found["starts"]
+    assert ours["imported, s"] < ours["built, s"] < ours["done, s"]
+    assert found["ratios"]["start"]["median"] == pytest.approx(ours["done, s"] / diffusers["done, s"])
+    # One for each trained tensor: AdamW's step count.
+    assert found["waits"]["optimizer"] > 100
+    assert found["waits"]["elsewhere"] == 0, "a step waits for the device"
+    assert len(found["checks"]) == 5
+    names = [
+        row[name]
+        for rows, name in (("starts", "start"), ("speeds", "training"), ("parts", "part"))
+        for row in found[rows]
+    ]
+    assert [line[0] for line in table_of(printed) if line[0] in names] == names
+
+
+def test_a_program_runs_only_in_its_turn_and_its_error_is_raised_there(programs):
+    from stepped import Turns
+
+    done = []
+
+    def count(after_step):
+        for number in range(3):
+            done.append(number)
+            after_step()
+        raise ValueError("no more")
+
+    turns = Turns(count)
+    assert done == []
+    turns.advance(2)
+    assert done == [0, 1]
+    turns.advance(1)
+    with pytest.raises(ValueError, match="no more"):
+        turns.advance(1)
+    turns.close()
+
+
+def test_a_closed_program_takes_no_further_step(programs):
+    from stepped import Turns
+
+    done = []
+
+    def count(after_step):
+        while True:
+            done.append(len(done))
+            after_step()
+
+    turns = Turns(count)
+    turns.advance(2)
+    turns.close()
+    assert done == [0, 1]

@@ -1,0 +1,289 @@
+"""Is training as fast as a plain loop, and what do anti-gradient control, clones and the start cost?
+
+The plain loop is written anew and does in each step what diffusers' train_text_to_image.py does. Everything that is
+compared takes turns in one process, a few steps at a time, on the same pipeline and images; only the start-up is
+timed in fresh processes.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from plain_loop import Pictures, plain_loop
+from running import ROOT, as_flags, describe_machine, finish, print_table
+from start_up import FIRST_STEP, LOADED_PIPELINE, time_lines
+from stepped import Over, Program, SteppedTrainer, Turns, parts_timed
+
+from iet_finetune import Config
+
+PIPELINE, IMAGES = ROOT / "demo/pipeline", ROOT / "demo/data/finetune"
+RESOLUTION, BATCH = 64, 8
+# Ratios of images a second, and of the seconds until something is done.
+LEAST_SPEED, LEAST_WITH_CONTROL, LEAST_WITH_CLONES = 1.0, 0.99, 0.97
+MOST_START = 1.3
+# Operators that make the host wait for the device.
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
+# In the run that is profiled: the steps between two that log are.
+LOGGING_STEPS = 4
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=512, help="of the demo's to train on")
+    parser.add_argument("--clones", type=int, default=16, help="K of the run that is compared with K = 1")
+    parser.add_argument("--epochs", type=int, default=5, help="that are timed, after one that is not")
+    parser.add_argument("--starts", type=int, default=5, help="of each kind, after one that is not timed")
+    parser.add_argument("--fast", action="store_true", help="a small version, to see that it works")
+    parser.add_argument(
+        "--dir", type=Path, default=Path(tempfile.gettempdir()), help="on this disk outputs lie for a while"
+    )
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    args = parser.parse_args(argv)
+    if args.fast:
+        args.images, args.clones, args.epochs, args.starts = 16, 2, 1, 1
+    if args.images % (each := args.clones * BATCH):
+        parser.error(f"--images {args.images}: must be a multiple of {each}, for full batches of every clone.")
+    return args
+
+
+def flags_of(folder: Path, images: int, **settings: Any) -> dict[str, Any]:
+    """A run's flags: those of the plain loop, and a merge after every epoch."""
+    return {
+        "pretrained_model_name_or_path": PIPELINE,
+        "train_data_dir": IMAGES,
+        "max_train_samples": images,
+        "output_dir": folder,
+        "resolution": RESOLUTION,
+        "train_batch_size": BATCH,
+        "merge_every_epochs": 1,
+        "num_train_epochs": 1000,
+        "mixed_precision": "no",
+        "report_to": "none",
+    } | settings
+
+
+def config_of(scratch: Path, images: int, **settings: Any) -> Config:
+    """The configuration of such a run, in a new folder, with half of the images mirrored."""
+    flags = flags_of(Path(tempfile.mkdtemp(dir=scratch)), images, **settings)
+    return Config.from_command_line([*as_flags(flags), "--random_flip"])
+
+
+def our_program(config: Config) -> Program:
+    """The trainer, built when it first goes on."""
+    return lambda after_step: SteppedTrainer(config, after_step).train_rounds()
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def take_turns(programs: Mapping[str, Program], clones: int, steps: int, epochs: int) -> dict[str, list[float]]:
+    """Seconds of every turn, by program; the first epoch, in which everything is built, is left out.
+
+    Args:
+        clones: turns in an epoch: one shard of the run with clones, and as many steps of the others.
+        steps: in a turn.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    with contextlib.ExitStack() as stack:
+        turns = {name: stack.enter_context(contextlib.closing(Turns(each))) for name, each in programs.items()}
+        for number in range((1 + epochs) * clones):
+            # To and fro: neighbours are compared, and neither is to come first each time.
+            for name in reversed(turns) if number % 2 else turns:
+                began = time.perf_counter()
+                turns[name].advance(steps)
+                seconds[name].append(time.perf_counter() - began)
+    return {name: found[clones:] for name, found in seconds.items()}
+
+
+class Ratio(NamedTuple):
+    """The middle of the ratios of pairs, and between which two values half of them lie."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, above: ArrayLike, below: ArrayLike) -> "Ratio":
+        """Of pairs that were measured one right after the other."""
+        low, median, high = np.quantile(np.divide(above, below), (0.25, 0.5, 0.75)).tolist()
+        return cls(median, low, high)
+
+    def check(self, text: str, least: float) -> tuple[str, bool]:
+        """What was wanted, with `text` before the figure."""
+        found = f"{text} {self.median:.3f} (half of the pairs from {self.low:.3f} to {self.high:.3f})"
+        return f"{found}; wanted is at least {least}", self.median >= least
+
+
+def measure_speed(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Ratio]]:
+    """The table of images a second, and the speeds of pairs."""
+    ours = {
+        "K = 1": config_of(scratch, args.images, agc_threshold=0),
+        "K = 1, AGC": config_of(scratch, args.images),
+        f"K = {args.clones}, AGC": config_of(scratch, args.images, num_shards=args.clones),
+    }
+    pictures, steps = Pictures(IMAGES, args.images, RESOLUTION), args.images // args.clones // BATCH
+    programs: dict[str, Program] = {"plain loop": partial(plain_loop, PIPELINE, pictures, BATCH)}
+    programs |= {name: our_program(config) for name, config in ours.items()}
+    seconds = take_turns(programs, args.clones, steps, args.epochs)
+    rows = [
+        {
+            "training": name,
+            "images/s": args.images * args.epochs / sum(found),
+            "ms a step": 1000 * statistics.median(found) / steps,
+        }
+        for name, found in seconds.items()
+    ]
+    plain, off, on, cloned = seconds.values()
+    # A merge falls into one turn of an epoch: whole epochs are compared.
+    one, many = (np.reshape(found, (-1, args.clones)).sum(axis=1) for found in (on, cloned))
+    return rows, {"plain": Ratio.of(plain, off), "control": Ratio.of(off, on), "clones": Ratio.of(one, many)}
+
+
+# --- breakdown -------------------------------------------------------------------------------------------------------
+
+
+def break_down(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The table of a step's parts, in a run with clones and a merge after every epoch."""
+    spent: dict[str, float] = defaultdict(float)
+    config = config_of(scratch, args.images, num_shards=args.clones)
+
+    def program(pause: Callable[[], None]) -> None:
+        trainer = SteppedTrainer(config, pause)
+        with parts_timed(trainer, spent):
+            trainer.train_rounds()
+
+    epoch, epochs = args.images // BATCH, min(2, args.epochs)
+    with contextlib.closing(Turns(program)) as turns:
+        turns.advance(epoch)
+        spent.update(dict.fromkeys(spent, 0.0))
+        began = time.perf_counter()
+        turns.advance(epochs * epoch)
+        total = time.perf_counter() - began
+    spent["everything else"] = total - sum(spent.values())
+    spent["all"] = total
+    return [
+        {
+            "part": part,
+            "ms a step": 1000 * seconds / epochs / epoch,
+            "ms a round": 1000 * seconds / epochs,
+            "share": f"{seconds / total:.1%}",
+        }
+        for part, seconds in spent.items()
+    ]
+
+
+class Waits(NamedTuple):
+    """How often the host waits for the device in a step, or would if there were one.
+
+    torch's fused optimizers read a step count for each parameter on a CPU; on a GPU their kernels do that.
+    """
+
+    optimizer: float
+    elsewhere: float
+
+
+def count_waits(scratch: Path, args: argparse.Namespace) -> Waits:
+    """Of the steps between two that log, as torch's profiler counts them."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    taken = itertools.count(1)
+
+    def after_step() -> None:
+        number = next(taken)
+        if number == LOGGING_STEPS:
+            profiler.start()
+        elif number == 2 * LOGGING_STEPS - 1:
+            profiler.stop()
+            raise Over
+
+    trainer = SteppedTrainer(
+        config_of(scratch, args.images, merge_every_epochs=100, logging_steps=LOGGING_STEPS), after_step
+    )
+    with contextlib.suppress(Over):
+        trainer.train_rounds()
+    waits = [event for event in profiler.events() if event.name in WAITS]
+    inside = sum("aten::_fused_adamw_" in callers(event) for event in waits)
+    return Waits(inside / (LOGGING_STEPS - 1), (len(waits) - inside) / (LOGGING_STEPS - 1))
+
+
+def callers(event: Any) -> list[str]:
+    """The names of the operators that an operator was called by, from the inside out."""
+    names: list[str] = []
+    while (event := event.cpu_parent) is not None:
+        names.append(event.name)
+    return names
+
+
+# --- start-up --------------------------------------------------------------------------------------------------------
+
+
+def measure_start(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], Ratio]:
+    """The table of both starts, medians, and the ratios of pairs."""
+    ours: list[list[float]] = []
+    plain: list[list[float]] = []
+    # The first ones fill the caches.
+    unmeasured = 0 if args.fast else 1
+    for _ in range(unmeasured + args.starts):
+        flags = as_flags(flags_of(Path(tempfile.mkdtemp(dir=scratch)), args.images))
+        ours.append(time_lines(FIRST_STEP, [*flags, "--random_flip"], scratch))
+        plain.append(time_lines(LOADED_PIPELINE, [str(PIPELINE)], scratch))
+    ours, plain = ours[unmeasured:], plain[unmeasured:]
+    rows = []
+    for name, found in (("diffusers, pipeline loaded", plain), ("ours, first step done", ours)):
+        imported, *others = (statistics.median(times) for times in zip(*found, strict=True))
+        built = others[0] if len(others) > 1 else None
+        rows.append({"start": name, "imported, s": imported, "built, s": built, "done, s": others[-1]})
+    return rows, Ratio.of([times[-1] for times in ours], [times[-1] for times in plain])
+
+
+def main(argv: list[str]) -> int:
+    """Measure everything and print the tables."""
+    args = parse(argv)
+    torch.set_num_threads(1)
+    machine = describe_machine()
+    print(machine, flush=True)
+    # What the trainers tell of their rounds.
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder, contextlib.redirect_stderr(io.StringIO()):
+        scratch = Path(folder)
+        starts, start = measure_start(scratch, args)
+        print_table(starts)
+        speeds, ratios = measure_speed(scratch, args)
+        print_table(speeds)
+        parts = break_down(scratch, args)
+        print_table(parts)
+        waits = count_waits(scratch, args)
+    checks = [
+        ratios["plain"].check("speed of ours over the plain loop's:", LEAST_SPEED),
+        ratios["control"].check("speed with anti-gradient control over that without:", LEAST_WITH_CONTROL),
+        ratios["clones"].check(f"speed of K = {args.clones} over that of K = 1:", LEAST_WITH_CLONES),
+        (
+            f"seconds to the end of the first step over diffusers' to load the pipeline: {start.median:.3f} "
+            f"(half of the pairs from {start.low:.3f} to {start.high:.3f}); wanted is at most {MOST_START}",
+            start.median <= MOST_START,
+        ),
+        (
+            f"between two log lines the host waits for the device {waits.elsewhere:.2g} times a step, beside "
+            f"{waits.optimizer:.0f} in torch's fused optimizer for CPUs; wanted is 0",
+            waits.elsewhere == 0,
+        ),
+    ]
+    content = {"machine": machine, "images": args.images, "speeds": speeds, "parts": parts, "starts": starts}
+    spread = {name: ratio._asdict() for name, ratio in {**ratios, "start": start}.items()}
+    return finish(checks, args.json, {**content, "ratios": spread, "waits": waits._asdict()})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
