@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..files import clean, no_space_named
+from ..files import clean
 from ..outputs import FolderLock, make_writable
 from .measure import Judged, measure
 from .outcome import write_outcome
@@ -26,9 +26,8 @@ def run_audit(judged: Judged, device: torch.device, command: str, silent: bool =
     make_writable(folder)
     lock = FolderLock(folder)
     try:
-        with no_space_named(folder):
-            for place in (folder, folder / "work"):
-                clean(place)  # of what a killed audit left half done
-            return write_outcome(folder, measure(judged, device, silent), command)
+        for place in (folder, folder / "work"):
+            clean(place)  # of what a killed audit left half done
+        return write_outcome(folder, measure(judged, device, silent), command)
     finally:
         lock.release()

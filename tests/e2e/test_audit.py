@@ -310,6 +310,19 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_loses_nothing(copy, capfd,
     assert not (copy / "out" / "audit.json").exists()
 
 
+def test_a_full_disk_ends_an_audit_in_one_line_and_it_goes_on_when_there_is_room(copy, small_disk, capfd):
+    disk = small_disk(60_000)
+    settings = {"model": "base", "train_data_dir": "data", "output_dir": disk / "out", **small(Path("held/"))}
+    command = ["audit", *words({**settings, "holdout_data_dir": "held/held", "num_images": 12})]
+    line = the_error(cli.main(command), *capfd.readouterr())
+    assert "no space left on the device" in line
+    assert "the same command goes on where it was" in line
+    assert "checkpoint" not in line
+    subprocess.run(["mount", "-o", "remount,size=50M", str(disk)], check=True)
+    assert cli.main(command) == 0
+    assert read_audit(disk / "out")["data"]["generated_images"] == 12
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

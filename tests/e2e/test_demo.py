@@ -74,17 +74,17 @@ def test_with_lora_a_file_below_a_megabyte_comes_out_and_loads(tmp_path):
     assert pipeline("red apple", num_inference_steps=2).images[0].size == (64, 64)
 
 
-def test_the_three_models_are_audited_in_the_same_way_and_then_compared(tmp_path):
+def commands_of(target: str, *variables: str) -> str:
+    """What `make` would run for a target, with this Python's programs."""
     # These tests may themselves be run by make, and the inner one would say which folder it enters and leaves.
-    flags = ["make", "--no-print-directory", "-n", "-o", "/dev/null", "INSTALLED=/dev/null"]
-    make = subprocess.run(
-        [*flags, f"BIN={Path(sys.executable).parent}", "demo-audit"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = [line.split("audit ", 1)[1] for line in make.stdout.splitlines() if "iet-finetune audit " in line]
+    make = ["make", "--no-print-directory", "-n", "-o", "/dev/null", "INSTALLED=/dev/null", *variables]
+    program = [*make, f"BIN={Path(sys.executable).parent}", target]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_three_models_are_audited_in_the_same_way_and_then_compared(tmp_path):
+    printed = commands_of("demo-audit").splitlines()
+    lines = [line.split("audit ", 1)[1] for line in printed if "iet-finetune audit " in line]
     *audits, compare = [line.split() for line in lines]
     models = {line[line.index("--model") + 1] for line in audits}
     assert models == {"demo/pipeline", "outputs/demo-plain", "outputs/demo"}
@@ -101,18 +101,10 @@ def test_the_three_models_are_audited_in_the_same_way_and_then_compared(tmp_path
 
 
 def test_from_scratch_garments_are_drawn_and_the_result_loads(tmp_path):
-    # These tests may themselves be run by make, and the inner one would say which folder it enters and leaves.
-    flags = ["make", "--no-print-directory", "-n", "-o", "/dev/null", "INSTALLED=/dev/null", "FASHION_MNIST=/nowhere"]
-    make = subprocess.run(
-        [*flags, f"BIN={Path(sys.executable).parent}", "demo-unconditional"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = commands_of("demo-unconditional", "FASHION_MNIST=/nowhere").rstrip()
     short = f"--output_dir {tmp_path / 'out'} --max_train_steps 2 --validation_inference_steps 2"
     result = subprocess.run(
-        f"{make.stdout.rstrip()} {short} --num_validation_images 1",
+        f"{command} {short} --num_validation_images 1",
         shell=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
