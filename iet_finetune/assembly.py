@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectCon
 from .adapters import Adapter, Trainable, add_adapter
 from .agc import AntiGradientControl
 from .budget import check_memory, host_need
+from .caching import encode_data
 from .clone import Clone
 from .config import Config
 from .data.dataset import TrainingImages, load_images
@@ -99,10 +100,11 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     family.take_classes(images.class_names, max(images.classes or (0,)))
     _check_validation(config, family)
     _check_export(config, family)
-    shards = _shards(config, images, indices, family.latent_shape(config.data.resolution))
+    latent_shape = family.latent_shape(config.data.resolution)
     identity = run_identity(config, images.fingerprint, family.fingerprint())
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
+    shards = _shards(config, family, images, indices, latent_shape, ranks, accelerator.device)
     group = ranks.group(placement)
     adapter = _prepare_denoiser(config, family, accelerator, group)
     return Parts(
@@ -236,14 +238,25 @@ def _check_export(config: Config, family: Family) -> None:
 
 
 def _shards(
-    config: Config, images: TrainingImages, indices: tuple[np.ndarray, ...], latent_shape: tuple[int, int, int]
+    config: Config,
+    family: Family,
+    images: TrainingImages,
+    indices: tuple[np.ndarray, ...],
+    latent_shape: tuple[int, int, int],
+    ranks: Ranks,
+    device: torch.device,
 ) -> list[Shard]:
+    """What the clones read; encodes the data if it is to be cached, while nothing else is on the device."""
     transform = ImageTransform(
         config.data.resolution,
         center_crop=config.data.center_crop,
         interpolation=config.data.image_interpolation_mode,
         seed=config.training.seed,
     )
+    encoded = None
+    if config.data.cache_latents:
+        family.freeze()
+        encoded = encode_data(config, family, images, transform, ranks, device)
     return [
         Shard(
             images,
@@ -254,13 +267,15 @@ def _shards(
             seed=config.training.seed,
             latent_shape=latent_shape,
             noise_offset=config.training.noise_offset,
+            encoded=encoded,
         )
         for number, part in enumerate(indices)
     ]
 
 
 def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, group: Group) -> Adapter | None:
-    family.place(accelerator.device)
+    # What is cached is not encoded again: the encoders stay on the host.
+    family.place(accelerator.device, encoders=not config.data.cache_latents)
     adapter = None
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)

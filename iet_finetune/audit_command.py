@@ -42,6 +42,7 @@ TOLD = {
     "max_train_samples": "The training was on a random subset of this many images.",
     "random_flip": "Makes no difference here: mirrored copies are always looked for.",
     "caption_dropout": "Makes no difference here.",
+    "cache_latents": "Makes no difference here.",
     "dataloader_num_workers": "Makes no difference here.",
     "output_dir": "Where the audit and its pictures are written; `audit` in the folder of the model if not given.",
     "seed": "Seed of the pictures and of every other draw; that of training if not given.",

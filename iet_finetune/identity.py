@@ -16,7 +16,8 @@ from .schedule import DEFAULT_MERGE_EPOCHS
 _NOT_FREE = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
     *("class_column",),
-    *("max_train_samples", "holdout_fraction", "resolution", "dataloader_num_workers", "output_dir", "seed"),
+    *("max_train_samples", "holdout_fraction", "resolution", "output_dir", "seed"),
+    *("cache_latents", "dataloader_num_workers"),
     *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "ddp_timeout"),
 )
 _OF_AN_ADAPTER = ("use_lora", "rank", "lora_alpha", "lora_layers", "use_rslora", "lora_merge")

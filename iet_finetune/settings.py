@@ -85,6 +85,9 @@ class DataConfig:
         "lanczos", "Filter for resizing.", choices=("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
     )
     caption_dropout: float = flag(0.0, "Probability that a caption is replaced by the empty one.")
+    cache_latents: bool = flag(
+        True, "Encode images and captions once, before training, and keep that for this run and others."
+    )
     dataloader_num_workers: int = flag(0, "Processes that read images ahead; 0 reads in the main process.")
 
     def __post_init__(self) -> None:

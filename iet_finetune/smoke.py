@@ -55,7 +55,7 @@ def shrink(config: Config, folder: Path) -> Config:
     Raises:
         UserError: the kind of model is not known, or cannot be found out.
     """
-    changes = SHRUNK | {"output_dir": f"{config.training.output_dir}-smoke"}
+    changes = SHRUNK | {"output_dir": f"{config.training.output_dir}-smoke", "cache_dir": str(folder / "cache")}
     if config.model.model_config is not None:
         from .families.scratch import small_recipe
 

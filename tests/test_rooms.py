@@ -31,6 +31,7 @@ ROOMS = (
     ),
     *("data", "pipelines", "families", "smoke", "adapters", "lora_file", "optimizers", "ema", "ledger", "placement"),
     *("watch", "meetings", "groups"),
+    *("encoding", "cache_keys", "filling", "caching"),
     *("host", "budget", "checkpoint", "merger", "lora_clones", "lora_merger", "mergers", "lora_export", "outputs"),
     *("tracking",),
     *("clone", "ensemble", "local", "validation", "assembly", "result", "reporting"),

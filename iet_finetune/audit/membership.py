@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..families.base import Conditions, Family, in_chunks
-from ..local import ENCODE_CHUNK
+from ..encoding import Encoder
+from ..families.base import Conditions, Family
 from ..objective import Objective, per_sample_loss
 from ..validation import evaluating
 from .bench import NEEDS_HELDOUT
@@ -123,14 +123,9 @@ def _losses(family: Family, latents: Tensor, noise: Tensor, timesteps: Tensor, c
 
 def _encode(family: Family, pixel_values: Tensor, captions: list[str]) -> tuple[Tensor, Conditions]:
     """Latents and what the captions say, in chunks of one size as while training."""
-    size = min(ENCODE_CHUNK, len(pixel_values))
-    means, stds = in_chunks(family.encode_images, pixel_values, size)
-    latents = family.latents(means, stds, torch.zeros_like(means))
-    if not family.needs_captions:
-        return latents, {}
-    names = list(family.encode_captions(captions[:1]))
-    tensors = in_chunks(lambda chunk: tuple(family.encode_captions(chunk).values()), captions, size)
-    return latents, dict(zip(names, tensors, strict=True))
+    encoder = Encoder(family, len(pixel_values))
+    means, stds = encoder.images(pixel_values)
+    return family.latents(means, stds, torch.zeros_like(means)), encoder.captions(captions)
 
 
 def raw_scores(losses: np.ndarray) -> np.ndarray:

@@ -1,10 +1,11 @@
 """The micro-batches of a shard: images, captions and random draws of each visit, read ahead of the device."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -13,6 +14,7 @@ from ..schedule import Step
 from ..seeding import SampleDraws, pass_order, sample_draws
 from ..settings import DataConfig
 from .dataset import TrainingImages
+from .encoded import Encoded, EncodedData
 from .transforms import ImageTransform
 
 
@@ -50,7 +52,8 @@ class MicroBatch(NamedTuple):
     """What a clone is given at once.
 
     Attributes:
-        pixel_values: (B, 3, R, R) fp32 in [-1, 1].
+        pixel_values: (B, 3, R, R) fp32 in [-1, 1]; None where the cache has what they are encoded to.
+        encoded: that of images and captions; None without the cache.
         captions: B texts, "" where the caption was dropped.
         noise, posterior_noise: (B, C, H, W) fp32.
         uniform: (B,) float64 in [0, 1) on the host, from which the timestep follows.
@@ -59,7 +62,8 @@ class MicroBatch(NamedTuple):
         labels: (B,) int64, the class; 0 without `--class_column`.
     """
 
-    pixel_values: Tensor
+    pixel_values: Tensor | None
+    encoded: Encoded | None
     captions: list[str]
     noise: Tensor
     posterior_noise: Tensor
@@ -70,10 +74,10 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same batch on the device, copied without waiting; `uniform` stays, as not every device has float64."""
-        tensors = {name: value for name, value in self._asdict().items() if name not in ("captions", "uniform")}
         # Only CUDA keeps the source alive until a copy that nobody waits for is done.
         ahead = device.type == "cuda"
-        return self._replace(**{name: tensor.to(device, non_blocking=ahead) for name, tensor in tensors.items()})
+        staying = ["captions", "uniform"]
+        return MicroBatch(**send_to_device(self._asdict(), device, non_blocking=ahead, skip_keys=staying))
 
 
 class Shard(Dataset):
@@ -84,6 +88,7 @@ class Shard(Dataset):
         indices: which of them are in the shard.
         latent_shape: (C, H, W) of the noise.
         noise_offset: scale of a noise that is constant over each channel.
+        encoded: the cached rows of all images and captions; without them pictures are read and captions handed on.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Shard(Dataset):
         seed: int,
         latent_shape: tuple[int, int, int],
         noise_offset: float,
+        encoded: EncodedData | None = None,
     ) -> None:
         self._images = images
         self._indices = indices
@@ -106,6 +112,7 @@ class Shard(Dataset):
         self._seed = seed
         self._latent_shape = latent_shape
         self._noise_offset = noise_offset
+        self._encoded = encoded
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -115,20 +122,26 @@ class Shard(Dataset):
         member = int(self._pass_order(visit.pass_)[visit.position])
         draws = sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
         index = int(self._indices[member])
+        flip, caption = self._data.random_flip and draws.flip < 0.5, self._caption(index, draws)
+        pixel_values = encoded = None
         try:
-            pixel_values, sizes = self._pixel_values(index, draws)
+            if self._encoded is not None:
+                encoded, sizes = self._encoded(index, flip, caption)
+            else:
+                pixel_values, sizes = self._transform.load(self._images, index, flip)
         except UserError as error:
             # Handed on as a value: a worker process would wrap an exception in its own traceback.
             return error
         noise = draws.noise + self._noise_offset * draws.offset if self._noise_offset else draws.noise
         return MicroBatch(
             pixel_values,
-            [self._caption(index, draws)],
+            encoded,
+            [caption],
             torch.from_numpy(noise),
             torch.from_numpy(draws.posterior),
             torch.tensor(draws.timestep, dtype=torch.float64),
             torch.tensor(member),
-            torch.tensor(sizes),
+            sizes,
             torch.tensor(self._images.classes[index] if self._images.classes is not None else 0),
         )
 
@@ -136,11 +149,6 @@ class Shard(Dataset):
         if self._order is None or self._order[0] != pass_:
             self._order = (pass_, pass_order(self._seed, self._number, pass_, len(self)))
         return self._order[1]
-
-    def _pixel_values(self, index: int, draws: SampleDraws) -> tuple[Tensor, tuple[int, int, int, int]]:
-        flip = self._data.random_flip and draws.flip < 0.5
-        image, content = self._images.load(index), self._images.content_hashes[index]
-        return self._transform(image, content, flip), self._transform.place(image.size, content, flip)
 
     def _caption(self, index: int, draws: SampleDraws) -> str:
         if draws.caption_dropout < self._data.caption_dropout:
@@ -156,10 +164,20 @@ def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError"
         if isinstance(sample, UserError):
             return sample
         good.append(sample)
-    fields = MicroBatch(*zip(*good, strict=True))  # type: ignore[arg-type]  # each field a tuple over the samples
-    captions = [caption for captions in fields.captions for caption in captions]
-    stacked = {name: torch.stack(field) for name, field in fields._asdict().items() if name != "captions"}
-    return MicroBatch(captions=captions, **stacked)
+    captions = [caption for sample in good for caption in sample.captions]
+    return stacked([sample._replace(captions=[]) for sample in good])._replace(captions=captions)
+
+
+def stacked(samples: list[Any]) -> Any:
+    """Named tuples, dicts and lists of tensors, all alike, as one of them with the tensors stacked."""
+    first = samples[0]
+    if isinstance(first, Tensor):
+        return torch.stack(samples)
+    if isinstance(first, dict):
+        return {key: stacked([sample[key] for sample in samples]) for key in first}
+    if isinstance(first, tuple):
+        return type(first)(*map(stacked, map(list, zip(*samples, strict=True))))
+    return first
 
 
 def micro_batches(shard: Shard, visits: Visits, *, num_workers: int, pin_memory: bool) -> Iterator[MicroBatch]:

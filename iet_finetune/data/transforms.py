@@ -4,6 +4,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .dataset import TrainingImages
+
 _FILTERS = {
     "nearest": PIL.Image.Resampling.NEAREST,
     "bilinear": PIL.Image.Resampling.BILINEAR,
@@ -80,8 +82,30 @@ class ImageTransform:
         top, left = self.crop_offset(resized, content_hash)
         return size[1], size[0], top, resized[0] - self.resolution - left if flip else left
 
+    def load(self, images: TrainingImages, index: int, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensor of one of the images, and its `place` as (4,) int64.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        image, content = images.load(index), images.content_hashes[index]
+        return self(image, content, flip), torch.tensor(self.place(image.size, content, flip))
+
     @property
     def key(self) -> str:
         """Text that differs whenever pixels may: every setting, and the version of Pillow, which resizes."""
-        crop = "centre" if self.center_crop else f"seed {self.seed}"
-        return f"resolution {self.resolution}, {self.interpolation}, crop {crop}, Pillow {PIL.__version__}"
+        return f"{self.scaling}, crop {self.crop}"
+
+    @property
+    def scaling(self) -> str:
+        """The part of the key that matters to every image."""
+        return f"resolution {self.resolution}, {self.interpolation}, Pillow {PIL.__version__}"
+
+    @property
+    def crop(self) -> str:
+        """The part of the key that matters to an image of which something is cut off."""
+        return "centre" if self.center_crop else f"seed {self.seed}"
+
+    def is_cut(self, size: tuple[int, int]) -> bool:
+        """Whether something of an image of `size` (width, height) is cut off."""
+        return self.resized(size) != (self.resolution, self.resolution)

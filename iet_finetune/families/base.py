@@ -3,7 +3,8 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +35,11 @@ class Family(ABC):
     """
 
     denoiser_name: ClassVar[str] = "unet"
-    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    # The components that `encode_images` and `encode_captions` use; on the device only where they are needed.
+    image_encoders: ClassVar[tuple[str, ...]] = ("vae",)
+    caption_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    # Whether an image's latent is drawn; if not, the standard deviation of `encode_images` is 0 throughout.
+    has_posterior: ClassVar[bool] = True
     # What gets an adapter unless the user says otherwise: the attention projections, as in diffusers' scripts.
     lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     needs_captions: ClassVar[bool] = True
@@ -85,15 +90,38 @@ class Family(ABC):
         """The network that is trained."""
         return getattr(self.pipeline, self.denoiser_name)
 
-    def place(self, device: torch.device) -> None:
-        """Freezes everything but the denoiser and moves what training needs to the device."""
+    def place(self, device: torch.device, encoders: bool = True) -> None:
+        """Freezes everything but the denoiser and moves what training needs beside it to the device.
+
+        Args:
+            encoders: whether images and captions will be encoded there.
+        """
+        self.freeze()
+        for encoder in self._encoders((*self.image_encoders, *self.caption_encoders)) if encoders else ():
+            encoder.to(device)
+        self.objective = self.objective.to(device)
+
+    def freeze(self) -> None:
+        """Freezes everything but the denoiser."""
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(component is self.denoiser).eval()
-        for name in self.encoder_names:
-            if (encoder := getattr(self.pipeline, name, None)) is not None:
+
+    @contextmanager
+    def lent(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
+        """These components are on the device inside, and where they were afterwards."""
+        homes = [(encoder, next(encoder.parameters()).device) for encoder in self._encoders(names)]
+        try:
+            for encoder, _ in homes:
                 encoder.to(device)
-        self.objective = self.objective.to(device)
+            yield
+        finally:
+            for encoder, home in homes:
+                encoder.to(home)
+
+    def _encoders(self, names: Sequence[str]) -> list[nn.Module]:
+        components = (getattr(self.pipeline, name, None) for name in names)
+        return [component for component in components if component is not None]
 
     @property
     def loads_lora(self) -> bool:

@@ -22,7 +22,7 @@ class Flux(FlowFamily):
         UserError: a text encoder is missing, a guidance scale that the model is not told, or as `FlowFamily`.
     """
 
-    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    caption_encoders = ("text_encoder", "text_encoder_2")
     refused_flags = ("prediction_type", "snr_gamma")
     lora_layers = (
         *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),

@@ -21,7 +21,7 @@ class StableDiffusion3(FlowFamily):
         UserError: a CLIP text encoder is missing, or as `FlowFamily`.
     """
 
-    encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    caption_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     lora_layers = (
         *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
         *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),

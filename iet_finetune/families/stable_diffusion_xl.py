@@ -19,7 +19,7 @@ class StableDiffusionXL(StableDiffusion):
         UserError: the second text encoder is missing.
     """
 
-    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+    caption_encoders = ("text_encoder", "text_encoder_2")
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         super().__init__(pipeline, config)

@@ -30,7 +30,9 @@ class Unconditional(Family):
         UserError: a UNet2DModel that is not trained by the squared error of one prediction of the image's channels.
     """
 
-    encoder_names = ()
+    image_encoders = ()
+    caption_encoders = ()
+    has_posterior = False
     needs_captions = False
     # Without prompts there is nothing to guide by.
     refused_flags = (*Family.refused_flags, "validation_guidance_scale")

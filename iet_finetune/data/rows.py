@@ -1,0 +1,134 @@
+"""Rows of tensors on disk by key: files that are complete or absent, shared between runs, mapped into memory."""
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import UserError, one_line
+from ..files import to_disk, written_beside
+
+KEYS = "keys"
+_KEY_BYTES = 16
+# What a process that was killed while it wrote leaves behind; another that writes now is younger.
+_STALE_SECONDS = 24 * 3600
+Row = dict[str, Tensor]
+
+
+class Rows:
+    """Rows that were made in one way, each a few named tensors, by keys of text.
+
+    A file holds many rows and is never changed; runs that want the same rows read the same files, and each adds files
+    with what it misses. Pickled, it is the files' paths: every process maps them for itself, when it first reads.
+
+    Args:
+        folder: holds one sub-folder for each way of making rows.
+        made_from: everything that decides what is in a row but its key, in types of JSON.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
+        text = json.dumps(made_from, sort_keys=True)
+        self.folder = folder / hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
+        self._made_from = made_from
+        self.damaged: list[Path] = []
+        self._files: list[Path] = []
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._open: dict[int, Row] = {}
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors that are mapped would be copied as a whole, and where each key lies is looked up before.
+        return self.__dict__ | {"_open": {}, "_places": {}}
+
+    def refresh(self) -> None:
+        """Takes in what has been added since; files that cannot be read go to `damaged`, and count as absent."""
+        known = {*self._files, *self.damaged}
+        for path in sorted(set(self.folder.glob("*.safetensors")) - known):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    keys = file.get_tensor(KEYS).numpy()
+            except FileNotFoundError:
+                continue
+            except (SafetensorError, OSError):
+                self.damaged.append(path)
+                continue
+            for row, key in enumerate(keys):
+                self._places.setdefault(key.tobytes(), (len(self._files), row))
+            self._files.append(path)
+
+    def missing(self, keys: Iterable[str]) -> list[int]:
+        """Which of the keys, by their number, have no row."""
+        return [number for number, key in enumerate(keys) if _digest(key) not in self._places]
+
+    def places(self, keys: Iterable[str]) -> np.ndarray:
+        """(n, 2) int32, where to `read` each of n keys that have a row; -1 for those that have none."""
+        found = [self._places.get(_digest(key), (-1, -1)) for key in keys]
+        return np.array(found, dtype=np.int32).reshape(-1, 2)
+
+    def read(self, place: Sequence[int]) -> Row:
+        """The row at one of the `places`: views of the file, not to be written to."""
+        file, row = place
+        if file not in self._open:
+            self._open[int(file)] = self._mapped(int(file))
+        return {name: tensor[row] for name, tensor in self._open[int(file)].items()}
+
+    def _mapped(self, number: int) -> Row:
+        path = self._files[number]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name != KEYS}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"`{path}`, which keeps what was encoded, cannot be read any more: {one_line(error).rstrip('.')}. "
+                "Start again, and what is missing is encoded anew."
+            ) from None
+
+    def add(self, keys: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+        """Writes a file with the rows of these keys, complete on the disk before it has its name.
+
+        Args:
+            rows: tensors by name, each (len(keys), ...), on the host.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._describe()
+        digests = np.frombuffer(b"".join(map(_digest, keys)), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+        # A name that no other process takes, which may be writing the same rows.
+        with written_beside(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
+            save_file({KEYS: torch.from_numpy(digests.copy()), **rows}, partial)
+            to_disk(partial)
+
+    def _describe(self) -> None:
+        """Says in a file what the rows of the folder were made from, for who wonders; nothing reads it."""
+        path = self.folder / "made_from.json"
+        if not path.exists():
+            partial = self.folder / f".{uuid.uuid4().hex}.partial"
+            partial.write_text(json.dumps(self._made_from, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+
+    def clean(self) -> None:
+        """Removes damaged files, and what killed processes left half-written."""
+        for path in self.damaged:
+            path.unlink(missing_ok=True)
+        self.damaged.clear()
+        for partial in self.folder.glob(".*.partial"):
+            with suppress(OSError):
+                if time.time() - os.stat(partial).st_mtime > _STALE_SECONDS:
+                    partial.unlink()
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=_KEY_BYTES).digest()
