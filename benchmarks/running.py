@@ -39,7 +39,10 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
     """The command line of a run's settings."""
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    flags: list[str] = []
+    for name, value in settings.items():
+        flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags
 
 
 def describe_machine() -> str:

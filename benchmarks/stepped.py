@@ -107,8 +107,7 @@ def parts_timed(trainer: Trainer, spent: dict[str, float]) -> Iterator[None]:
     """Adds up the seconds of a step's parts while it trains; none of them lies within another."""
     local, family, ensemble = trainer.parts.local, trainer.parts.family, trainer.ensemble
     places = [
-        (family, "encode_images", "encode images"),
-        (local, "_encode_captions", "encode captions"),
+        (local, "_encode", "encode images and captions"),
         (family, "predict", "denoise, forward"),
         (torch.Tensor, "backward", "backward"),
         (local, "_keep", "anti-gradient control and records"),

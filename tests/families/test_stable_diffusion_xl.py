@@ -145,6 +145,7 @@ def test_size_and_crop_are_those_of_what_the_unet_sees(tmp_path, center_crop):
     shapes = [(RESOLUTION, RESOLUTION), (RESOLUTION, 61), (90, RESOLUTION), (37, RESOLUTION)]
     marked(tmp_path / "data", shapes)
     flags = {"num_shards": 1, "random_flip": True, "center_crop": center_crop, "image_interpolation_mode": "nearest"}
+    flags["cache_latents"] = False
     trainer = Trainer(config(tmp_path, tmp_path / "out", **flags))
     (shard,), ours = trainer.parts.shards, trainer.parts.family
     flips = set()
@@ -166,7 +167,8 @@ def test_size_and_crop_are_those_of_what_the_unet_sees(tmp_path, center_crop):
 def test_the_stored_size_is_told_of_a_picture_that_is_resized(tmp_path):
     tiny_pipeline("sdxl").save_pretrained(tmp_path / "base")
     marked(tmp_path / "data", [(3 * RESOLUTION, 7 * RESOLUTION)] * 2)
-    trainer = Trainer(config(tmp_path, tmp_path / "out", num_shards=1, image_interpolation_mode="nearest"))
+    flags = {"num_shards": 1, "image_interpolation_mode": "nearest", "cache_latents": False}
+    trainer = Trainer(config(tmp_path, tmp_path / "out", **flags))
     (shard,), ours = trainer.parts.shards, trainer.parts.family
     for position in range(2):
         sample = shard[Visit(0, position)]
@@ -182,7 +184,8 @@ def test_a_training_step_is_told_what_belongs_to_its_images(tmp_path):
     tiny_pipeline("sdxl").save_pretrained(tmp_path / "base")
     shapes = [(RESOLUTION, 61), (90, RESOLUTION), (37, RESOLUTION), (RESOLUTION, 80)]
     marked(tmp_path / "data", shapes)
-    trainer = Trainer(config(tmp_path, tmp_path / "out", validation_prompts=[], random_flip=True))
+    flags = {"validation_prompts": [], "random_flip": True, "cache_latents": False}
+    trainer = Trainer(config(tmp_path, tmp_path / "out", **flags))
     ours, seen = trainer.parts.family, []
     encode, predict = ours.encode_images, ours.predict
 
