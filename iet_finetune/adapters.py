@@ -47,9 +47,17 @@ class Trainable:
     def load(self, values: Tensors) -> None:
         """Copies values into the live tensors; those not in `values` stay as they are."""
         live = self.tensors
-        for name, value in values.items():
-            # From pinned memory a GPU copies while the host goes on; nobody changes the values before it has.
-            live[name].copy_(value, non_blocking=live[name].is_cuda)
+        copy_together([live[name] for name in values], list(values.values()))
+
+
+@torch.no_grad()
+def copy_together(live: list[Tensor], values: list[Tensor]) -> None:
+    """Overwrites tensors, all on one device, with others of the same shapes; a GPU is not waited for.
+
+    From pinned memory it copies while the host goes on; nobody changes the values before it has.
+    """
+    if live:
+        torch._foreach_copy_(live, values, non_blocking=live[0].is_cuda)
 
 
 @dataclass(frozen=True)

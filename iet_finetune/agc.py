@@ -4,6 +4,8 @@ Source: Liu, Guan, Wu, Miao, "Iterative Ensemble Training with Anti-Gradient Con
 Diffusion Models", ECCV 2024, section 3.3. The authors' `mem_ratio` is 1/threshold.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -64,22 +66,19 @@ class AntiGradientControl(nn.Module):
         of a timestep compute the same new value, so that the order of the writes cannot matter.
         """
         self._follow(per_sample_loss)
-        finite = per_sample_loss.isfinite()
-        loss = torch.where(finite, per_sample_loss, torch.zeros_like(per_sample_loss)).to(self.bank.dtype)
-        same = (timesteps[:, None] == timesteps[None, :]) & finite[None, :]
-        later = same.triu(diagonal=1).sum(dim=1)
-        occurrences = same.sum(dim=1)
-        decay = torch.full_like(loss, self.decay)
+        loss = per_sample_loss.to(self.bank.dtype)
+        finite = loss < math.inf
+        same = (timesteps[:, None] == timesteps) & finite
+        later, occurrences = same.triu(diagonal=1).sum(dim=1), same.sum(dim=1)
         # A masked sum and not a matrix product, which might be rounded to TF32.
-        entered = (same * ((1 - self.decay) * decay.pow(later) * loss)).sum(dim=1)
-        self.bank[timesteps] = decay.pow(occurrences) * self.bank[timesteps] + entered
-        self.count[timesteps] = self.count[timesteps] + occurrences
+        entered = torch.where(same, (1 - self.decay) * torch.pow(self.decay, later) * loss, 0.0).sum(dim=1)
+        self.bank[timesteps] = torch.pow(self.decay, occurrences) * self.bank[timesteps] + entered
+        self.count.index_add_(0, timesteps, finite.to(self.count.dtype))
 
     @torch.no_grad()
     def expected_loss(self, timesteps: Tensor) -> Tensor:
         """(B,) the bank's value freed of its start at 0, bank / (1 − d^count); NaN where no loss has entered yet."""
-        count = self.count[timesteps]
-        return self.bank[timesteps] / (1 - torch.full_like(count, self.decay).pow(count))
+        return self.bank[timesteps] / (1 - torch.pow(self.decay, self.count[timesteps]))
 
     def _follow(self, tensor: Tensor) -> None:
         if self.bank.device != tensor.device:

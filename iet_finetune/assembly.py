@@ -17,6 +17,7 @@ from .agc import AntiGradientControl
 from .budget import check_memory, host_need
 from .caching import encode_data
 from .clone import Clone
+from .compiling import TOLERANCE, compile_denoiser
 from .config import Config
 from .data.dataset import TrainingImages, load_images
 from .data.loader import Shard
@@ -107,7 +108,7 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
     shards = _shards(config, family, images, indices, latent_shape, ranks, accelerator.device)
     group = ranks.group(placement)
     adapter = _prepare_denoiser(config, family, accelerator, group)
-    return Parts(
+    parts = Parts(
         accelerator=accelerator,
         ranks=ranks,
         placement=placement,
@@ -122,6 +123,10 @@ def build_parts(config: Config, accelerator: Accelerator, ranks: Ranks) -> Parts
         adapter=adapter,
         **_training_parts(config, family, adapter, indices, schedule, accelerator, ranks, placement, group),
     )
+    if config.training.compile:
+        mine = placement.shards_of(ranks.rank)
+        parts.local.check_compiled(shards[mine[0]], TOLERANCE[accelerator.mixed_precision])
+    return parts
 
 
 def _check_same_everywhere(ranks: Ranks, values: dict[str, Any]) -> None:
@@ -284,9 +289,13 @@ def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, 
             adapter.round_frozen(HALF[accelerator.mixed_precision])
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()
+    if config.training.channels_last:
+        family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     family.denoiser.train()
     # Evaluation mode gives placement and autocast without DistributedDataParallel, which would average clones.
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    if config.training.compile:
+        compile_denoiser(family.denoiser)
     family.network = group.wrap(family.denoiser)
     return adapter
 

@@ -6,6 +6,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from .adapters import copy_together
+
 # Name of the number that tells how much of the average is still what it started from.
 START_SHARE = "start_share"
 
@@ -51,5 +53,4 @@ class EMA:
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Goes on from another average."""
-        for name, value in values.items():
-            self.tensors[name].copy_(value, non_blocking=self.tensors[name].is_cuda)
+        copy_together([self.tensors[name] for name in values], list(values.values()))

@@ -16,7 +16,14 @@ from .errors import UserError
 from .groups import Placement, Ranks
 from .host import HostMemory
 from .merger import MergesClones
-from .optimizers import moments_by_parameter, named_moments, parameter_of, with_counts_apart
+from .optimizers import (
+    live_moments,
+    moments_by_parameter,
+    named_moments,
+    parameter_of,
+    take_up_moments,
+    with_counts_apart,
+)
 from .seeding import network_seed
 
 Tensors = Mapping[str, Tensor]
@@ -159,16 +166,10 @@ class Ensemble:
             # A copy: the optimizer would otherwise work in the merged ones.
             device = next(iter(self._trainable.parameters.values())).device
             merged = {name: t.to(device, copy=True) for name, t in self._mergers["moments"].tensors.items()}
-            self._load_moments(moments_by_parameter(merged))
+            take_up_moments(self._optimizer, moments_by_parameter(merged))
         else:
-            self._load_moments(clone.moments)
+            take_up_moments(self._optimizer, clone.moments)
             clone.moments = None
-
-    def _load_moments(self, moments: dict[int, Any] | None) -> None:
-        self._optimizer.state.clear()
-        if moments:
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def set_back(self) -> bool:
         """Takes back what the live clone did in this round; its moments, which may be spoilt, start anew.
@@ -198,7 +199,8 @@ class Ensemble:
                 clone.drift = drift
         if clone is not None and self._moments == "keep":
             # Without offloading the moments change owner rather than being copied; on a device they move to the host.
-            state, buffer = with_counts_apart(self._optimizer.state_dict()["state"]), self._buffers.get(clone.shard)
+            state: Any = live_moments(self._optimizer)
+            state, buffer = with_counts_apart(state) if self._host.in_files else state, self._buffers.get(clone.shard)
             clone.moments = self._buffers[clone.shard] = self._host.keep(state, into=buffer)
         self._optimizer.state.clear()
         self._rest()
@@ -268,7 +270,7 @@ class Ensemble:
     def _live(self, name: str) -> Tensors:
         if name == "ema" and self._ema is not None:
             return self._ema.tensors
-        return self._trainable.tensors if name == "denoiser" else named_moments(self._optimizer.state_dict()["state"])
+        return self._trainable.tensors if name == "denoiser" else named_moments(live_moments(self._optimizer))
 
     def _rest(self) -> None:
         for merger in self._mergers.values():
@@ -293,7 +295,7 @@ class Ensemble:
 
     def _clone_pieces(self, clone: Clone) -> dict[str, Piece]:
         live, version = clone is self.live, f"round {self.round} step {clone.step}"
-        moments = self._optimizer.state_dict()["state"] if live else clone.moments
+        moments = live_moments(self._optimizer) if live else clone.moments
         pieces = {f"{clone.folder}/moments.pt": self._moments_piece(clone, moments)} if moments else {}
         if clone.shard in self._to_resume:
             saved = self._amid[clone.shard]
@@ -364,7 +366,7 @@ class Ensemble:
         self._trainable.load(checkpoint.tensors(f"{clone.folder}/live.safetensors"))
         if self._ema is not None:
             self._ema.load(checkpoint.tensors(f"{clone.folder}/live_ema.safetensors"))
-        self._load_moments(clone.moments)
+        take_up_moments(self._optimizer, clone.moments)
         clone.moments = None
         self._start_of_live = None
         member = self._placement.member(self._ranks.rank)

@@ -34,6 +34,9 @@ class HostMemory:
         device: where the clones train. With a CUDA device, memory is pinned.
         folder: `--offload_dir`, made if it is missing; tensors then rest in files there, which are not pinned.
 
+    Attributes:
+        in_files: whether large tensors rest in files.
+
     Raises:
         UserError: the folder cannot be made or written.
     """
@@ -41,6 +44,8 @@ class HostMemory:
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self._folder = folder
         self._in_regions = folder is not None or device.type == "cuda"
+        self.in_files = folder is not None
+        self._all_rests = device.type == "cpu" and not self.in_files
         # By address. A region lives as long as the tensors in it, which hold references to it.
         self._regions: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
         if folder is not None:
@@ -69,6 +74,8 @@ class HostMemory:
         Raises:
             UserError: as for `empty`.
         """
+        if self._all_rests:
+            return _over_tensors(lambda tensor, _: tensor, state)
         new: dict[int, Tensor] = {}
 
         def note(tensor: Tensor, old: Any) -> Tensor:

@@ -17,7 +17,7 @@ _NOT_FREE = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
     *("class_column",),
     *("max_train_samples", "holdout_fraction", "resolution", "output_dir", "seed"),
-    *("cache_latents", "dataloader_num_workers"),
+    *("cache_latents", "channels_last", "dataloader_num_workers"),
     *("train_batch_size", "gradient_accumulation_steps", "use_ema", "use_8bit_adam", "ddp_timeout"),
 )
 _OF_AN_ADAPTER = ("use_lora", "rank", "lora_alpha", "lora_layers", "use_rslora", "lora_merge")
@@ -63,6 +63,7 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         "`--agc_bins`": config.agc.agc_bins,
         "`--resolution`": config.data.resolution,
         "`--prediction_type`": config.model.prediction_type,
+        "`--channels_last`": training.channels_last,
         **{f"`--{name}`": getattr(config.adapter, name) for name in _OF_AN_ADAPTER},
         "`--use_ema`": config.optimizer.use_ema,
         "`--use_8bit_adam`": config.optimizer.use_8bit_adam,

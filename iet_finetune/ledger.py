@@ -1,5 +1,6 @@
 """The ledger: for every image of the run, how often it was seen and skipped, and how low its loss was."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,11 +39,11 @@ class ShardLedger(nn.Module):
     def record(self, members: Tensor, keep: Tensor, loss: Tensor, expected_loss: Tensor) -> None:
         """Enters one step; `members` (B,) are indices in the shard, each at most once, the others (B,) as in AGC."""
         log_ratio = (loss / expected_loss).log()
-        known = log_ratio.isfinite()
-        self.seen[members] += 1
-        self.skipped[members] += ~keep
-        self.log_ratio_sum[members] += torch.where(known, log_ratio, torch.zeros_like(log_ratio))
-        self.log_ratio_count[members] += known
+        known = log_ratio.abs() < math.inf
+        self.seen.index_add_(0, members, torch.ones_like(members))
+        self.skipped.index_add_(0, members, (~keep).to(self.skipped.dtype))
+        self.log_ratio_sum.index_add_(0, members, torch.where(known, log_ratio, 0.0))
+        self.log_ratio_count.index_add_(0, members, known.to(self.log_ratio_count.dtype))
 
     def mean_log_ratio(self) -> np.ndarray:
         """(n,) the mean of log(loss / expected loss); NaN for an image without a comparable visit."""

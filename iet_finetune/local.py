@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .adapters import Trainable
 from .clone import Clone
+from .compiling import check_gradients, failure_explained
 from .config import Config
 from .data.encoded import Encoded
-from .data.loader import MicroBatch, Shard, Visits, micro_batches
+from .data.loader import MicroBatch, Shard, Visit, Visits, micro_batches
 from .ema import EMA
 from .encoding import Encoder
 from .families.base import Conditions, Family
@@ -21,6 +22,9 @@ from .objective import per_sample_loss
 from .optimizers import masked_step
 from .schedule import Step
 from .tracking import NOISE_LEVELS
+from .validation import evaluating
+
+_DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
 
 
 class Judged(NamedTuple):
@@ -74,7 +78,8 @@ class LocalTraining:
         self._scaler = scaler
         self._fresh_scaler = scaler.state_dict() if scaler is not None else {}
         # On a CPU a VAE gives latents in this layout, for which convolutions are faster there. Another has other bits.
-        self._layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+        channels_last = config.training.channels_last or device.type == "cpu"
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._encoder = Encoder(family, -(-config.training.train_batch_size // group.size))
 
     def run(
@@ -111,7 +116,8 @@ class LocalTraining:
         for positions, batch in batches:
             last = positions.stop == step.stop
             # A group averages its gradients once a step, with the last micro-batch.
-            with contextlib.nullcontext() if last else self._group.apart(self._family.network):
+            apart = contextlib.nullcontext() if last else self._group.apart(self._family.network)
+            with apart, failure_explained() if self._config.training.compile else contextlib.nullcontext():
                 judged.append(
                     self._backward(clone, batch.to(self._device), len(self._group.share_of(positions)), samples)
                 )
@@ -168,12 +174,8 @@ class LocalTraining:
             mine: how many samples of the batch count: 0 where this rank's share is empty and one sample is run along.
             samples: of the whole step.
         """
-        latents, conditions = self._inputs(batch)
+        loss, timesteps = self._losses(batch)
         objective = self._family.objective
-        timesteps = objective.sample_timesteps(batch.uniform).to(self._device)
-        noisy_latents = objective.add_noise(latents, batch.noise, timesteps).contiguous(memory_format=self._layout)
-        target = objective.target(latents, batch.noise, timesteps)
-        loss = per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target)
         keep = self._keep(clone, loss, timesteps) if mine else torch.zeros_like(loss, dtype=torch.bool)
         weighted = loss * objective.loss_weights(timesteps, self._config.training.snr_gamma)
         total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
@@ -182,6 +184,35 @@ class LocalTraining:
             total = total * self._group.size
         (total if self._scaler is None else self._scaler.scale(total)).backward()
         return Judged(loss.detach()[:mine], timesteps[:mine], keep[:mine], batch.members[:mine])
+
+    def _losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The unweighted loss of each sample, with gradient, and its timestep."""
+        latents, conditions = self._inputs(batch)
+        objective = self._family.objective
+        timesteps = objective.sample_timesteps(batch.uniform).to(self._device)
+        noisy_latents = objective.add_noise(latents, batch.noise, timesteps).contiguous(memory_format=self._layout)
+        target = objective.target(latents, batch.noise, timesteps)
+        return per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target), timesteps
+
+    def check_compiled(self, shard: Shard, tolerance: float) -> None:
+        """Compares the compiled denoiser's gradients, of the first samples of a shard, with the uncompiled one's.
+
+        Raises:
+            UserError: they differ, the denoiser cannot be compiled, or an image cannot be read.
+        """
+        first = [[Visit(0, position) for position in range(min(self._config.training.train_batch_size, len(shard)))]]
+        (batch,) = micro_batches(shard, first, num_workers=0, pin_memory=False)
+        batch = batch.to(self._device)
+
+        def gradients() -> list[Tensor]:
+            self._optimizer.zero_grad()
+            self._losses(batch)[0].mean().backward()
+            return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+        # Without dropout: what is dropped differs between the two.
+        with evaluating(self._family.denoiser) if _drops_out(self._family.denoiser) else contextlib.nullcontext():
+            check_gradients(gradients, tolerance)
+        self._optimizer.zero_grad()
 
     def _keep(self, clone: Clone, loss: Tensor, timesteps: Tensor) -> Tensor:
         if self._config.agc.agc_threshold == 0:
@@ -231,3 +262,7 @@ class LocalTraining:
         """Leaves with the clone what `run` needs to go on with it: the gradient scaler's state."""
         if self._scaler is not None:
             clone.scaler = self._scaler.state_dict()
+
+
+def _drops_out(network: torch.nn.Module) -> bool:
+    return any(getattr(module, "p", 0) for module in network.modules() if isinstance(module, _DROPOUTS))

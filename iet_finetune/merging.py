@@ -22,7 +22,7 @@ def add_weighted(total: Tensor, values: Tensor, weight: float, *, first: bool = 
         if first:
             sums.copy_(block).mul_(weight)
         else:
-            sums.add_(block.to(torch.float64), alpha=weight)
+            sums.add_(block, alpha=weight)
 
 
 def outer_step(start: Tensor, mean: Tensor, velocity: Tensor | None, lr: float, momentum: float) -> Tensor:
@@ -63,6 +63,8 @@ class Layout:
         if odd:
             raise ValueError(f"{odd[0]} is {floats[odd[0]].dtype}; what is merged must be fp32")
         self.shapes = {name: tensor.shape for name, tensor in floats.items()}
+        # Numbers stand in the vector as they do in memory, so that tensors with the channels last are not copied.
+        self._orders = {name: _order_in_memory(tensor) for name, tensor in floats.items()}
         self._names = list(floats)
         self._starts: list[int] = []
         self.size = 0
@@ -73,7 +75,10 @@ class Layout:
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """The named tensors as views of a vector of at least `size` numbers."""
         places = zip(self._names, self._starts, self.shapes.values(), strict=True)
-        return {name: vector[start : start + shape.numel()].view(shape) for name, start, shape in places}
+        return {
+            name: _unflattened(vector[start : start + shape.numel()], shape, self._orders[name])
+            for name, start, shape in places
+        }
 
     @torch.no_grad()
     def read(self, tensors: Mapping[str, Tensor], start: int, out: Tensor) -> None:
@@ -84,10 +89,23 @@ class Layout:
         place, index = start, max(bisect_right(self._starts, start) - 1, 0)
         while place < stop:
             name, first = self._names[index], self._starts[index]
-            flat = tensors[name].detach().reshape(-1)
+            flat = tensors[name].detach().permute(self._orders[name]).reshape(-1)
             end = min(first + flat.numel(), stop)
             out[place - start : end - start].copy_(flat[place - first : end - first])
             place, index = end, index + 1
+
+
+def _order_in_memory(tensor: Tensor) -> list[int]:
+    """The dimensions from the outermost to the innermost: 0, 2, 3, 1 of a weight with the channels last."""
+    strides = tensor.stride()
+    in_order = tensor.is_contiguous()
+    return sorted(range(tensor.dim()), key=lambda dim: 0 if in_order else -strides[dim])
+
+
+def _unflattened(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    """A tensor of this shape whose dimensions lie in the memory of `flat` in this order."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([shape[dim] for dim in order]).permute(inverse)
 
 
 class WeightedSum:

@@ -50,16 +50,46 @@ def masked_step(optimizer: torch.optim.Optimizer, masked: Tensor) -> None:
         optimizer.step()
 
 
+def live_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """The optimizer's own state by parameter's number, as in its `state_dict()["state"]`; it changes with a step."""
+    numbered = enumerate(_parameters(optimizer))
+    return {index: optimizer.state[parameter] for index, parameter in numbered if parameter in optimizer.state}
+
+
+def take_up_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, Any]] | None) -> None:
+    """The optimizer goes on with these moments, which it works in if they are on its device; with None it begins.
+
+    That is `load_state_dict` without its copies and checks, and without waiting for a device; optimizers that are not
+    torch's own do it their own way.
+    """
+    optimizer.state.clear()
+    if not moments:
+        return
+    if not optimizer.defaults.get("fused"):
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        return
+    parameters = _parameters(optimizer)
+    for index, values in moments.items():
+        device = parameters[index].device
+        optimizer.state[parameters[index]] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def fresh_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """AdamW's state before its first step, in the form of its `state_dict()["state"]`: all zeros."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return {
         index: {
             "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-        for index, parameter in enumerate(parameters)
+        for index, parameter in enumerate(_parameters(optimizer))
     }
 
 

@@ -75,4 +75,6 @@ class Result:
             adapter.fuse()
             adapter.remove()
         self._parts.accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
+        # Files hold weights in the usual order.
+        family.denoiser.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
         return family.pipeline

@@ -235,6 +235,12 @@ class TrainingConfig:
         choices=("no", "fp16", "bf16"),
     )
     allow_tf32: bool = flag(False, "Allow TF32 matrix products on NVIDIA GPUs.")
+    channels_last: bool = flag(
+        False, "Lay out the denoiser's convolutions with the channels last; try it with half precision on GPUs."
+    )
+    compile: bool = flag(
+        False, "Compile the denoiser with torch.compile, once for all clones; takes minutes before the first step."
+    )
     snr_gamma: float | None = flag(None, "Gamma of the min-SNR loss weights; 5.0 is usual. Off if not given.")
     noise_offset: float = flag(0.0, "Scale of an extra noise that is constant over each channel.")
     weighting_scheme: str | None = flag(

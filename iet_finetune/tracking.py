@@ -51,7 +51,7 @@ class RoundMeter(nn.Module):
             keep: (B,) bool.
             broken: scalar bool, whether the step was not finite.
         """
-        self.loss_sum += torch.where(loss.isfinite(), loss, torch.zeros_like(loss)).sum()
+        self.loss_sum += torch.where(loss < math.inf, loss, 0.0).sum()
         self.seen.index_add_(0, levels, torch.ones_like(loss))
         self.skipped.index_add_(0, levels, (~keep).to(loss.dtype))
         self.broken_step.copy_(torch.where(broken & (self.broken_step < 0), step, self.broken_step))

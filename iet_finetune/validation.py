@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from .compiling import uncompiled
 from .families.base import Family
 from .files import written_beside
 from .settings import ValidationConfig
@@ -22,7 +23,8 @@ def draw_images(family: Family, validation: ValidationConfig, seed: int, resolut
     """
     pipeline = family.sampling_pipeline().to(next(family.denoiser.parameters()).device)
     rows = []
-    with evaluating(family.denoiser), torch.no_grad():
+    # A compiled denoiser would be compiled once more for this.
+    with evaluating(family.denoiser), torch.no_grad(), uncompiled():
         for prompt in family.prompts(validation):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
             rows.append(family.draw(pipeline, prompt, generators, validation, resolution))

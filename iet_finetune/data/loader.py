@@ -1,6 +1,6 @@
 """The micro-batches of a shard: images, captions and random draws of each visit, read ahead of the device."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,7 +180,9 @@ def stacked(samples: list[Any]) -> Any:
     return first
 
 
-def micro_batches(shard: Shard, visits: Visits, *, num_workers: int, pin_memory: bool) -> Iterator[MicroBatch]:
+def micro_batches(
+    shard: Shard, visits: Iterable[list[Visit]], *, num_workers: int, pin_memory: bool
+) -> Iterator[MicroBatch]:
     """The micro-batches of the visits, in order, read ahead by `num_workers` processes.
 
     Raises:
