@@ -59,8 +59,8 @@ test: $(INSTALLED) ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # The others also where one found a miss. TMPDIR=/path chooses the disk for what they write.
-bench: $(INSTALLED) ## Measure memory and speed; takes 15 minutes or more, 16 GB of memory and 45 GB of disk.
-	@missed=0; for each in memory scaling lora_merge lora_step nearest; do \
+bench: $(INSTALLED) ## Measure memory and speed; takes 20 minutes or more, 16 GB of memory and 45 GB of disk.
+	@missed=0; for each in memory scaling lora_merge lora_step nearest cache; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$each.py || missed=1; \
 	done; exit $$missed
 

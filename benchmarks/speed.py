@@ -1,4 +1,4 @@
-"""Is training as fast as a plain loop, and what do anti-gradient control, clones and the start cost?
+"""Is training faster than a plain loop, and what do anti-gradient control, clones and the start cost?
 
 The plain loop is written anew and does in each step what diffusers' train_text_to_image.py does. Everything that is
 compared takes turns in one process, a few steps at a time, on the same pipeline and images; only the start-up is
@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from numpy.typing import ArrayLike
+from pipelines import operations, save_photos, save_small_sd
 from plain_loop import Pictures, plain_loop
 from running import ROOT, as_flags, describe_machine, finish, print_table
 from start_up import FIRST_STEP, LOADED_PIPELINE, time_lines
@@ -44,6 +46,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=512, help="of the demo's to train on")
+    parser.add_argument("--photos", type=int, default=128, help="to compare the cache with the plain loop on")
     parser.add_argument("--clones", type=int, default=16, help="K of the run that is compared with K = 1")
     parser.add_argument("--epochs", type=int, default=5, help="that are timed, after one that is not")
     parser.add_argument("--starts", type=int, default=5, help="of each kind, after one that is not timed")
@@ -54,15 +57,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args(argv)
     if args.fast:
-        args.images, args.clones, args.epochs, args.starts = 16, 2, 1, 1
+        args.images, args.photos, args.clones, args.epochs, args.starts = 16, 8, 2, 1, 1
     if args.images % (each := args.clones * BATCH):
         parser.error(f"--images {args.images}: must be a multiple of {each}, for full batches of every clone.")
     return args
 
 
 def flags_of(folder: Path, images: int, **settings: Any) -> dict[str, Any]:
-    """A run's flags: those of the plain loop, and a merge after every epoch."""
+    """A run's flags: those of the plain loop, a merge after every epoch, and a cache beside the output."""
     return {
+        "cache_dir": folder.parent / "cache",
         "pretrained_model_name_or_path": PIPELINE,
         "train_data_dir": IMAGES,
         "max_train_samples": images,
@@ -129,7 +133,7 @@ class Ratio(NamedTuple):
 
 
 def measure_speed(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Ratio]]:
-    """The table of images a second, and the speeds of pairs."""
+    """The table of images a second of the demo's pipeline, and the speeds of pairs."""
     ours = {
         "K = 1, uncached": config_of(scratch, args.images, agc_threshold=0, cache_latents=False),
         "K = 1": config_of(scratch, args.images, agc_threshold=0),
@@ -151,21 +155,85 @@ def measure_speed(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[st
     plain, uncached, off, on, cloned = seconds.values()
     # A merge falls into one turn of an epoch: whole epochs are compared.
     one, many = (np.reshape(found, (-1, args.clones)).sum(axis=1) for found in (on, cloned))
-    return rows, {
-        "plain": Ratio.of(plain, uncached),
-        "cached": Ratio.of(plain, off),
-        "control": Ratio.of(off, on),
-        "clones": Ratio.of(one, many),
-    }
+    ratios = {"plain": Ratio.of(plain, uncached), "control": Ratio.of(off, on), "clones": Ratio.of(one, many)}
+    return rows, ratios
+
+
+class Task(NamedTuple):
+    """What is trained on what; `encoding` is the arithmetic of encoding by that of the UNet's two passes."""
+
+    name: str
+    base: Path
+    images: Path
+    encoding: float
+
+
+def tasks(scratch: Path, args: argparse.Namespace) -> list[Task]:
+    """The demo, and Stable Diffusion in small from images of its size and from photos."""
+    small, photos = save_small_sd(scratch / "small"), save_photos(scratch / "photos", IMAGES, args.photos)
+    with_size = "from photos of 500 x 375"
+    return [
+        Task("the demo", PIPELINE, IMAGES, encoding_share(PIPELINE)),
+        Task("small Stable Diffusion", small, IMAGES, encoding_share(small)),
+        Task(f"small Stable Diffusion, {with_size}", small, photos, encoding_share(small)),
+    ]
+
+
+def encoding_share(base: Path) -> float:
+    """Operations of encoding an image over those of the UNet's forward and backward pass."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+    encode, denoise = operations(pipeline.vae, pipeline.unet, RESOLUTION)
+    return encode / denoise
+
+
+def measure_cache(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], Ratio]:
+    """The table of ours, cached, against the plain loop on several tasks, and the ratio of the last."""
+    rows = []
+    for task in tasks(scratch, args):
+        flags = {"pretrained_model_name_or_path": task.base, "train_data_dir": task.images, "agc_threshold": 0}
+        programs: dict[str, Program] = {
+            "plain loop": partial(plain_loop, task.base, Pictures(task.images, args.photos, RESOLUTION), BATCH),
+            "ours": our_program(config_of(scratch, args.photos, **flags)),
+        }
+        steps = min(4, args.photos // BATCH)
+        plain, ours = take_turns(programs, args.photos // BATCH // steps, steps, args.epochs).values()
+        ratio = Ratio.of(plain, ours)
+        rows.append(
+            {
+                "training": task.name,
+                "encoding / UNet": task.encoding,
+                "plain loop, ms a step": 1000 * statistics.median(plain) / steps,
+                "ours, ms a step": 1000 * statistics.median(ours) / steps,
+                "speed": ratio.median,
+                "half of the pairs": f"{ratio.low:.3f} to {ratio.high:.3f}",
+            }
+        )
+    return rows, ratio
 
 
 # --- breakdown -------------------------------------------------------------------------------------------------------
 
 
 def break_down(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The table of a step's parts, in a run with clones and a merge after every epoch."""
+    """The table of a step's parts, in a run with clones and a merge after every epoch, with the cache and without."""
+    without, cached = (spent_by_part(scratch, args, cache_latents=cache) for cache in (False, True))
+    epoch = args.images // BATCH
+    return [
+        {
+            "part": part,
+            "ms a step": 1000 * cached.get(part, 0.0) / epoch,
+            "ms a round": 1000 * cached.get(part, 0.0),
+            "share": f"{cached.get(part, 0.0) / cached['all']:.1%}",
+            "without the cache, ms a step": 1000 * seconds / epoch,
+        }
+        for part, seconds in without.items()
+    ]
+
+
+def spent_by_part(scratch: Path, args: argparse.Namespace, **settings: Any) -> dict[str, float]:
+    """Seconds of each part in an epoch, after one in which everything is built."""
     spent: dict[str, float] = defaultdict(float)
-    config = config_of(scratch, args.images, num_shards=args.clones)
+    config = config_of(scratch, args.images, num_shards=args.clones, **settings)
 
     def program(pause: Callable[[], None]) -> None:
         trainer = SteppedTrainer(config, pause)
@@ -181,15 +249,7 @@ def break_down(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         total = time.perf_counter() - began
     spent["everything else"] = total - sum(spent.values())
     spent["all"] = total
-    return [
-        {
-            "part": part,
-            "ms a step": 1000 * seconds / epochs / epoch,
-            "ms a round": 1000 * seconds / epochs,
-            "share": f"{seconds / total:.1%}",
-        }
-        for part, seconds in spent.items()
-    ]
+    return {part: seconds / epochs for part, seconds in spent.items()}
 
 
 class Waits(NamedTuple):
@@ -268,12 +328,14 @@ def main(argv: list[str]) -> int:
         print_table(starts)
         speeds, ratios = measure_speed(scratch, args)
         print_table(speeds)
+        cached, ratios["cached"] = measure_cache(scratch, args)
+        print_table(cached)
         parts = break_down(scratch, args)
         print_table(parts)
         waits = count_waits(scratch, args)
     checks = [
         ratios["plain"].check("speed of ours without the cache over the plain loop's:", LEAST_SPEED),
-        ratios["cached"].check("speed of ours with the cache over the plain loop's:", LEAST_CACHED),
+        ratios["cached"].check(f"speed with the cache over the plain loop's, {cached[-1]['training']}:", LEAST_CACHED),
         ratios["control"].check("speed with anti-gradient control over that without:", LEAST_WITH_CONTROL),
         ratios["clones"].check(f"speed of K = {args.clones} over that of K = 1:", LEAST_WITH_CLONES),
         (
@@ -287,7 +349,8 @@ def main(argv: list[str]) -> int:
             waits.elsewhere == 0,
         ),
     ]
-    content = {"machine": machine, "images": args.images, "speeds": speeds, "parts": parts, "starts": starts}
+    content = {"machine": machine, "images": args.images, "speeds": speeds, "cached": cached, "parts": parts}
+    content |= {"starts": starts}
     spread = {name: ratio._asdict() for name, ratio in {**ratios, "start": start}.items()}
     return finish(checks, args.json, {**content, "ratios": spread, "waits": waits._asdict()})
 

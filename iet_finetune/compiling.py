@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from .errors import UserError, one_line
@@ -25,7 +24,7 @@ def compile_denoiser(denoiser: nn.Module) -> None:
     """
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     model: Any = denoiser
-    if isinstance(model, ModelMixin) and getattr(model, "_repeated_blocks", None):
+    if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks()
     else:
         denoiser.compile()

@@ -95,6 +95,7 @@ class _Filler:
         self._keys: list[str] = []
         self._rows: list[Row] = []
         self._bytes = 0
+        self._begun = False
         self._since = time.monotonic()
 
     def fill(self, todo: list[Any]) -> None:
@@ -118,8 +119,9 @@ class _Filler:
 
     def _take(self, keys: list[str], rows: Row) -> None:
         size = sum(tensor.nbytes for tensor in rows.values())
-        if not self._bytes and not self._keys:
+        if not self._begun:
             self._check_room(size // len(keys))
+            self._begun = True
         self._keys += keys
         self._rows.append(rows)
         self._bytes += size

@@ -155,23 +155,28 @@ def test_the_search_for_neighbours_is_measured_against_the_loop(tmp_path):
 
 def test_the_speed_of_training_is_measured_against_the_plain_loop(tmp_path):
     found, printed = run_benchmark("speed", tmp_path, "--fast")
-    assert [row["training"] for row in found["speeds"]] == ["plain loop", "K = 1", "K = 1, AGC", "K = 2, AGC"]
+    names = ["plain loop", "K = 1, uncached", "K = 1", "K = 1, AGC", "K = 2, AGC"]
+    assert [row["training"] for row in found["speeds"]] == names
     for row in found["speeds"]:
         # Two turns of one step with 8 images, whose median is their mean.
         assert row["images/s"] == pytest.approx(8 * 1000 / row["ms a step"])
+    for row in found["cached"]:
+        assert row["speed"] == pytest.approx(row["plain loop, ms a step"] / row["ours, ms a step"])
+        assert 0.1 < row["encoding / UNet"] < 1
     *parts, total = found["parts"]
     assert sum(part["ms a round"] for part in parts) == pytest.approx(total["ms a round"])
-    assert all(part["ms a step"] > 0 for part in parts)
+    assert [part["part"] for part in parts if part["ms a step"] == 0] == ["encode images and captions"]
+    assert all(part["without the cache, ms a step"] > 0 for part in parts)
     diffusers, ours = found["starts"]
     assert ours["imported, s"] < ours["built, s"] < ours["done, s"]
     assert found["ratios"]["start"]["median"] == pytest.approx(ours["done, s"] / diffusers["done, s"])
     # One for each trained tensor: AdamW's step count.
     assert found["waits"]["optimizer"] > 100
     assert found["waits"]["elsewhere"] == 0, "a step waits for the device"
-    assert len(found["checks"]) == 5
+    assert len(found["checks"]) == 6
     names = [
         row[name]
-        for rows, name in (("starts", "start"), ("speeds", "training"), ("parts", "part"))
+        for rows, name in (("starts", "start"), ("speeds", "training"), ("cached", "training"), ("parts", "part"))
         for row in found[rows]
     ]
     assert [line[0] for line in table_of(printed) if line[0] in names] == names
@@ -212,3 +217,28 @@ def test_a_closed_program_takes_no_further_step(programs):
     turns.advance(2)
     turns.close()
     assert done == [0, 1]
+
+
+@linux
+@pytest.mark.slow
+def test_the_memory_and_the_time_that_the_cache_takes_are_measured(tmp_path):
+    found, printed = run_benchmark("cache", tmp_path, "--fast")
+    tenth, all_ = found["filled"]
+    assert (tenth["images"], all_["images"]) == (20, 200)
+    for row in found["filled"]:
+        # Mean and deviation of 4 x 32 x 32 numbers for each image and its mirrored copy, and 16 x 32 for its caption.
+        assert row["MB on disk"] == row["images"] * (2 * 2 * 4 * 32 * 32 + 16 * 32) * 4 // 10**6
+        assert row["files"] == 2
+        assert row["images/s"] == pytest.approx(row["images"] / row["encoded, s"])
+        # All rows wait for one file.
+        assert row["MB on disk"] <= row["at most more"] < 400
+        # Python with torch and diffusers, in MB.
+        assert 100 < row["own MB before"] < row["peak resident MB"] < 4000
+    opened = found["opened"]
+    assert opened["images"] == 200
+    assert 0 < opened["opened, s"] < all_["encoded, s"]
+    assert opened["1000 samples, s"] > 0
+    assert opened["peak resident MB"] <= opened["with samples"]
+    assert [check["holds"] for check in found["checks"][:3]] == [True, True, True], "memory, or encoded again"
+    heads = [line for line in table_of(printed) if line[0] == "images"]
+    assert heads == [list(all_), list(opened)]
