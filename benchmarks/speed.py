@@ -27,7 +27,7 @@ from pipelines import operations, save_photos, save_small_sd
 from plain_loop import Pictures, plain_loop
 from running import ROOT, as_flags, describe_machine, finish, print_table
 from start_up import FIRST_STEP, LOADED_PIPELINE, time_lines
-from stepped import Over, Program, SteppedTrainer, Turns, parts_timed
+from stepped import Over, Program, SteppedTrainer, Turns, allocate_as_in_a_run, parts_timed
 
 from iet_finetune import Config
 
@@ -319,6 +319,7 @@ def main(argv: list[str]) -> int:
     """Measure everything and print the tables."""
     args = parse(argv)
     torch.set_num_threads(1)
+    allocate_as_in_a_run()
     machine = describe_machine()
     print(machine, flush=True)
     # What the trainers tell of their rounds.

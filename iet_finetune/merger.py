@@ -17,7 +17,7 @@ from .merging import Layout, add_weighted, outer_step
 # Distances are summed by rows of so many numbers, and slices end at rows: the same rows on any number of ranks.
 ROW = 1 << 10
 # Numbers that leave a device, or a rank, at once: 256 MB together; within one CPU as many as stay in its cache.
-BUCKET, ALONE = 1 << 26, 1 << 16
+BUCKET, ALONE = 1 << 26, 1 << 17
 
 
 class MergesClones(ABC):

@@ -40,7 +40,7 @@ class ModelConfig:
     )
     revision: str | None = flag(None, "Revision of the pipeline on the Hub: branch, tag or commit.")
     variant: str | None = flag(None, "Variant of the weight files to load, such as fp16.")
-    cache_dir: str | None = flag(None, "Where downloaded models and data sets are kept.")
+    cache_dir: str | None = flag(None, "Where downloaded models, data sets and encoded images are kept.")
     prediction_type: str | None = flag(
         None,
         "What the denoiser predicts, if the scheduler's own setting is to be overridden.",

@@ -21,10 +21,11 @@ def draw_images(family: Family, validation: ValidationConfig, seed: int, resolut
 
     Image i of every prompt starts from the noise of seed + i; torch's global generators are left alone.
     """
-    pipeline = family.sampling_pipeline().to(next(family.denoiser.parameters()).device)
-    rows = []
-    # A compiled denoiser would be compiled once more for this.
-    with evaluating(family.denoiser), torch.no_grad(), uncompiled():
+    device, rows = next(family.denoiser.parameters()).device, []
+    # Encoders that wait on the host go back there. A compiled denoiser would be compiled once more for this.
+    encoders = family.lent((*family.image_encoders, *family.caption_encoders), device)
+    with encoders, evaluating(family.denoiser), torch.no_grad(), uncompiled():
+        pipeline = family.sampling_pipeline().to(device)
         for prompt in family.prompts(validation):
             generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
             rows.append(family.draw(pipeline, prompt, generators, validation, resolution))
