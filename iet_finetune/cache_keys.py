@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ def caption_facts(family: Family, encoder: Encoder, device: torch.device) -> dic
         **_common_facts(family, encoder, device),
         "max_sequence_length": family.config.training.max_sequence_length,
         "tokenizers": tokenizers,
+        # SD 3 without its T5 fills up with zeros to the width that its transformer takes.
+        "width": family.denoiser.config.get("joint_attention_dim"),
         "models": _models(family, family.caption_encoders),
     }
 
@@ -72,8 +75,8 @@ def _class_digest(kind: type) -> str:
         if issubclass(base, Family):
             try:
                 digest.update(Path(inspect.getfile(base)).read_bytes())
-            except (OSError, TypeError):  # typed in, and in no file
-                continue
+            except (OSError, TypeError):  # typed in, and in no file: it may be another class each time
+                digest.update(os.urandom(16))
     return digest.hexdigest()
 
 
@@ -99,12 +102,14 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Of a tokenizer's class, words, rules and lengths; to be asked before it is used, which changes what it says."""
+    """Of a tokenizer's class, words, rules and lengths."""
     digest = hashlib.blake2b(type(tokenizer).__name__.encode(), digest_size=16)
     lengths = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side)
     digest.update(repr((*lengths, tokenizer.special_tokens_map)).encode())
     if hasattr(tokenizer, "backend_tokenizer"):
-        digest.update(tokenizer.backend_tokenizer.to_str().encode())
+        # How it was last used is noted in it, too.
+        rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+        digest.update(json.dumps(rules).encode())
         return digest.hexdigest()
     with tempfile.TemporaryDirectory() as folder:
         for file in sorted(tokenizer.save_vocabulary(folder)):

@@ -48,7 +48,7 @@ def encode_data(
     Raises:
         UserError: an image cannot be read, or the cache's folder cannot be written or has no room.
     """
-    folder, encoder = cache_folder(config.model.cache_dir), Encoder(family, config.training.train_batch_size)
+    folder, encoder = cache_folder(config.model.cache_dir), Encoder(family, config.training.train_batch_size, device)
     pictures = Pictures(folder, family, encoder, device, images, transform, mirrored=config.data.random_flip)
     complete(pictures, ranks)
     if not family.needs_captions:

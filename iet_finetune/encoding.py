@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .families.base import Conditions, Family, in_chunks
@@ -16,11 +17,16 @@ class Encoder:
     Args:
         family: its encoders are on the device of what is encoded.
         size: samples that it is to be given at once; it takes as many, and `ENCODE_CHUNK` at most.
+        device: of the encoders.
     """
 
-    def __init__(self, family: Family, size: int) -> None:
+    def __init__(self, family: Family, size: int, device: torch.device) -> None:
         self._family = family
         self.chunk = min(ENCODE_CHUNK, size)
+        if device.type == "cpu":
+            # Threads that cannot share the samples out evenly divide some of them among themselves, and then a
+            # sample's bits depend on its place in the chunk.
+            self.chunk = max(self.chunk - self.chunk % torch.get_num_threads(), 1)
 
     def images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, H, W) of the posterior of images (B, 3, R, R), as `encode_images`."""

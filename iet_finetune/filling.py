@@ -50,7 +50,14 @@ def complete(source: Source, ranks: Ranks) -> None:
     Raises:
         UserError: something cannot be encoded, or the folder cannot be written or has no room.
     """
-    while any(ranks.gather(len(source.missing()))):
+    before = None
+    while any(left := ranks.gather(len(source.missing()))):
+        if left == before:
+            raise UserError(
+                f"what was encoded is not there when it is looked for in {source.rows.folder}: the disk loses it, or "
+                f"cannot map it into memory: {_INSTEAD}."
+            )
+        before = left
         together = _sharing(source.rows.folder, ranks)
         missing = source.missing()
         if ranks.is_main:
@@ -61,7 +68,7 @@ def complete(source: Source, ranks: Ranks) -> None:
         ends = [len(missing) * number // len(together) for number in range(len(together) + 1)]
         place = together.index(ranks.rank)
         share = missing[ends[place] : ends[place + 1]]
-        _Filler(source, len(missing), silent=not ranks.is_main).fill(share)
+        _Filler(source, len(missing), ranks).fill(share)
         ranks.meet()
         source.rows.refresh()
 
@@ -85,17 +92,17 @@ class _Filler:
 
     Args:
         total: rows that all ranks together will write into the folder.
-        silent: shows no progress; it is shown on terminals only.
+        ranks: of which the first one shows the progress, on terminals only.
     """
 
-    def __init__(self, source: Source, total: int, silent: bool) -> None:
+    def __init__(self, source: Source, total: int, ranks: Ranks) -> None:
         self._source = source
         self._total = total
-        self._silent = silent
+        self._ranks = ranks
+        self._room_is_known = False
         self._keys: list[str] = []
         self._rows: list[Row] = []
         self._bytes = 0
-        self._begun = False
         self._since = time.monotonic()
 
     def fill(self, todo: list[Any]) -> None:
@@ -103,7 +110,7 @@ class _Filler:
         bar = tqdm(
             desc=f"encoding {self._source.words}",
             total=len(todo),
-            disable=True if self._silent else None,
+            disable=None if self._ranks.is_main else True,
             dynamic_ncols=True,
         )
         try:
@@ -111,6 +118,8 @@ class _Filler:
                 for keys, rows in self._source.encode(todo):
                     self._take(keys, rows)
                     bar.update(len(keys))
+                    # Who takes no notice in time that another rank has failed is ended, and writes nothing.
+                    self._ranks.check()
         except BaseException:
             with suppress(Exception):
                 self._write()
@@ -119,9 +128,8 @@ class _Filler:
 
     def _take(self, keys: list[str], rows: Row) -> None:
         size = sum(tensor.nbytes for tensor in rows.values())
-        if not self._begun:
+        if not self._room_is_known:
             self._check_room(size // len(keys))
-            self._begun = True
         self._keys += keys
         self._rows.append(rows)
         self._bytes += size
@@ -130,6 +138,7 @@ class _Filler:
 
     def _check_room(self, row_bytes: int) -> None:
         folder = self._source.rows.folder
+        self._room_is_known = True  # later on, part of what was free holds rows
         needed, free = row_bytes * self._total, shutil.disk_usage(folder).free
         if needed > free:
             raise UserError(

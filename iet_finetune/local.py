@@ -80,7 +80,7 @@ class LocalTraining:
         # On a CPU a VAE gives latents in this layout, for which convolutions are faster there. Another has other bits.
         channels_last = config.training.channels_last or device.type == "cpu"
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._encoder = Encoder(family, -(-config.training.train_batch_size // group.size))
+        self._encoder = Encoder(family, -(-config.training.train_batch_size // group.size), device)
 
     def run(
         self, clone: Clone, shard: Shard, steps: Sequence[Step], learning_rate: Callable[[int], float]

@@ -123,7 +123,7 @@ def _losses(family: Family, latents: Tensor, noise: Tensor, timesteps: Tensor, c
 
 def _encode(family: Family, pixel_values: Tensor, captions: list[str]) -> tuple[Tensor, Conditions]:
     """Latents and what the captions say, in chunks of one size as while training."""
-    encoder = Encoder(family, len(pixel_values))
+    encoder = Encoder(family, len(pixel_values), pixel_values.device)
     means, stds = encoder.images(pixel_values)
     return family.latents(means, stds, torch.zeros_like(means)), encoder.captions(captions)
 

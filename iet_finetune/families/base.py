@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -110,7 +111,10 @@ class Family(ABC):
     @contextmanager
     def lent(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
         """These components are on the device inside, and where they were afterwards."""
-        homes = [(encoder, next(encoder.parameters()).device) for encoder in self._encoders(names)]
+        tensors = [
+            (encoder, next(chain(encoder.parameters(), encoder.buffers()), None)) for encoder in self._encoders(names)
+        ]
+        homes = [(encoder, tensor.device) for encoder, tensor in tensors if tensor is not None]
         try:
             for encoder, _ in homes:
                 encoder.to(device)
