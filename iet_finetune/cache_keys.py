@@ -20,7 +20,7 @@ from .families.base import Family
 from .identity import environment
 
 # Other versions of these may compute other bits.
-_PACKAGES = ("iet_finetune", "torch", "diffusers", "transformers")
+_PACKAGES = ("iet_finetune", "torch", "diffusers", "transformers", "tokenizers")
 
 
 def image_facts(family: Family, encoder: Encoder, transform: ImageTransform, device: torch.device) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def caption_facts(family: Family, encoder: Encoder, device: torch.device) -> dic
         "max_sequence_length": family.config.training.max_sequence_length,
         "tokenizers": tokenizers,
         # SD 3 without its T5 fills up with zeros to the width that its transformer takes.
-        "width": family.denoiser.config.get("joint_attention_dim"),
+        "width": _settings(family.denoiser).get("joint_attention_dim"),
         "models": _models(family, family.caption_encoders),
     }
 

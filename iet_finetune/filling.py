@@ -139,8 +139,11 @@ class _Filler:
     def _check_room(self, row_bytes: int) -> None:
         folder = self._source.rows.folder
         self._room_is_known = True  # later on, part of what was free holds rows
-        needed, free = row_bytes * self._total, shutil.disk_usage(folder).free
-        if needed > free:
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise _not_written(folder, error) from None
+        if (needed := row_bytes * self._total) > free:
             raise UserError(
                 f"no space left on the device for {self._total} encoded {self._source.words} in {folder}: they take "
                 f"{gigabytes(needed, math.ceil)}, and {gigabytes(free, math.floor)} are free: {_INSTEAD}."

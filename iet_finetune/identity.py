@@ -34,7 +34,7 @@ _OF_A_MACHINE = (
     ),
     *("output_dir", "offload_dir", "holdout_data_dir", "generated_dir"),
 )
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "accelerate", "peft", "numpy")
 
 
 def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict[str, Any]:

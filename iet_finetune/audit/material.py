@@ -60,9 +60,7 @@ def load_real_images(config: Config, needs_captions: bool) -> tuple[TrainingImag
         data, cache_dir=cache_dir, seed=config.training.seed, needs_captions=needs_captions
     )
     if audit.holdout_data_dir is not None:
-        heldout = load_folder(
-            "holdout_data_dir", audit.holdout_data_dir, data, cache_dir=cache_dir, captions=needs_captions
-        )
+        heldout = load_folder("holdout_data_dir", audit.holdout_data_dir, data, captions=needs_captions)
         heldout = _numbered_alike(heldout, training, data.class_column)
     return training, heldout
 

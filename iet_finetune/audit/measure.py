@@ -266,8 +266,8 @@ def _drawing(config: Config, subject: Subject | None) -> dict[str, Any]:
 def _given(folder: str, bench: Bench, grey: bool) -> Generated:
     """The images of `--generated_dir`, with their prompts if there is a metadata file that has them."""
     config, captions = bench.config, any(is_metadata(path) for path in find_files(folder))
-    data, cache_dir = replace(config.data, class_column=None), config.model.cache_dir
-    images = load_folder("generated_dir", folder, data, cache_dir=cache_dir, captions=captions)
+    data = replace(config.data, class_column=None)
+    images = load_folder("generated_dir", folder, data, captions=captions)
     transform = training_transform(config, center_crop=True)
     pixels = image_array(bench.work, "generated images", (images,), transform, grey)
     prompts = tuple(texts[0] for texts in images.captions)

@@ -125,7 +125,7 @@ def load_images(
     return training, images.subset(sorted(held_out))
 
 
-def load_folder(flag: str, folder: str, data: DataConfig, *, cache_dir: str | None, captions: bool) -> TrainingImages:
+def load_folder(flag: str, folder: str, data: DataConfig, *, captions: bool) -> TrainingImages:
     """All images of a folder that another flag names than those of the training images.
 
     Args:
@@ -141,7 +141,7 @@ def load_folder(flag: str, folder: str, data: DataConfig, *, cache_dir: str | No
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
     caption_column = data.caption_column if captions else None
     columns = Columns(data.image_column, caption_column, None, data.class_column)
-    return _hashed(read_image_folder(source, find_files(folder), columns, cache_dir), columns)
+    return _hashed(read_image_folder(source, find_files(folder), columns), columns)
 
 
 def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> Samples:
@@ -156,7 +156,7 @@ def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> S
         raise UserError(
             f"`--dataset_split {data.dataset_split}` goes with `--dataset_name`: all of {source} is the split train."
         )
-    return read_image_folder(source, find_files(data.train_data_dir), columns, cache_dir)
+    return read_image_folder(source, find_files(data.train_data_dir), columns)
 
 
 def _hashed(samples: Samples, columns: Columns) -> TrainingImages:

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,7 @@ def find_files(folder: str) -> list[str]:
     return found
 
 
-def read_image_folder(source: str, files: list[str], columns: Columns, cache_dir: str | None) -> Samples:
+def read_image_folder(source: str, files: list[str], columns: Columns) -> Samples:
     """One sample for each row of the metadata files among `files`, or for each image if captions are not wanted.
 
     `datasets` alone would drop images that have no row, guess splits from file names ("train-station.png" would be
@@ -48,7 +49,6 @@ def read_image_folder(source: str, files: list[str], columns: Columns, cache_dir
         source: what errors call the folder, such as "`--train_data_dir data/cats`".
         files: the folder's files; metadata files name images relative to themselves.
         columns: which columns to read.
-        cache_dir: where `datasets` puts its lock files.
 
     Raises:
         UserError: no images, no metadata, an unknown column, an image without a row, or a caption that is not text.
@@ -66,7 +66,7 @@ def read_image_folder(source: str, files: list[str], columns: Columns, cache_dir
     labels: list[str] = []
     classes: list[int | str] = []
     for path in metadata:
-        part = _read_metadata(path, columns, cache_dir)
+        part = _read_metadata(path, columns)
         paths += part.names
         captions += part.captions
         labels += part.labels or ()
@@ -116,8 +116,8 @@ def _refuse_images_without_row(source: str, images: list[str], rows: list[str]) 
         )
 
 
-def _read_metadata(path: str, columns: Columns, cache_dir: str | None) -> Samples:
-    rows, features = _stream_rows(path, columns, cache_dir)
+def _read_metadata(path: str, columns: Columns) -> Samples:
+    rows, features = _stream_rows(path, columns)
     names = []
     for number, row in enumerate(rows):
         if row[columns.image] is None or not row[columns.image].get("path"):
@@ -131,13 +131,14 @@ def _read_metadata(path: str, columns: Columns, cache_dir: str | None) -> Sample
     return Samples(FileReader(()), tuple(names), captions, labels, classes)
 
 
-def _stream_rows(path: str, columns: Columns, cache_dir: str | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _stream_rows(path: str, columns: Columns) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     pattern = glob.escape(os.path.abspath(path))
     try:
-        with quiet_datasets():
-            # Streaming writes no table into the cache, whose key is path and modification time: nothing can be stale.
+        # Streaming writes no table into the cache, whose key is path and modification time: nothing can be stale. But
+        # it locks one, and `--cache_dir` may be read-only.
+        with quiet_datasets(), tempfile.TemporaryDirectory() as cache:
             stream = datasets.load_dataset(
-                "imagefolder", data_files={"train": [pattern]}, split="train", streaming=True, cache_dir=cache_dir
+                "imagefolder", data_files={"train": [pattern]}, split="train", streaming=True, cache_dir=cache
             )
             features = dict(stream.features)
             columns.check(list(features), f"`{path}`")

@@ -60,7 +60,7 @@ class Rows:
                     keys = file.get_tensor(KEYS).numpy()
             except FileNotFoundError:
                 continue
-            except (SafetensorError, OSError):
+            except SafetensorError:
                 self.damaged.append(path)
                 continue
             for row, key in enumerate(keys):

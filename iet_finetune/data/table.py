@@ -59,7 +59,7 @@ def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None
     if any((Path(name) / metadata).is_file() for metadata in METADATA_NAMES):
         if data.dataset_split != "train":
             raise _unknown_split(data, source, ["train"])
-        return read_image_folder(source, find_files(name), columns, cache_dir)
+        return read_image_folder(source, find_files(name), columns)
     if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
         return table_samples(_load_saved(data, name, source), columns, name, source, folder=os.path.abspath(name))
     return _local_folder(data, name, source, columns, cache_dir)
@@ -71,7 +71,7 @@ def _local_folder(data: DataConfig, name: str, source: str, columns: Columns, ca
         if data.dataset_split not in splits:
             raise _unknown_split(data, source, list(splits))
         _refuse_images_without_split(name, source, splits)
-        return read_image_folder(source, splits[data.dataset_split], columns, cache_dir)
+        return read_image_folder(source, splits[data.dataset_split], columns)
     # The key of the cache of `datasets` is path and modification time. A folder named by the contents is never stale.
     contents = _hash_files([os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)])
     base = cache_dir or str(datasets.config.HF_DATASETS_CACHE)

@@ -153,8 +153,8 @@ def the_line(code: int | None, stderr: str) -> str:
 def the_error(code: int | None, stdout: str, stderr: str) -> str:
     """The one line of an error of the user, without the program's name; everything else about it is checked here."""
     assert "Traceback" not in stderr, stderr
-    # transformers says on import that it goes without torchvision.
-    lines = [line for line in stderr.splitlines() if not line.startswith("[transformers] ")]
+    # transformers says on import that it goes without torchvision, and we that something is encoded.
+    lines = [line for line in stderr.splitlines() if not line.startswith(("[transformers] ", "encoding "))]
     assert len(lines) == 1, stderr
     assert lines[0].startswith(ERROR), stderr
     assert code == 2

@@ -45,7 +45,8 @@ def test_an_image_that_is_cut_off_is_named_when_training_reaches_it(world, tmp_p
     data = Path(shutil.copytree(world / "data", tmp_path / "data"))
     whole = (data / "007.png").read_bytes()
     (data / "007.png").write_bytes(whole[: whole.index(b"IDAT") + 30])
-    settings = flags(world, tmp_path / "out", train_data_dir=data, dataloader_num_workers=workers)
+    changes = {"train_data_dir": data, "dataloader_num_workers": workers, "cache_latents": False}
+    settings = flags(world, tmp_path / "out", **changes)
     line = the_error(train(settings), *capfd.readouterr())
     assert line.startswith(f"`{data / '007.png'}` cannot be decoded: ")
     assert line.endswith("Replace or remove it.")
