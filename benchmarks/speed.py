@@ -38,6 +38,8 @@ LEAST_SPEED, LEAST_CACHED, LEAST_WITH_CONTROL, LEAST_WITH_CLONES = 1.0, 1.5, 0.9
 MOST_START = 1.3
 # Operators that make the host wait for the device.
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero")
+# Timed in each run of those that are compared whole, after one that is not.
+EPOCHS_OF_A_RUN = 2
 # In the run that is profiled: the steps between two that log are.
 LOGGING_STEPS = 4
 
@@ -48,6 +50,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=512, help="of the demo's to train on")
     parser.add_argument("--photos", type=int, default=128, help="to compare the cache with the plain loop on")
     parser.add_argument("--clones", type=int, default=16, help="K of the run that is compared with K = 1")
+    parser.add_argument("--runs", type=int, default=4, help="with one clone and with K, in turns")
     parser.add_argument("--epochs", type=int, default=5, help="that are timed, after one that is not")
     parser.add_argument("--starts", type=int, default=5, help="of each kind, after one that is not timed")
     parser.add_argument("--fast", action="store_true", help="a small version, to see that it works")
@@ -57,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     args = parser.parse_args(argv)
     if args.fast:
-        args.images, args.photos, args.clones, args.epochs, args.starts = 16, 8, 2, 1, 1
+        args.images, args.photos, args.clones, args.runs, args.epochs, args.starts = 16, 8, 2, 1, 1, 1
     if args.images % (each := args.clones * BATCH):
         parser.error(f"--images {args.images}: must be a multiple of {each}, for full batches of every clone.")
     return args
@@ -94,23 +97,25 @@ def our_program(config: Config) -> Program:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def take_turns(programs: Mapping[str, Program], clones: int, steps: int, epochs: int) -> dict[str, list[float]]:
+def take_turns(
+    programs: Mapping[str, Program], turns_of_epoch: int, steps: int, epochs: int
+) -> dict[str, list[float]]:
     """Seconds of every turn, by program; the first epoch, in which everything is built, is left out.
 
     Args:
-        clones: turns in an epoch: one shard of the run with clones, and as many steps of the others.
+        turns_of_epoch: in an epoch.
         steps: in a turn.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     with contextlib.ExitStack() as stack:
         turns = {name: stack.enter_context(contextlib.closing(Turns(each))) for name, each in programs.items()}
-        for number in range((1 + epochs) * clones):
+        for number in range((1 + epochs) * turns_of_epoch):
             # To and fro: neighbours are compared, and neither is to come first each time.
             for name in reversed(turns) if number % 2 else turns:
                 began = time.perf_counter()
                 turns[name].advance(steps)
                 seconds[name].append(time.perf_counter() - began)
-    return {name: found[clones:] for name, found in seconds.items()}
+    return {name: found[turns_of_epoch:] for name, found in seconds.items()}
 
 
 class Ratio(NamedTuple):
@@ -138,7 +143,6 @@ def measure_speed(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[st
         "K = 1, uncached": config_of(scratch, args.images, agc_threshold=0, cache_latents=False),
         "K = 1": config_of(scratch, args.images, agc_threshold=0),
         "K = 1, AGC": config_of(scratch, args.images),
-        f"K = {args.clones}, AGC": config_of(scratch, args.images, num_shards=args.clones),
     }
     pictures, steps = Pictures(IMAGES, args.images, RESOLUTION), args.images // args.clones // BATCH
     programs: dict[str, Program] = {"plain loop": partial(plain_loop, PIPELINE, pictures, BATCH)}
@@ -152,11 +156,41 @@ def measure_speed(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[st
         }
         for name, found in seconds.items()
     ]
-    plain, uncached, off, on, cloned = seconds.values()
-    # A merge falls into one turn of an epoch: whole epochs are compared.
-    one, many = (np.reshape(found, (-1, args.clones)).sum(axis=1) for found in (on, cloned))
-    ratios = {"plain": Ratio.of(plain, uncached), "control": Ratio.of(off, on), "clones": Ratio.of(one, many)}
-    return rows, ratios
+    plain, uncached, off, on = seconds.values()
+    return rows, {"plain": Ratio.of(plain, uncached), "control": Ratio.of(off, on)}
+
+
+def measure_clones(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], Ratio]:
+    """The table of whole runs with one clone and with many, which take turns, and the speeds of pairs of epochs.
+
+    They train in the main thread, as a run does: how the C library reuses memory differs from thread to thread, and
+    with it by several per cent how fast runs of one and of many clones are.
+    """
+    found: dict[int, list[float]] = {1: [], args.clones: []}
+    for number in range(args.runs):
+        for clones in reversed(found) if number % 2 else found:
+            found[clones] += epoch_seconds(
+                config_of(scratch, args.images, num_shards=clones, num_train_epochs=1 + EPOCHS_OF_A_RUN),
+                args.images // BATCH,
+            )
+    rows = [
+        {"training": f"K = {clones}, AGC", "ms a step": 1000 * statistics.median(seconds) * BATCH / args.images}
+        for clones, seconds in found.items()
+    ]
+    return rows, Ratio.of(*found.values())
+
+
+def epoch_seconds(config: Config, steps: int) -> list[float]:
+    """Seconds of each epoch of a run, merge included, after the first one; an epoch has so many steps."""
+    marks: list[float] = []
+    taken = itertools.count(1)
+
+    def after_step() -> None:
+        if next(taken) % steps == 0:
+            marks.append(time.perf_counter())
+
+    SteppedTrainer(config, after_step).train_rounds()
+    return [end - begin for begin, end in itertools.pairwise(marks)]
 
 
 class Task(NamedTuple):
@@ -329,6 +363,8 @@ def main(argv: list[str]) -> int:
         print_table(starts)
         speeds, ratios = measure_speed(scratch, args)
         print_table(speeds)
+        cloned, ratios["clones"] = measure_clones(scratch, args)
+        print_table(cloned)
         cached, ratios["cached"] = measure_cache(scratch, args)
         print_table(cached)
         parts = break_down(scratch, args)
@@ -351,7 +387,7 @@ def main(argv: list[str]) -> int:
         ),
     ]
     content = {"machine": machine, "images": args.images, "speeds": speeds, "cached": cached, "parts": parts}
-    content |= {"starts": starts}
+    content |= {"clones": cloned, "starts": starts}
     spread = {name: ratio._asdict() for name, ratio in {**ratios, "start": start}.items()}
     return finish(checks, args.json, {**content, "ratios": spread, "waits": waits._asdict()})
 

@@ -189,7 +189,8 @@ class LocalTraining:
         """The unweighted loss of each sample, with gradient, and its timestep."""
         latents, conditions = self._inputs(batch)
         objective = self._family.objective
-        timesteps = objective.sample_timesteps(batch.uniform).to(self._device)
+        # A copy that is waited for would wait for everything before it, too.
+        timesteps = objective.sample_timesteps(batch.uniform).to(self._device, non_blocking=True)
         noisy_latents = objective.add_noise(latents, batch.noise, timesteps).contiguous(memory_format=self._layout)
         target = objective.target(latents, batch.noise, timesteps)
         return per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target), timesteps

@@ -39,7 +39,7 @@ class StableDiffusion(Family):
             truncation=True,
             return_tensors="pt",
         )
-        return {"encoder_hidden_states": text_encoder(tokens.input_ids.to(text_encoder.device))[0]}
+        return {"encoder_hidden_states": text_encoder(tokens.input_ids.to(text_encoder.device, non_blocking=True))[0]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """The UNet's output for (x_t, t, text)."""

@@ -32,7 +32,8 @@ class StableDiffusionXL(StableDiffusion):
             return super().latents(mean, std, noise)
         centre, spread = (torch.tensor(vae[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         sample = mean + std * noise
-        return (sample - centre.to(sample)) / spread.to(sample) * vae.scaling_factor
+        centre, spread = (numbers.to(sample, non_blocking=True) for numbers in (centre, spread))
+        return (sample - centre) / spread * vae.scaling_factor
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
         """Both encoders' states before the last layer, side by side, and the second's projected state of the text."""

@@ -22,20 +22,22 @@ def clip_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: i
 
     That is the projected state of the last token (B, P) of a CLIPTextModelWithProjection.
     """
-    output = encoder(token_ids(tokenizer, captions, length).to(encoder.device), output_hidden_states=True)
+    output = encoder(
+        token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True), output_hidden_states=True
+    )
     return output.hidden_states[-2], output[0]
 
 
 @torch.no_grad()
 def clip_pooled(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> Tensor:
     """The last token's state (B, D) of a CLIPTextModel."""
-    return encoder(token_ids(tokenizer, captions, length).to(encoder.device)).pooler_output
+    return encoder(token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True)).pooler_output
 
 
 @torch.no_grad()
 def t5_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> Tensor:
     """The last hidden states (B, length, D) of a T5EncoderModel, padding too, as the pipelines have it."""
-    return encoder(token_ids(tokenizer, captions, length).to(encoder.device))[0]
+    return encoder(token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True))[0]
 
 
 def require_parts(pipeline: Any, names: Sequence[str]) -> None:
