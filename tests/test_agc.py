@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from iet_finetune import AntiGradientControl
 
@@ -115,3 +116,28 @@ def test_the_state_survives_saving_and_loading():
 def test_settings_out_of_range_are_refused_by_name(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         AntiGradientControl(T, **settings)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that are called inside, without those that only look at memory in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view:
+            self.names.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_decision_takes_three_operators_and_none_reads_the_device():
+    agc = AntiGradientControl(T)
+    loss, timesteps = torch.rand(8), torch.randint(0, T, (8,))
+    with Operators() as of_decision:
+        agc.keep_mask(loss, timesteps)
+    with Operators() as of_update:
+        agc.update(loss, timesteps)
+    assert len(of_decision.names) == 3
+    assert len(of_update.names) <= 20
+    assert not {*of_decision.names, *of_update.names} & {"_local_scalar_dense", "nonzero", "item"}

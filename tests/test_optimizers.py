@@ -8,10 +8,12 @@ from iet_finetune.optimizers import (
     build_optimizer,
     fresh_moments,
     learning_rate_course,
+    live_moments,
     masked_step,
     moments_by_parameter,
     named_moments,
     parameter_of,
+    take_up_moments,
 )
 from iet_finetune.settings import SCHEDULES, OptimizerConfig, TrainingConfig
 
@@ -102,3 +104,37 @@ def test_a_parameter_whose_moments_were_dropped_starts_anew_and_the_other_goes_o
     assert torch.equal(kept, whole)
     assert torch.equal(dropped, fresh)
     assert not torch.equal(kept, dropped)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_moments_that_are_taken_up_are_worked_in_and_give_the_steps_of_an_optimizer_that_went_on(fused):
+    torch.manual_seed(0)
+    start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
+    gradients = [[torch.randn_like(value) for value in start] for _ in range(6)]
+
+    def made():
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        return parameters, torch.optim.AdamW(parameters, lr=0.1, fused=fused)
+
+    def take(parameters, optimizer, steps):
+        for step in steps:
+            # The last parameter is first trained in step 3.
+            for parameter, gradient in list(zip(parameters, gradients[step], strict=True))[: 3 if step > 2 else 2]:
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, without_stop = made()
+    take(whole, without_stop, range(6))
+    parameters, optimizer = made()
+    take(parameters, optimizer, range(2))
+    moments = live_moments(optimizer)
+    assert moments.keys() == optimizer.state_dict()["state"].keys() == {0, 1}
+    take_up_moments(optimizer, None)
+    assert live_moments(optimizer) == {}
+    take_up_moments(optimizer, moments)
+    take(parameters, optimizer, range(2, 6))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, whole, strict=True))
+    for index, values in moments.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert live_moments(optimizer)[index][name].data_ptr() == values[name].data_ptr(), "copied"
