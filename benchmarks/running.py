@@ -30,11 +30,12 @@ def environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a command quietly; where it fails, what it said is shown and this program ends."""
+def run(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Run a command quietly and return its stdout; where it fails, what it said is shown and this program ends."""
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}\nexit code {done.returncode} of: {' '.join(command)}")
+    return done.stdout
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import io
 import itertools
+import json
 import statistics
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from diffusers import StableDiffusionPipeline
 from numpy.typing import ArrayLike
 from pipelines import operations, save_photos, save_small_sd
 from plain_loop import Pictures, plain_loop
-from running import ROOT, as_flags, describe_machine, finish, print_table
+from running import ROOT, as_flags, describe_machine, environment, finish, print_table, run
 from start_up import FIRST_STEP, LOADED_PIPELINE, time_lines
 from stepped import Over, Program, SteppedTrainer, Turns, allocate_as_in_a_run, parts_timed
 
@@ -50,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=512, help="of the demo's to train on")
     parser.add_argument("--photos", type=int, default=128, help="to compare the cache with the plain loop on")
     parser.add_argument("--clones", type=int, default=16, help="K of the run that is compared with K = 1")
-    parser.add_argument("--runs", type=int, default=4, help="with one clone and with K, in turns")
+    parser.add_argument("--runs", type=int, default=3, help="with one clone and with K, in turns")
     parser.add_argument("--epochs", type=int, default=5, help="that are timed, after one that is not")
     parser.add_argument("--starts", type=int, default=5, help="of each kind, after one that is not timed")
     parser.add_argument("--fast", action="store_true", help="a small version, to see that it works")
@@ -163,34 +164,22 @@ def measure_speed(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[st
 def measure_clones(scratch: Path, args: argparse.Namespace) -> tuple[list[dict[str, Any]], Ratio]:
     """The table of whole runs with one clone and with many, which take turns, and the speeds of pairs of epochs.
 
-    They train in the main thread, as a run does: how the C library reuses memory differs from thread to thread, and
-    with it by several per cent how fast runs of one and of many clones are.
+    Each has a process of its own, as a run has. In one process what came before decides how the C library reuses
+    memory, and with it by several per cent how fast runs of one and of many clones are.
     """
     found: dict[int, list[float]] = {1: [], args.clones: []}
     for number in range(args.runs):
         for clones in reversed(found) if number % 2 else found:
-            found[clones] += epoch_seconds(
-                config_of(scratch, args.images, num_shards=clones, num_train_epochs=1 + EPOCHS_OF_A_RUN),
-                args.images // BATCH,
-            )
+            settings = {"num_shards": clones, "num_train_epochs": 1 + EPOCHS_OF_A_RUN}
+            flags = flags_of(Path(tempfile.mkdtemp(dir=scratch)), args.images, **settings)
+            command = [sys.executable, str(ROOT / "benchmarks/epochs.py"), str(args.images // BATCH)]
+            said = run([*command, *as_flags(flags), "--random_flip"], environment(scratch))
+            found[clones] += json.loads(said.splitlines()[-1])
     rows = [
         {"training": f"K = {clones}, AGC", "ms a step": 1000 * statistics.median(seconds) * BATCH / args.images}
         for clones, seconds in found.items()
     ]
     return rows, Ratio.of(*found.values())
-
-
-def epoch_seconds(config: Config, steps: int) -> list[float]:
-    """Seconds of each epoch of a run, merge included, after the first one; an epoch has so many steps."""
-    marks: list[float] = []
-    taken = itertools.count(1)
-
-    def after_step() -> None:
-        if next(taken) % steps == 0:
-            marks.append(time.perf_counter())
-
-    SteppedTrainer(config, after_step).train_rounds()
-    return [end - begin for begin, end in itertools.pairwise(marks)]
 
 
 class Task(NamedTuple):

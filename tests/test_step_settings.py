@@ -51,7 +51,9 @@ def config(world: Path, output: Path, base: str = "base", **flags: Any) -> Confi
         "num_train_epochs": 4,
         "merge_every_epochs": 2,
         "lr_warmup_steps": 0,
-        "adam_epsilon": 1e-4,
+        # So that a rounding of a gradient near zero is not made a step of the learning rate.
+        "adam_epsilon": 1e-2,
+        "learning_rate": 1e-3,
         "use_ema": True,
         "outer_momentum": 0.5,
         "optimizer_across_rounds": "average",
