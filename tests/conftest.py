@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,24 @@ torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable" if os.environ.get("CI") else "explore")
+
+
+def _forget_accelerator() -> None:
+    """Accelerate keeps the precision and the ranks of a process's first run; what comes next is a first run."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_accelerator_of_module() -> None:
+    """For the module's own fixtures, which are made before any of a test's."""
+    _forget_accelerator()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator(fresh_accelerator_of_module: None) -> None:
+    """For every test."""
+    _forget_accelerator()
 
 
 @pytest.fixture

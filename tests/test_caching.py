@@ -47,12 +47,6 @@ COPY_OF = {7: 6}  # a picture that is there twice, with captions of its own
 MIXED, SQUARES = len(SIZES), 8
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pipelines of several families, `squares`, 8 pictures of 16 pixels, and `mixed`, 11 of many sizes."""

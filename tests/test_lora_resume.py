@@ -24,12 +24,6 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A pipeline of 10 timesteps, 12 images, and what each of `RUNS` leaves that is never interrupted."""

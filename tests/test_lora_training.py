@@ -5,7 +5,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers.utils import convert_state_dict_to_diffusers
 from lora_runs import LATEST, LORA, config, fused, train
 from peft.utils import get_peft_model_state_dict
@@ -19,12 +18,6 @@ from iet_finetune.adapters import Adapter
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 MERGES = ["exact", "average", "freeze_a"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

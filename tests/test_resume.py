@@ -7,7 +7,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from runs import Killed, files, run_until, train_on_ranks
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd
@@ -24,12 +23,6 @@ def world(tmp_path_factory) -> Path:
     save_images(folder / "data", 12)
     Trainer(config(folder, folder / "whole")).train()
     return folder
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def config(world: Path, output: Path, **flags) -> Config:

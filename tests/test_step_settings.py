@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from runs import assert_close, assert_equal, run_until
 from safetensors.torch import load_file
@@ -20,12 +19,6 @@ from iet_finetune.compiling import check_gradients, compile_denoiser, failure_ex
 from iet_finetune.merging import Layout
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,6 @@ from iet_finetune import Config, Trainer
 IMAGES = 12
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder with pipelines `epsilon` and `v_prediction`, and `data`: 12 images of 16 pixels."""

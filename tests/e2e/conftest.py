@@ -10,12 +10,6 @@ from tiny import save_images, save_tiny_sd
 from iet_finetune import cli
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base`, a pipeline of 10 timesteps; `data`, 12 images; `trained`, what a finished run of one round left."""

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from families.flows import cosmap, random_pair, shifted_sigmas
 from families.text_to_image import build_world, config
@@ -16,12 +15,6 @@ from iet_finetune.objective import per_sample_loss
 
 CAPTIONS = ["a thing", "", "another, much longer thing that is cut off"]
 NAMES = ("sd3", "sd3 without t5", "sd35")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def family(name: str = "sd3", **flags) -> StableDiffusion3:

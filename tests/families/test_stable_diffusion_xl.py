@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import EDMEulerScheduler
 from families.text_to_image import config
 from PIL import Image
@@ -19,12 +18,6 @@ from iet_finetune.settings import DataConfig
 
 CAPTIONS = ["a thing", "", "another, much longer thing that is cut off"]
 SIZES = torch.tensor([[16, 40, 0, 7], [90, 16, 12, 0], [16, 16, 0, 0]])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def family(**settings) -> StableDiffusionXL:

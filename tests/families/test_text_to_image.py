@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from families.text_to_image import (
     LORA,
@@ -34,12 +33,6 @@ FUSED = {**ADAPTER, "lora_export": "fuse"}
 MODES = ("full", "lora")
 FAMILIES = ("sdxl", "sd3", "flux dev", "pixart alpha")
 VARIANTS = ("sd3 without t5", "sd35", "flux schnell", "pixart sigma")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_family(name: str, world: Path) -> SimpleNamespace:

@@ -28,12 +28,6 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 KINDS = ("sock", "hat", "bag")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps the precision of a process's first run; every test is a first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """Pipelines without and with three classes, a network to begin with, and images without and with kinds."""
