@@ -54,6 +54,12 @@ def save_pipeline(folder: Path, channels: tuple[int, ...], vae_channels: tuple[i
     return sum(parameter.numel() for parameter in unet.parameters())
 
 
+def save_tiny_sd(folder: Path) -> Path:
+    """A tiny Stable Diffusion for images of 64 pixels: a UNet of 1 M parameters, latents of an eighth of the side."""
+    save_pipeline(folder, (32, 64), vae_channels=(16, 32, 64, 64))
+    return folder
+
+
 def save_small_sd(folder: Path) -> Path:
     """Stable Diffusion in small, for images of 64 pixels: latents of an eighth of the side, a VAE of four levels.
 

@@ -64,6 +64,15 @@ class Clone:
             getattr(self, name).load_state_dict(state[name])
 
 
+def seed_random_state(seed: int) -> None:
+    """Seeds torch's global generators, from which dropout draws."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # `torch.manual_seed` would note down for GPUs that may come who called it, anew each time.
+        torch.default_generator.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of torch's global generators, from which dropout draws."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .adapters import Trainable
 from .checkpoint import Checkpoint, Piece, state_piece, tensors_piece
-from .clone import Clone, random_state, set_random_state
+from .clone import Clone, random_state, seed_random_state, set_random_state
 from .ema import EMA
 from .errors import UserError
 from .groups import Placement, Ranks
 from .host import HostMemory
 from .merger import MergesClones
 from .optimizers import (
+    fresh_moments,
     live_moments,
     moments_by_parameter,
     named_moments,
@@ -155,7 +156,7 @@ class Ensemble:
         self._rest()
         clone.began = clone.step
         self._start_of_live = copy.deepcopy(clone.state())
-        torch.manual_seed(self._network_seed(clone))
+        seed_random_state(self._network_seed(clone))
         return clone
 
     def _network_seed(self, clone: Clone) -> int:
@@ -168,8 +169,13 @@ class Ensemble:
             merged = {name: t.to(device, copy=True) for name, t in self._mergers["moments"].tensors.items()}
             take_up_moments(self._optimizer, moments_by_parameter(merged))
         else:
-            take_up_moments(self._optimizer, clone.moments)
+            take_up_moments(self._optimizer, clone.moments or self._first_moments())
             clone.moments = None
+
+    def _first_moments(self) -> dict[int, Any] | None:
+        """What a clone without moments begins with; None leaves it to the optimizer."""
+        stay = self._moments == "keep" and self._host.in_place and self._optimizer.defaults.get("fused")
+        return fresh_moments(self._optimizer) if stay else None
 
     def set_back(self) -> bool:
         """Takes back what the live clone did in this round; its moments, which may be spoilt, start anew.
@@ -376,4 +382,4 @@ class Ensemble:
         elif checkpoint.has(theirs):
             set_random_state(checkpoint.state(theirs))
         else:
-            torch.manual_seed(self._network_seed(clone))
+            seed_random_state(self._network_seed(clone))

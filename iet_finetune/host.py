@@ -36,6 +36,7 @@ class HostMemory:
 
     Attributes:
         in_files: whether large tensors rest in files.
+        in_place: whether tensors rest where the clones train, in the ordinary memory of a CPU.
 
     Raises:
         UserError: the folder cannot be made or written.
@@ -45,7 +46,7 @@ class HostMemory:
         self._folder = folder
         self._in_regions = folder is not None or device.type == "cuda"
         self.in_files = folder is not None
-        self._all_rests = device.type == "cpu" and not self.in_files
+        self.in_place = device.type == "cpu" and not self.in_files
         # By address. A region lives as long as the tensors in it, which hold references to it.
         self._regions: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
         if folder is not None:
@@ -63,8 +64,8 @@ class HostMemory:
     def keep(self, state: Any, into: Any = None) -> Any:
         """Lets a state rest here: dicts, lists and tuples of tensors and plain values, as an optimizer's state is.
 
-        A tensor that rests here already changes owner: it is returned itself. With ordinary memory that is every
-        tensor on the CPU. Others are copied; those that are new share one file, or one pinned block.
+        A tensor that rests here already changes owner: it is returned itself. Where tensors rest in place that is the
+        state itself. Others are copied; those that are new share one file, or one pinned block.
 
         Args:
             state: is left as it is.
@@ -74,8 +75,8 @@ class HostMemory:
         Raises:
             UserError: as for `empty`.
         """
-        if self._all_rests:
-            return _over_tensors(lambda tensor, _: tensor, state)
+        if self.in_place:
+            return state
         new: dict[int, Tensor] = {}
 
         def note(tensor: Tensor, old: Any) -> Tensor:

@@ -10,6 +10,9 @@ from torch import Tensor
 from .errors import UserError
 from .settings import OptimizerConfig, TrainingConfig
 
+# Numbers of fp32 in a cache line.
+_LINE = 16
+
 
 def build_optimizer(
     parameters: Iterable[torch.nn.Parameter], optimizer: OptimizerConfig, training: TrainingConfig
@@ -82,14 +85,23 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def fresh_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state before its first step, in the form of its `state_dict()["state"]`: all zeros."""
+    """AdamW's state before its first step, in the form of its `state_dict()["state"]`: all zeros, in one block.
+
+    What the optimizer itself makes in its first step comes to lie between gradients and activations. Where it stays
+    for the whole run, those of every later step are then scattered over what is left between, which is slow.
+    """
+    parameters = _parameters(optimizer)
+    like = [torch.empty_like(parameter, device="meta") for parameter in parameters]
+    # The step counts first; everything large begins with a cache line.
+    sizes = [-(-size // _LINE) * _LINE for size in (len(like), *(t.numel() for t in like for _ in range(2)))]
+    counts, *places = torch.zeros(sum(sizes), device=parameters[0].device).split(sizes)
     return {
         index: {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+            "step": counts[index],
+            "exp_avg": places[2 * index].as_strided(tensor.shape, tensor.stride()),
+            "exp_avg_sq": places[2 * index + 1].as_strided(tensor.shape, tensor.stride()),
         }
-        for index, parameter in enumerate(_parameters(optimizer))
+        for index, tensor in enumerate(like)
     }
 
 

@@ -162,7 +162,7 @@ def test_the_speed_of_training_is_measured_against_the_plain_loop(tmp_path):
         assert row["images/s"] == pytest.approx(8 * 1000 / row["ms a step"])
     for row in found["cached"]:
         assert row["speed"] == pytest.approx(row["plain loop, ms a step"] / row["ours, ms a step"])
-        assert 0.1 < row["encoding / UNet"] < 1
+        assert 0.1 < row["encoding / UNet"] < 1.5
     *parts, total = found["parts"]
     assert sum(part["ms a round"] for part in parts) == pytest.approx(total["ms a round"])
     assert [part["part"] for part in parts if part["ms a step"] == 0] == ["encode images and captions"]

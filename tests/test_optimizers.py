@@ -73,6 +73,21 @@ def test_fresh_moments_are_those_of_an_optimizer_that_has_not_stepped_yet():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_fresh_moments_lie_in_one_block_as_their_parameters_lie_in_memory():
+    shapes = [(3, 2, 5, 5), (7,), (), (4, 3, 3, 3)]
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    parameters[3] = torch.nn.Parameter(parameters[3].detach().to(memory_format=torch.channels_last))
+    moments = fresh_moments(torch.optim.AdamW(parameters, fused=True))
+    tensors = list(named_moments(moments).values())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    for parameter, own in zip(parameters, moments.values(), strict=True):
+        assert own["exp_avg"].stride() == own["exp_avg_sq"].stride() == parameter.stride()
+    # None lies over another.
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
+
+
 def test_a_name_of_moments_tells_the_parameter():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(12)]
     names = list(named_moments(fresh_moments(torch.optim.AdamW(parameters))))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Config, Trainer
+from iet_finetune.optimizers import named_moments
 
 IMAGES = 12
 
@@ -254,3 +255,23 @@ def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_p
     for i, state in ensemble._optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[i][name]) for name, value in state.items())
     assert torch.equal(clone.agc.bank, bank)
+
+
+def test_moments_that_are_kept_lie_in_one_block_for_each_clone_from_round_to_round(world, tmp_path):
+    ensemble = (trainer := Trainer(config(world, tmp_path / "out", num_shards=3))).ensemble
+    blocks = []
+    for _ in range(2):
+        for shard in range(3):
+            clone = ensemble.checkout([shard])
+            for _ in trainer.parts.local.run(
+                clone, trainer.parts.shards[shard], list(trainer.schedule.steps(shard, 0, 1)), lambda step: 1e-3
+            ):
+                pass
+            ensemble.collect([shard])
+        ensemble.merge()
+        tensors = [list(named_moments(clone.moments).values()) for clone in ensemble.clones]
+        assert all(any(tensor.abs().max() > 0 for tensor in own) for own in tensors)
+        blocks.append([{tensor.untyped_storage().data_ptr() for tensor in own} for own in tensors])
+    assert blocks[0] == blocks[1]
+    assert [len(places) for places in blocks[0]] == [1, 1, 1]
+    assert len(set.union(*blocks[0])) == 3
