@@ -56,6 +56,11 @@ class Clone:
         plain = {name: getattr(self, name) for name in self._PLAIN}
         return {**plain, **{name: getattr(self, name).state_dict() for name in self._MODULES}}
 
+    def copied_state(self) -> dict[str, Any]:
+        """What `state` gives, which changes with the next step, as it is now."""
+        modules = {name: getattr(self, name).state_dict() for name in self._MODULES}
+        return self.state() | {name: {n: t.clone() for n, t in state.items()} for name, state in modules.items()}
+
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Takes up what `state` gave."""
         for name in self._PLAIN:

@@ -1,6 +1,5 @@
 """Iterative ensemble training: clones are checked out, trained, collected, and merged in the end, on all ranks."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ class Ensemble:
         self._start_moments(clone)
         self._rest()
         clone.began = clone.step
-        self._start_of_live = copy.deepcopy(clone.state())
+        self._start_of_live = clone.copied_state()
         seed_random_state(self._network_seed(clone))
         return clone
 

@@ -71,13 +71,17 @@ def take_up_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapp
     if not optimizer.defaults.get("fused"):
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return
-    parameters = _parameters(optimizer)
-    for index, values in moments.items():
-        device = parameters[index].device
-        optimizer.state[parameters[index]] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        }
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if index in moments:
+            optimizer.state[parameter] = _moved(moments[index], parameter.device)
+
+
+def _moved(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The values on a device: themselves where they are there already."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.device != device else value
+        for name, value in values.items()
+    }
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
