@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from families.lending import travelling
 from families.pixels import tiny_pixels
 from PIL import Image
 from ranks import Ended, run_ranks
@@ -26,7 +27,7 @@ from tiny_families import tiny_pipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from iet_finetune import Config, Trainer, UserError, cli, filling
+from iet_finetune import Config, Trainer, cli, filling
 from iet_finetune.assembly import Parts, build_parts, start_accelerator
 from iet_finetune.caching import encode_data
 from iet_finetune.data import rows as data_rows
@@ -34,8 +35,6 @@ from iet_finetune.data.loader import Visit
 from iet_finetune.data.transforms import ImageTransform
 from iet_finetune.families import FAMILIES
 from iet_finetune.families.stable_diffusion import StableDiffusion
-from iet_finetune.families.stable_diffusion_3 import StableDiffusion3
-from iet_finetune.families.stable_diffusion_xl import StableDiffusionXL
 from iet_finetune.groups import Ranks
 
 MB = 1_000_000
@@ -705,73 +704,6 @@ def test_a_cache_folder_that_cannot_be_is_refused_with_what_to_do(world, tmp_pat
     assert line.endswith("`--no_cache_latents`.")
 
 
-def travelling(family: StableDiffusion, names: tuple[str, ...], refuses: str = "") -> list[tuple[str, str]]:
-    """Makes these components of the family note, in the list that is returned, where they are sent.
-
-    They stay where they are, as there may be no other device; on one that `refuses` there is no room for it.
-    """
-    journeys: list[tuple[str, str]] = []
-
-    def noted(name: str) -> Callable[[Any], None]:
-        def to(device: Any) -> None:
-            journeys.append((name, str(device)))
-            if name == refuses and str(device) == "cuda":
-                raise RuntimeError("out of memory")
-
-        return to
-
-    for name in names:
-        getattr(family.pipeline, name).to = noted(name)
-    return journeys
-
-
-CUDA = torch.device("cuda")
-
-
-def test_encoders_that_are_lent_are_on_the_device_inside_and_at_home_afterwards():
-    family = StableDiffusionXL(tiny_pipeline("sdxl"))
-    journeys = travelling(family, ("vae", "text_encoder", "text_encoder_2"))
-    with family.lent(family.image_encoders, CUDA):
-        assert journeys == [("vae", "cuda")]
-    assert journeys == [("vae", "cuda"), ("vae", "cpu")]
-    journeys.clear()
-    with family.lent(family.caption_encoders, CUDA):
-        assert journeys == [("text_encoder", "cuda"), ("text_encoder_2", "cuda")]
-    assert journeys[2:] == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
-
-
-@pytest.mark.parametrize("error", [UserError("unreadable"), KeyboardInterrupt()])
-def test_encoders_that_are_lent_go_home_when_something_fails(error):
-    family = StableDiffusion(tiny_sd())
-    journeys = travelling(family, ("vae",))
-    with pytest.raises(type(error)), family.lent(("vae",), CUDA):
-        raise error
-    assert journeys == [("vae", "cuda"), ("vae", "cpu")]
-
-
-def test_encoders_go_home_when_there_is_no_room_for_the_next_one():
-    family = StableDiffusionXL(tiny_pipeline("sdxl"))
-    journeys = travelling(family, ("text_encoder", "text_encoder_2"), refuses="text_encoder_2")
-    with pytest.raises(RuntimeError, match="out of memory"), family.lent(family.caption_encoders, CUDA):
-        pytest.fail("it has not all that it needs")
-    assert journeys[2:] == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
-
-
-def test_a_component_that_a_pipeline_does_without_is_passed_over():
-    family = StableDiffusion3(tiny_pipeline("sd3 without t5"))
-    journeys = travelling(family, ("text_encoder", "text_encoder_2"))
-    with family.lent(family.caption_encoders, CUDA):
-        assert len(journeys) == 2
-    assert len(journeys) == 4
-
-
-def test_an_encoder_without_weights_is_lent_too():
-    family = StableDiffusion(tiny_sd())
-    family.pipeline.vae = torch.nn.Identity()
-    with family.lent(("vae",), CUDA):
-        assert isinstance(family.pipeline.vae, torch.nn.Identity)
-
-
 def test_encoders_of_captions_are_lent_after_those_of_images_and_none_where_nothing_is_missing(world, tmp_path):
     settings = config(world, tmp_path / "out", "sdxl")
     transform = ImageTransform(RESOLUTION, center_crop=False, interpolation="lanczos", seed=0)
@@ -780,11 +712,3 @@ def test_encoders_of_captions_are_lent_after_those_of_images_and_none_where_noth
         journeys = travelling(parts.family, ("vae", "text_encoder", "text_encoder_2"))
         encode_data(settings, parts.family, parts.images, transform, Ranks.alone(), torch.device("cpu"))
         assert [name for name, _ in journeys] == expected
-
-
-@pytest.mark.parametrize(("encoders", "expected"), [(False, []), (True, ["vae", "text_encoder"])])
-def test_encoders_are_on_the_device_while_training_only_where_images_are_encoded_then(encoders, expected):
-    family = StableDiffusion(tiny_sd())
-    journeys = travelling(family, ("vae", "text_encoder"))
-    family.place(torch.device("meta"), encoders=encoders)
-    assert journeys == [(name, "meta") for name in expected]
