@@ -17,6 +17,7 @@ from .host import HostMemory
 from .merger import MergesClones
 from .optimizers import (
     fresh_moments,
+    is_fused,
     live_moments,
     moments_by_parameter,
     named_moments,
@@ -173,7 +174,7 @@ class Ensemble:
 
     def _first_moments(self) -> dict[int, Any] | None:
         """What a clone without moments begins with; None leaves it to the optimizer."""
-        stay = self._moments == "keep" and self._host.in_place and self._optimizer.defaults.get("fused")
+        stay = self._moments == "keep" and self._host.in_place and is_fused(self._optimizer)
         return fresh_moments(self._optimizer) if stay else None
 
     def set_back(self) -> bool:

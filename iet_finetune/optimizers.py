@@ -40,13 +40,18 @@ def build_optimizer(
     return bitsandbytes.optim.AdamW8bit(list(parameters), **settings)
 
 
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is one of torch's own fused ones, whose state and mask lie on the device."""
+    return bool(optimizer.defaults.get("fused"))
+
+
 def masked_step(optimizer: torch.optim.Optimizer, masked: Tensor) -> None:
     """One optimizer step that changes neither weights nor moments where `masked` (scalar fp32) is 1.
 
     torch's fused optimizers read the mask on the device, as they do for gradient scalers; others have to be asked
     from the host, which waits for the device.
     """
-    if optimizer.defaults.get("fused"):
+    if is_fused(optimizer):
         optimizer.found_inf = masked  # type: ignore[attr-defined]  # set from outside by GradScaler too
         optimizer.step()
     elif not masked.item():
@@ -68,7 +73,7 @@ def take_up_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapp
     optimizer.state.clear()
     if not moments:
         return
-    if not optimizer.defaults.get("fused"):
+    if not is_fused(optimizer):
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         return
     for index, parameter in enumerate(_parameters(optimizer)):

@@ -82,11 +82,13 @@ def said_by_a_fresh_process(code: str, folder: Path) -> list[list[int]]:
 # --- ordinary memory -------------------------------------------------------------------------------------------------
 
 
-def test_in_ordinary_memory_tensors_change_owner_and_are_not_copied():
-    state = adam_state([3, 2 * TINY])
-    kept = HostMemory(CPU).keep(state, into=adam_state([3, 2 * TINY]))
-    assert_same(kept, state)
-    assert places(kept) == places(state)
+def test_in_ordinary_memory_a_state_changes_owner_and_is_not_copied():
+    state, values = adam_state([3, 2 * TINY]), adam_state([3, 2 * TINY])
+    before = places(state)
+    kept = HostMemory(CPU).keep(state, into=adam_state([3, 2 * TINY], 1))
+    assert kept is state
+    assert places(kept) == before
+    assert_same(kept, values)
 
 
 def test_a_device_without_pinned_memory_gets_ordinary_memory():

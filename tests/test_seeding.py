@@ -1,9 +1,11 @@
 """Random draws are functions of (seed, shard, pass, position) and of nothing else."""
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iet_finetune.clone import seed_random_state
 from iet_finetune.seeding import network_seed, pass_order, sample_draws, split_order
 
 SHAPE = (4, 2, 2)
@@ -64,3 +66,13 @@ def test_draws_have_the_distribution_they_are_named_after():
     timesteps = np.array([draw.timestep for draw in draws])
     assert np.all((timesteps >= 0) & (timesteps < 1))
     assert abs(timesteps.mean() - 0.5) < 0.05
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_dropout_draws_as_torch_seeds_it_and_nothing_piles_up(seed):
+    torch.manual_seed(seed)
+    drawn = torch.rand(3)
+    noted = len(torch.cuda._queued_calls)
+    seed_random_state(seed)
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.accelerator.is_available() or len(torch.cuda._queued_calls) == noted
