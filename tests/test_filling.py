@@ -162,6 +162,14 @@ def test_a_damaged_file_is_encoded_anew_and_goes(tmp_path, monkeypatch):
     assert not damaged.exists()
 
 
+def test_a_disk_that_maps_nothing_into_memory_is_refused(tmp_path, monkeypatch):
+    def refuses(*of, **settings):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr("iet_finetune.data.rows.safe_open", refuses)
+    assert "cannot map it into memory" in refusal(Numbers(tmp_path, 12))
+
+
 def test_two_runs_that_fill_the_same_folder_at_the_same_time_both_end_with_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(filling, "FILE_BYTES", 1)
     sources = [Numbers(tmp_path, 40), Numbers(tmp_path, 50)]

@@ -52,13 +52,14 @@ class Rows:
         return self.__dict__ | {"_open": {}, "_places": {}}
 
     def refresh(self) -> None:
-        """Takes in what has been added since; files that cannot be read go to `damaged`, and count as absent."""
+        """Takes in what has been added since; files that cannot be read count as absent, damaged ones are listed."""
         known = {*self._files, *self.damaged}
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):
             try:
                 with safe_open(path, framework="pt") as file:
                     keys = file.get_tensor(KEYS).numpy()
-            except FileNotFoundError:
+            except OSError:
+                # Gone by now, somebody else's, or on a disk that maps nothing into memory: no reason to remove it.
                 continue
             except SafetensorError:
                 self.damaged.append(path)

@@ -244,6 +244,22 @@ def assert_damaged(rows: Rows, path: Path, keys: list[str]) -> None:
     assert held(again, ["1000"]) == [1000]
 
 
+def test_what_cannot_be_opened_counts_as_absent_and_stays(tmp_path):
+    rows = rows_in(tmp_path)
+    rows.add(*numbered(5))
+    file_of(rows).rename(rows.folder / "other.safetensors")
+    # A folder cannot be mapped into memory, as no file can on some disks.
+    (rows.folder / "folder.safetensors").mkdir()
+    (rows.folder / "nowhere.safetensors").symlink_to(tmp_path / "gone")
+    again = rows_in(tmp_path)
+    assert again.missing(["0", "4", "7"]) == [2]
+    assert held(again, ["4"]) == [4]
+    assert again.damaged == []
+    again.clean()
+    assert (rows.folder / "folder.safetensors").is_dir()
+    assert (rows.folder / "nowhere.safetensors").is_symlink()
+
+
 def test_what_is_half_written_is_never_read_and_goes_when_it_is_old(tmp_path):
     rows = rows_in(tmp_path)
     rows.add(*numbered(5))
