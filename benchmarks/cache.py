@@ -18,7 +18,7 @@ from measured_cache import SAMPLES
 from pipelines import save_images, save_pipeline
 from running import MB, ROOT, as_flags, describe_machine, environment, finish, print_table, run
 
-from iet_finetune.filling import FILE_BYTES
+from iet_finetune.cache.filling import FILE_BYTES
 
 IMAGE_SIZE = 32
 # Of own memory above the start, in sizes at which a file is written: writing one takes copies of its rows.

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from running import MB, ROOT, describe_machine, finish, print_table
 
-from iet_finetune.assembly import Parts, build_parts, start_accelerator
-from iet_finetune.config import Config
-from iet_finetune.groups import Ranks
+from iet_finetune.config.config import Config
+from iet_finetune.distributed.groups import Ranks
+from iet_finetune.training.assembly import Parts, build_parts, start_accelerator
 
 # Of full fine-tuning's time.
 MOST_TIME = 1.0

@@ -11,13 +11,13 @@ import torch
 from measured_run import peak_resident, read_status, sampled_peaks
 
 from iet_finetune import Config
-from iet_finetune.caching import encode_data
+from iet_finetune.cache.caching import encode_data
 from iet_finetune.data.dataset import TrainingImages, load_images
 from iet_finetune.data.encoded import EncodedData
 from iet_finetune.data.loader import stacked
 from iet_finetune.data.transforms import ImageTransform
+from iet_finetune.distributed.groups import Ranks
 from iet_finetune.families import find_pipeline, load_family
-from iet_finetune.groups import Ranks
 
 SAMPLES = 1000
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from running import MB, describe_machine, environment, finish, print_table
 from torch import Tensor
 
-from iet_finetune.audit.neighbours import Neighbours, nearest_pixels
+from iet_finetune.audit.measures.neighbours import Neighbours, nearest_pixels
 
 LEAST_RATIO = 5.0
 MOST_MEMORY = 2000

@@ -4,8 +4,8 @@
     python benchmarks/same_bits.py record after.json     # in the tree as it is
     python benchmarks/same_bits.py compare before.json after.json
 
-A record holds a hash of every tensor that a run saved, its `metrics.jsonl` line by line, its ledger row by row, and the
-metrics of an audit. Compare records of one machine: bits depend on the kind of CPU and the number of threads.
+A record holds a hash of every tensor that a run saved, its `metrics.jsonl` line by line, its ledger row by row, and
+the metrics of an audit. Compare records of one machine: bits depend on the kind of CPU and the number of threads.
 """
 
 import argparse

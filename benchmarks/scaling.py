@@ -16,7 +16,7 @@ import torch
 from running import MB, ROOT, as_flags, describe_machine, environment, finish, print_table, run
 from timed_merge import time_merge
 
-from iet_finetune.groups import Ranks
+from iet_finetune.distributed.groups import Ranks
 
 RANKS = (1, 2)
 CLONES = 4

@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 
 from iet_finetune import Config, Trainer
-from iet_finetune import local as local_training
 from iet_finetune.data.loader import micro_batches
-from iet_finetune.schedule import Step
+from iet_finetune.method.schedule import Step
+from iet_finetune.training import local as local_training
 
 # A program calls what it is given after every step, and does not go on before its next turn.
 Program = Callable[[Callable[[], None]], None]

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from pipelines import build_unet
 from torch import Tensor
 
-from iet_finetune.groups import Ranks
-from iet_finetune.host import HostMemory
-from iet_finetune.merger import Merger
+from iet_finetune.distributed.groups import Ranks
+from iet_finetune.ensemble.host import HostMemory
+from iet_finetune.ensemble.merger import Merger
 
 TIMEOUT = 60.0
 

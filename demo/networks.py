@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from iet_finetune import families, outputs
+from iet_finetune import families
+from iet_finetune.publish import outputs
 
 IMAGE_SIZE = 64
 LATENT_SIZE = 16

@@ -4,31 +4,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .agc import AntiGradientControl as AntiGradientControl
-    from .config import Config as Config
+    from .config.config import Config as Config
     from .errors import UserError as UserError
-    from .merging import WeightedSum as WeightedSum
-    from .merging import merge_state_dicts as merge_state_dicts
-    from .objective import NoiseSchedule as NoiseSchedule
-    from .objective import per_sample_loss as per_sample_loss
-    from .pipelines import ClassConditionalPipeline as ClassConditionalPipeline
-    from .sharding import shard_indices as shard_indices
-    from .trainer import Trainer as Trainer
+    from .families.pipelines import ClassConditionalPipeline as ClassConditionalPipeline
+    from .method.agc import AntiGradientControl as AntiGradientControl
+    from .method.merging import WeightedSum as WeightedSum
+    from .method.merging import merge_state_dicts as merge_state_dicts
+    from .method.objective import NoiseSchedule as NoiseSchedule
+    from .method.objective import per_sample_loss as per_sample_loss
+    from .method.sharding import shard_indices as shard_indices
+    from .training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
 # Each public name and the module it comes from. It is imported at first use, so that `--help` need not wait for torch.
 _HOMES = {
-    "AntiGradientControl": "agc",
-    "ClassConditionalPipeline": "pipelines",
-    "Config": "config",
-    "NoiseSchedule": "objective",
-    "Trainer": "trainer",
+    "AntiGradientControl": "method.agc",
+    "ClassConditionalPipeline": "families.pipelines",
+    "Config": "config.config",
+    "NoiseSchedule": "method.objective",
+    "Trainer": "training.trainer",
     "UserError": "errors",
-    "WeightedSum": "merging",
-    "merge_state_dicts": "merging",
-    "per_sample_loss": "objective",
-    "shard_indices": "sharding",
+    "WeightedSum": "method.merging",
+    "merge_state_dicts": "method.merging",
+    "per_sample_loss": "method.objective",
+    "shard_indices": "method.sharding",
 }
 
 

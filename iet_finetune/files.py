@@ -3,10 +3,17 @@
 import contextlib
 import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .errors import UserError, disk_full
+from .errors import UserError, disk_full, one_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 # What diffusers calls a LoRA file, in a folder of its own or in a repository.
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -90,3 +97,57 @@ def gigabytes(size: int, rounded: Callable[[float], int]) -> str:
     """A size in words; `rounded` is `math.ceil` for what is needed and `math.floor` for what is there."""
     # What is needed is rounded up and what is free is rounded down, so that the two differ in print as well.
     return f"{rounded(size / 1e7) / 100:.2f} GB"
+
+
+def make_writable(folder: Path) -> None:
+    """Makes the output folder, if it is not there; raises a `UserError` if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"`--output_dir {folder}` cannot be written: {reason}. Choose another folder.") from None
+
+
+class FolderLock:
+    """Holds a folder for one process until it is released or the process ends; leaves no file behind.
+
+    Args:
+        folder: an existing folder.
+        patience: seconds to wait for another holder: the workers of a killed run outlive it by a few.
+
+    Raises:
+        UserError: another run holds the folder.
+    """
+
+    def __init__(self, folder: Path, patience: float = 15.0) -> None:
+        self._descriptor: int | None = None
+        if fcntl is None:
+            return
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        until = time.monotonic() + patience
+        while not self._acquired(self._descriptor):
+            if time.monotonic() > until:
+                self.release()
+                raise UserError(f"`--output_dir {folder}` is in use by another run. Choose another, or wait.")
+            time.sleep(0.2)
+
+    def _acquired(self, descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # A file system without locks: nothing to hold.
+            self.release()
+        return True
+
+    def release(self, close: Callable[[int], None] = os.close) -> None:
+        """Lets another run have the folder; `close` is bound because `os` may be gone when the interpreter ends."""
+        if self._descriptor is not None:
+            close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.release()

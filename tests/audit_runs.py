@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iet_finetune.audit_command import audit_command
+from iet_finetune.cli.audit_command import audit_command
 
 
 class Mosaic(nn.Module):

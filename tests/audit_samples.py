@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from iet_finetune.audit.findings import histogram
-from iet_finetune.audit.metrics import rate
+from iet_finetune.audit.measures.findings import histogram
+from iet_finetune.audit.measures.metrics import rate
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'too' & {{ 7*7 }} \u202e\x00</td></table>"
 

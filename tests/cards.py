@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from iet_finetune.card import CardFacts
-from iet_finetune.config import Config
+from iet_finetune.config.config import Config
+from iet_finetune.publish.card import CardFacts
 
 
 def facts(**changes: object) -> CardFacts:

@@ -12,8 +12,9 @@ from peft.utils import get_peft_model_state_dict
 from tiny import tiny_sd
 from torch import Tensor, nn
 
-from iet_finetune.adapters import Adapter, Trainable, add_adapter
-from iet_finetune.settings import AdapterConfig
+from iet_finetune.config.settings import AdapterConfig
+from iet_finetune.ensemble.trainable import Trainable
+from iet_finetune.lora.adapters import Adapter, add_adapter
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYTHING = [*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv_in", "linear_1", "ff.net.2"]

@@ -28,7 +28,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from iet_finetune.errors import UserError
-from iet_finetune.groups import Group, Placement, Ranks
+from iet_finetune.distributed.groups import Group, Placement, Ranks
 
 TIMEOUT = float(os.environ["TEST_TIMEOUT"])
 
@@ -228,6 +228,6 @@ def _become_rank(request: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import iet_finetune.groups  # noqa: F401 - what every rank imports
+    import iet_finetune.distributed.groups  # noqa: F401 - what every rank imports
 
     exec(compile(_serve(), "rank", "exec"), {"__name__": "__main__"})

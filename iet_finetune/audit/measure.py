@@ -8,29 +8,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import Config
+from ..config.config import Config
+from ..config.settings import ModelConfig
 from ..data.dataset import load_folder
 from ..data.image_folder import find_files, is_metadata
 from ..data.images import decode_rgb
 from ..data.samples import read_file
+from ..ensemble.ledger import LEDGER
 from ..errors import UserError
-from ..ledger import LEDGER
-from ..settings import ModelConfig
-from .bench import Bench
-from .compared import Generated, measure_clip, measure_features, measure_pixels
-from .features import Features, load_features
-from .findings import Findings
-from .guidance import measure_prompts
-from .images import file_array, image_array, training_transform
-from .losses import measure_losses
-from .material import Material, load_real_images, prepare
-from .memorization import REPEATS
-from .metrics import Metric
-from .neighbours import Neighbours
-from .samples import draw_samples, plan_samples
-from .seen import Seen, check_split, read_ledger
-from .subject import Found, Subject, find_subject
-from .work import Work
+from .inputs.bench import Bench
+from .inputs.images import file_array, image_array, training_transform
+from .inputs.material import Material, load_real_images, prepare
+from .inputs.samples import draw_samples, plan_samples
+from .inputs.seen import Seen, check_split, read_ledger
+from .inputs.subject import Found, Subject, find_subject
+from .inputs.work import Work
+from .measures.compared import Generated, measure_clip, measure_features, measure_pixels
+from .measures.features import Features, load_features
+from .measures.findings import Findings
+from .measures.guidance import measure_prompts
+from .measures.losses import measure_losses
+from .measures.memorization import REPEATS
+from .measures.metrics import Metric
+from .measures.neighbours import Neighbours
 
 
 @dataclass(frozen=True)

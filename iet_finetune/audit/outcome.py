@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 
 from ..data.dataset import TrainingImages
+from ..environment import environment
 from ..files import written_beside
-from ..identity import environment
-from .images import digest
+from .inputs.images import digest
+from .inputs.seen import Seen, of_group
+from .inputs.subject import shown
 from .measure import Measured
-from .memorization import closest_pairs, ratios
-from .report import write_report
-from .seen import Seen, of_group
-from .subject import shown
+from .measures.memorization import closest_pairs, ratios
+from .report.report import write_report
 
 AUDIT, PAIRS = "audit.json", "pairs.json"
 FORMAT, VERSION = "iet_finetune.audit", 1

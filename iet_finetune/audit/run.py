@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from ..files import clean
-from ..outputs import FolderLock, make_writable
+from ..files import FolderLock, clean, make_writable
 from .measure import Judged, measure
 from .outcome import write_outcome
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
+from ..config.settings import DataConfig
 from ..errors import UserError
-from ..settings import DataConfig
 from .image_folder import find_files, read_image_folder
 from .images import check_image, decode_rgb
 from .samples import Columns, Samples, numbered

@@ -9,10 +9,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..config.settings import DataConfig
 from ..errors import UserError
-from ..schedule import Step
-from ..seeding import SampleDraws, pass_order, sample_draws
-from ..settings import DataConfig
+from ..method.schedule import Step
+from ..method.seeding import SampleDraws, pass_order, sample_draws
 from .dataset import TrainingImages
 from .encoded import Encoded, EncodedData
 from .transforms import ImageTransform

@@ -9,8 +9,8 @@ from typing import Any
 import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
+from ..config.settings import DataConfig
 from ..errors import UserError, one_line
-from ..settings import DataConfig
 from .image_folder import METADATA_NAMES, find_files, is_image, read_image_folder
 from .quiet import quiet_datasets
 from .samples import Columns, Samples, class_column, read_file, text_columns

@@ -2,9 +2,9 @@
 
 import importlib
 
-from ..config import Config
+from ..config.config import Config
+from ..config.settings import ModelConfig
 from ..errors import UserError
-from ..settings import ModelConfig
 from . import loading
 from .base import Conditions, Family, in_chunks
 from .loading import PipelineSource, load_pipeline, save_pipeline

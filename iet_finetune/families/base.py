@@ -13,10 +13,10 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config.config import Config
+from ..config.settings import ValidationConfig
 from ..errors import UserError
-from ..objective import NoiseSchedule, Objective
-from ..settings import ValidationConfig
+from ..method.objective import NoiseSchedule, Objective
 
 Conditions = dict[str, Tensor]
 # What says how flow matching draws and weighs noise levels.
@@ -261,3 +261,14 @@ def check_resolution(resolution: int, multiple: int) -> None:
         lower, upper = resolution // multiple * multiple, -(-resolution // multiple) * multiple
         nearest = f"{lower} or {upper}" if lower else f"{upper}"
         raise UserError(f"`--resolution {resolution}` must be a multiple of {multiple} for this model: try {nearest}.")
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Without dropout inside; as it was afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -6,10 +6,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..config import Config
+from ..config.config import Config
+from ..config.settings import TrainingConfig
 from ..errors import UserError
-from ..objective import FlowMatching
-from ..settings import TrainingConfig
+from ..method.objective import FlowMatching
 from .base import Family
 
 # The longest that diffusers' pipelines draw with.

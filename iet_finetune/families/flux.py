@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config.config import Config
 from .base import Conditions, check_resolution
 from .flow import FlowFamily
 from .text import clip_pooled, require_parts, t5_states

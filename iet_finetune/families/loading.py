@@ -22,8 +22,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from ..config.settings import ModelConfig
 from ..errors import UserError, one_line
-from ..settings import ModelConfig
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What diffusers and transformers note in a configuration of where and how it was loaded.

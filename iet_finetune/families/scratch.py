@@ -9,10 +9,10 @@ import torch
 import yaml
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from ..config.flags import nearest
+from ..config.settings import PRESETS
 from ..errors import UserError, one_line
-from ..flags import nearest
-from ..seeding import weights_seed
-from ..settings import PRESETS
+from ..method.seeding import weights_seed
 from .loading import PipelineSource, quiet_loading
 
 FOLDER = Path(__file__).parent / "models"

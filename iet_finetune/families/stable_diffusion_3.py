@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..config import Config
+from ..config.config import Config
 from ..errors import UserError
 from .base import Conditions, check_resolution
 from .flow import FlowFamily

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ..config.config import Config
 from .base import Conditions
 from .stable_diffusion import StableDiffusion
 from .text import clip_states, require_parts

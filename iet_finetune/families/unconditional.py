@@ -10,12 +10,12 @@ from diffusers import DDIMPipeline, DDIMScheduler
 from PIL import Image
 from torch import Tensor
 
-from ..config import Config
+from ..config.config import Config
+from ..config.flags import nearest
+from ..config.settings import ValidationConfig
 from ..errors import UserError
-from ..flags import nearest
-from ..pipelines import ClassConditionalPipeline
-from ..settings import ValidationConfig
 from .base import Conditions, Family, check_resolution
+from .pipelines import ClassConditionalPipeline
 
 # How many classes are drawn while training, if the user names none.
 FIRST_CLASSES = 8

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from iet_finetune import Config
-from iet_finetune.audit_command import judge
+from iet_finetune.audit.request import judge
 from iet_finetune.files import LORA_NAME
 
 RUN = {

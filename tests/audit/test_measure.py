@@ -206,8 +206,8 @@ def test_no_generated_images_are_an_error(world, tmp_path):
 
 def test_pixels_are_those_of_the_files(world, tmp_path):
     from iet_finetune import Config
-    from iet_finetune.audit.images import file_array, training_transform
-    from iet_finetune.audit.work import Work
+    from iet_finetune.audit.inputs.images import file_array, training_transform
+    from iet_finetune.audit.inputs.work import Work
 
     files = sorted((world / "train").glob("*.png"))[:5]
     transform = training_transform(Config.from_flags(resolution=SIZE))

@@ -7,9 +7,9 @@ import datasets
 import PIL.Image
 import pytest
 
+from iet_finetune.config.settings import DataConfig
 from iet_finetune.data.dataset import load_images
 from iet_finetune.errors import UserError
-from iet_finetune.settings import DataConfig
 
 
 def png(number):

@@ -70,7 +70,8 @@ def test_several_metadata_files_are_read_in_the_order_of_their_folders_in_every_
     for name in "dbca":
         write_folder(tmp_path / name, {"x.png": ord(name)}, [{"file_name": "x.png", "text": name}])
     code = (
-        "import sys; from iet_finetune.settings import DataConfig; from iet_finetune.data.dataset import load_images;"
+        "import sys; from iet_finetune.config.settings import DataConfig;"
+        "from iet_finetune.data.dataset import load_images;"
         "images, _ = load_images(DataConfig(train_data_dir=sys.argv[1], max_train_samples=3), cache_dir=None, seed=1);"
         "print(images.captions, images.fingerprint)"
     )

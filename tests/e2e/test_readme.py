@@ -12,7 +12,7 @@ from tiny import save_images, save_tiny_sd, tiny_sd
 from torch.distributed.run import get_args_parser
 
 from iet_finetune import Config
-from iet_finetune.config import flag_names
+from iet_finetune.config.config import flag_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

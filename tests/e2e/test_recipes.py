@@ -10,11 +10,11 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from iet_finetune import Config, Trainer, UserError
-from iet_finetune.config import flag_names
+from iet_finetune.cli.recipes_command import recipes_command
+from iet_finetune.config.config import flag_names
 from iet_finetune.families import FAMILIES
+from iet_finetune.families.smoke import KNOWN, shrink
 from iet_finetune.families.tiny import TINY
-from iet_finetune.recipes import recipes_command
-from iet_finetune.smoke import KNOWN, shrink
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: path.stem)

@@ -15,7 +15,9 @@ from diffusers import DiffusionPipeline
 from e2e.command import ERROR, SCRIPT, contents, environment, flags, leftovers, run_script, the_error, wait_for, words
 from safetensors.torch import load_file
 
-from iet_finetune import cli, result, trainer
+from iet_finetune.cli import program as cli
+from iet_finetune.publish import result
+from iet_finetune.training import trainer
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LATEST = {"resume_from_checkpoint": "latest"}

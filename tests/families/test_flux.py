@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from iet_finetune import Config
 from iet_finetune.families.flux import Flux
-from iet_finetune.objective import per_sample_loss
+from iet_finetune.method.objective import per_sample_loss
 
 CAPTIONS = ["a thing", "", "another, much longer thing that is cut off"]
 

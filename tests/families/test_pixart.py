@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from iet_finetune import Config
 from iet_finetune.families.pixart import PixArt
-from iet_finetune.objective import per_sample_loss
+from iet_finetune.method.objective import per_sample_loss
 
 CAPTIONS = ["A Thing ", "", "another, much longer thing that is cut off"]
 

@@ -9,9 +9,9 @@ from diffusers import DDPMPipeline, UNet2DModel
 from families.pixels import NETWORK, RESOLUTION, tiny_pixels
 
 from iet_finetune import Config, UserError
+from iet_finetune.config.settings import PRESETS, ModelConfig
 from iet_finetune.families import find_pipeline, load_family
 from iet_finetune.families.scratch import build_pipeline, read_recipe, small_recipe
-from iet_finetune.settings import PRESETS, ModelConfig
 
 
 def write(path, content):

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from iet_finetune import Config, Trainer, UserError
 from iet_finetune.families.stable_diffusion_3 import StableDiffusion3
-from iet_finetune.objective import per_sample_loss
+from iet_finetune.method.objective import per_sample_loss
 
 CAPTIONS = ["a thing", "", "another, much longer thing that is cut off"]
 NAMES = ("sd3", "sd3 without t5", "sd35")

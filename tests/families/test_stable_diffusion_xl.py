@@ -11,10 +11,10 @@ from tiny_families import WIDTH, tiny_pipeline
 from torch.nn import functional
 
 from iet_finetune import Config, Trainer, UserError
+from iet_finetune.config.settings import DataConfig
 from iet_finetune.data.loader import Visit
 from iet_finetune.families.stable_diffusion_xl import StableDiffusionXL
-from iet_finetune.objective import per_sample_loss
-from iet_finetune.settings import DataConfig
+from iet_finetune.method.objective import per_sample_loss
 
 CAPTIONS = ["a thing", "", "another, much longer thing that is cut off"]
 SIZES = torch.tensor([[16, 40, 0, 7], [90, 16, 12, 0], [16, 16, 0, 0]])

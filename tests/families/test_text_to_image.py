@@ -25,8 +25,8 @@ from tiny import save_images
 from tiny_families import PIPELINES, tiny_pipeline
 
 from iet_finetune import Config, Trainer, UserError
+from iet_finetune.config.settings import ModelConfig
 from iet_finetune.families import PipelineSource, family_class, find_pipeline, load_family
-from iet_finetune.settings import ModelConfig
 
 ADAPTER = {"use_lora": True, "rank": 2, "learning_rate": 3e-2, "lora_export": "full_rank"}
 FUSED = {**ADAPTER, "lora_export": "fuse"}

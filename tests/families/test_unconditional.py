@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from iet_finetune import ClassConditionalPipeline, Config, Trainer, UserError
+from iet_finetune.config.settings import DataConfig, ModelConfig, ValidationConfig
 from iet_finetune.families import find_pipeline, load_family
 from iet_finetune.families.unconditional import Unconditional
-from iet_finetune.objective import per_sample_loss
-from iet_finetune.settings import DataConfig, ModelConfig, ValidationConfig
+from iet_finetune.method.objective import per_sample_loss
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 KINDS = ("sock", "hat", "bag")

@@ -1,0 +1,42 @@
+"""Which flags an audit takes, and what of them can be checked before anything heavy is imported."""
+
+import importlib.util
+import os
+
+from ..config.config import Config
+from ..config.flags import flag_specs
+from ..config.settings import AuditConfig, DataConfig
+from ..errors import UserError
+
+PROGRAM = "iet-finetune audit"
+OF_DATA = tuple(spec.name for spec in flag_specs(DataConfig))
+OF_AUDIT = tuple(spec.name for spec in flag_specs(AuditConfig) if spec.name != "audit")
+# What a run that was trained here is asked about itself.
+OF_THE_RUN = (
+    *("pretrained_model_name_or_path", "cache_dir", "prediction_type"),
+    *OF_DATA,
+    *OF_AUDIT,
+    *("seed", "max_sequence_length", "guidance_scale"),
+)
+EXTRA = ("scipy", "torchmetrics")
+
+
+def check_audit(config: Config) -> None:
+    """Raises a `UserError` for what would make an audit fail at the end of a long run and can be seen at its start."""
+    check_extra()
+    audit = config.audit
+    for name in ("holdout_data_dir", "generated_dir"):
+        folder = getattr(audit, name)
+        if folder is not None and not os.path.isdir(folder):
+            raise UserError(f"`--{name} {folder}` is not a folder. Give the folder that holds the images.")
+    if audit.prompts not in ("train", "heldout", "none"):
+        from ..audit.inputs.samples import read_prompts
+
+        read_prompts(audit.prompts)
+
+
+def check_extra() -> None:
+    """Raises a `UserError` if packages that only an audit needs are missing."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"an audit needs {' and '.join(missing)}: `pip install 'iet_finetune[audit]'`.")

@@ -1,0 +1,1 @@
+"""What an audit looks at: the model, the training images, and the generated ones."""

@@ -1,0 +1,152 @@
+"""What an audit compares: training images without their duplicates, images held out, and the generated ones."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...config.config import Config
+from ...data.dataset import TrainingImages, load_folder, load_images
+from ...errors import UserError
+from .duplicates import find_duplicates
+from .images import Pixels, digest, image_array, training_transform
+from .work import Work
+
+
+@dataclass(frozen=True)
+class Material:
+    """The real images.
+
+    Attributes:
+        training, heldout: all training images; held-out ones that are not among them in any form.
+        references: the training images without their duplicates; what anything is compared with.
+        members: for each reference the numbers of the training images that it stands for, itself first.
+        exact, near: how many training images were left out because the reference has their pixels, or looks like them.
+        warnings: what the reader should know.
+    """
+
+    training: TrainingImages
+    heldout: TrainingImages
+    references: Pixels
+    heldout_pixels: Pixels
+    members: tuple[np.ndarray, ...]
+    exact: int
+    near: int
+    warnings: tuple[str, ...]
+
+    @property
+    def firsts(self) -> np.ndarray:
+        """The number of each reference among the training images, (N,) int64."""
+        return np.array([numbers[0] for numbers in self.members], dtype=np.int64)
+
+    @property
+    def repeats(self) -> np.ndarray:
+        """How many training images each reference stands for, (N,) int64."""
+        return np.array([len(numbers) for numbers in self.members], dtype=np.int64)
+
+
+def load_real_images(config: Config, needs_captions: bool) -> tuple[TrainingImages, TrainingImages]:
+    """The training images, and those held out: of the same data by share, or a folder of their own.
+
+    With both, the share is no part of either.
+
+    Raises:
+        UserError: whatever is wrong with the data.
+    """
+    audit, data = config.audit, config.data
+    if data.train_data_dir is None and data.dataset_name is None:
+        raise UserError("no training images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.")
+    cache_dir = config.model.cache_dir
+    training, heldout = load_images(
+        data, cache_dir=cache_dir, seed=config.training.seed, needs_captions=needs_captions
+    )
+    if audit.holdout_data_dir is not None:
+        heldout = load_folder("holdout_data_dir", audit.holdout_data_dir, data, captions=needs_captions)
+        heldout = _numbered_alike(heldout, training, data.class_column)
+    return training, heldout
+
+
+def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: str | None) -> TrainingImages:
+    """The held-out images with the training images' numbers of the classes: by itself a folder numbers only its own.
+
+    Raises:
+        UserError: a class by name that no training image has.
+    """
+    if heldout.classes is None:
+        return heldout
+    theirs, ours = heldout.class_names or (), {name: i for i, name in enumerate(training.class_names or ())}
+    numbers = []
+    for number in heldout.classes:
+        name = theirs[number]
+        # A number stands for itself, also one that no training image has.
+        if name not in ours and name != str(number):
+            raise UserError(
+                f"`--holdout_data_dir`: no training image has the class {name!r} of `--class_column {column}`."
+            )
+        numbers.append(ours.get(name, number))
+    return replace(heldout, classes=tuple(numbers), class_names=training.class_names)
+
+
+def prepare(config: Config, work: Work, training: TrainingImages, heldout: TrainingImages, grey: bool) -> Material:
+    """Brings the images to the size that was trained on, and finds what is there more than once."""
+    transform = training_transform(config)
+    everything, key = image_array(work, "real images", (training, heldout), transform, grey)
+    representative = work.array(
+        "duplicates", {"images": key}, lambda advance: find_duplicates(everything, advance).representative
+    )
+    count = len(training)
+    members = _groups(representative[:count])
+    known = representative[count:] < count
+    kept = np.flatnonzero(~known)
+    # A held-out image that is there twice counts once.
+    kept = kept[representative[count:][kept] == kept + count]
+    firsts = np.array([numbers[0] for numbers in members])
+    copies = np.flatnonzero(representative[:count] != np.arange(count))
+    exact = sum(_exact(everything, int(number), int(representative[number])) for number in copies)
+    return Material(
+        training,
+        heldout.subset([int(number) for number in kept]),
+        _chosen(work, "references", everything, firsts, key),
+        _chosen(work, "held-out images", everything, kept + count, key),
+        members,
+        exact=exact,
+        near=len(copies) - exact,
+        warnings=tuple(_warnings(int(known.sum()), len(kept))),
+    )
+
+
+def _exact(images: np.ndarray, number: int, reference: int) -> bool:
+    """Whether two images have the same pixels, as they are or mirrored."""
+    image, other = images[number], images[reference]
+    return np.array_equal(image, other) or np.array_equal(image, other[:, ::-1])
+
+
+def _groups(representative: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The members of each group in ascending order, groups by their first members."""
+    order = np.argsort(representative, kind="stable")
+    starts = np.flatnonzero(np.diff(representative[order], prepend=-1))
+    return tuple(np.split(order, starts[1:]))
+
+
+def _chosen(work: Work, name: str, everything: np.ndarray, indices: np.ndarray, key: str) -> Pixels:
+    """Some of the images: as they are where they lie together, else copied into a file of their own."""
+    key = digest([key, name, *map(str, indices)])
+    if len(indices) and np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
+        return Pixels(everything[indices[0] : indices[0] + len(indices)], key)
+
+    def fill(row: np.ndarray, number: int) -> None:
+        row[:] = everything[indices[number]]
+
+    chosen = work.filled(name, {"images": key}, (len(indices), *everything.shape[1:]), fill)
+    return Pixels(chosen, key)
+
+
+def _warnings(known: int, heldout: int) -> list[str]:
+    lines = []
+    if known:
+        lines.append(
+            f"{known} held-out images are training images, or look the same as one: they were left out, as they say "
+            "nothing of images that were not trained on."
+        )
+    if known and not heldout:
+        lines.append("no held-out images are left.")
+    return lines

@@ -1,0 +1,218 @@
+"""The pictures that are judged: drawn with fixed prompts and seeds, and kept, or generated elsewhere."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...config.config import Config
+from ...data.dataset import TrainingImages
+from ...errors import UserError, one_line
+from ...files import clean, remove_folder, written_beside
+from .subject import Subject
+from .work import Work
+
+SETTINGS = "settings.json"
+# What autocast multiplies in, by the name of the mixed precision.
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn: picture i from `prompts[i]`, or class `classes[i]`, and the noise of `seed + i`.
+
+    Attributes:
+        guidance: None leaves it to the pipeline.
+        scheduler: its class.
+        model: fingerprint of the pipeline.
+        precision: `no`, `bf16` or `fp16`.
+        told: what else the pipeline is told, such as a length of prompts; see `Subject.told`.
+    """
+
+    prompts: tuple[str, ...]
+    classes: tuple[int, ...]
+    seed: int
+    steps: int
+    guidance: float | None
+    size: int
+    scheduler: str
+    model: str
+    precision: str
+    batch: int
+    told: dict[str, Any]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a picture, whatever the number of pictures, in types of JSON."""
+        values = asdict(self)
+        told = values.pop("told")
+        return {name: value for name, value in values.items() if name not in ("prompts", "classes")} | told
+
+
+def plan_samples(config: Config, subject: Subject, training: TrainingImages, heldout: TrainingImages) -> Plan:
+    """The prompts (or classes) of all pictures, and how they are drawn.
+
+    The distinct captions are taken in an order drawn by the seed, again and again until there are enough.
+
+    Raises:
+        UserError: the prompts cannot be had.
+    """
+    audit, size = config.audit, config.data.resolution
+    prompts = _prompts(config, subject, training, heldout)
+    classes = _classes(config, subject, training, heldout)
+    order = np.random.default_rng([config.training.seed, 1])
+
+    def spread(values: Sequence[Any]) -> tuple[Any, ...]:
+        mixed = order.permutation(len(values))
+        return tuple(values[mixed[i % len(values)]] for i in range(audit.num_images))
+
+    return Plan(
+        spread(prompts),
+        spread(classes),
+        config.training.seed,
+        audit.num_inference_steps,
+        audit.sampling_guidance_scale,
+        size,
+        type(subject.pipeline.scheduler).__name__,
+        subject.fingerprint,
+        config.training.mixed_precision or "no",
+        audit.eval_batch_size,
+        subject.told,
+    )
+
+
+def distinct_captions(images: TrainingImages) -> list[str]:
+    """Every caption once, in the order of the data."""
+    return list(dict.fromkeys(caption for captions in images.captions for caption in captions))
+
+
+def _prompts(config: Config, subject: Subject, training: TrainingImages, heldout: TrainingImages) -> list[str]:
+    wanted = config.audit.prompts
+    if not subject.takes_prompts:
+        if wanted not in ("train", "heldout", "none"):
+            raise UserError(f"`--prompts {wanted}`: a {subject.class_name} takes no prompts: leave it out.")
+        return [""]
+    if wanted == "none":
+        return [""]
+    if wanted not in ("train", "heldout"):
+        return read_prompts(wanted)
+    prompts = distinct_captions(heldout if wanted == "heldout" else training)
+    if not prompts:
+        raise UserError(f"`--prompts {wanted}`: there are no such images. Give them, or a file of prompts.")
+    return prompts
+
+
+def read_prompts(file: str) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"`--prompts {file}` is none of train, heldout and none, and no file that can be read: {one_line(error)}."
+        ) from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"`--prompts {file}` has no prompts: put one on each line.")
+    return prompts
+
+
+def _classes(config: Config, subject: Subject, training: TrainingImages, heldout: TrainingImages) -> list[int]:
+    images = heldout if config.audit.prompts == "heldout" else training
+    if not subject.takes_classes:
+        return [0]
+    if not images.classes:
+        raise UserError("the model draws by class: say with `--class_column COLUMN` which class each image is of.")
+    return sorted(set(images.classes))
+
+
+def draw_samples(subject: Subject, plan: Plan, folder: Path, work: Work, *, own: bool) -> list[Path]:
+    """The files of the pictures, which are drawn unless they are there.
+
+    Args:
+        own: whether the folder is that of the model alone; then pictures of what the model was before are removed.
+
+    Raises:
+        UserError: the folder holds pictures that were drawn in another way.
+    """
+    files = [folder / f"{number:06d}.png" for number in range(len(plan.prompts))]
+    _claim(folder, plan, own)
+    there = sum(file.is_file() for file in files)
+    with work.progress("drawing", len(files), there) as advance, autocast(subject.device, plan.precision):
+        for start in range(0, len(files), plan.batch):
+            numbers = range(start, min(start + plan.batch, len(files)))
+            missing = [number for number in numbers if not files[number].is_file()]
+            # All of a batch again: the last bits of a picture may depend on what it is drawn with.
+            if missing:
+                _draw(subject, plan, numbers, files)
+                advance(len(missing))
+    return files
+
+
+def _draw(subject: Subject, plan: Plan, numbers: range, files: list[Path]) -> None:
+    pictures = subject.draw(
+        [plan.prompts[number] for number in numbers],
+        [plan.classes[number] for number in numbers],
+        [torch.Generator().manual_seed(plan.seed + number) for number in numbers],
+        steps=plan.steps,
+        guidance=plan.guidance,
+        size=plan.size,
+    )
+    for number, picture in zip(numbers, pictures, strict=True):
+        with written_beside(files[number]) as partial:
+            picture.save(partial, format="PNG")
+
+
+def _claim(folder: Path, plan: Plan, own: bool) -> None:
+    """Makes the folder, or makes sure that what is in it belongs to this plan."""
+    settings = plan.settings() | {"prompts": list(plan.prompts), "classes": list(plan.classes)}
+    before = _read(file := folder / SETTINGS)
+    if own and before and before.get("model") != plan.model:
+        remove_folder(folder)
+        before = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    for name, value in settings.items() if before else ():
+        if not _goes_on(before.get(name), value):
+            shown = "" if name in ("model", "prompts", "classes") else f" ({before.get(name)} then, {value} now)"
+            raise UserError(
+                f"`{folder}` holds pictures of another {name}{shown}: choose another `--output_dir`, or remove them."
+            )
+    with written_beside(file) as partial:
+        partial.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"`{file}` is damaged: {one_line(error)}. Remove its folder, and the pictures in it."
+        ) from None
+
+
+def _goes_on(before: Any, now: Any) -> bool:
+    """Of lists, one may go on where the other ends: more pictures, or fewer, are asked for."""
+    if isinstance(before, list) and isinstance(now, list):
+        common = min(len(before), len(now))
+        return before[:common] == now[:common]
+    return bool(before == now)
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Matrix products in half precision, if that is wanted."""
+    if precision not in _HALF:
+        yield
+        return
+    with torch.autocast(device.type, dtype=_HALF[precision]):
+        yield

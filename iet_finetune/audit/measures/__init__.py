@@ -1,0 +1,1 @@
+"""What an audit measures, from images, features, losses and predictions."""

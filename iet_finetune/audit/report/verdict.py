@@ -1,0 +1,247 @@
+"""The figures of an audit in plain sentences, as strong as their intervals allow and no stronger."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..measures.metrics import rate
+from .catalogue import describe, times
+from .differences import difference
+
+GUARANTEE = "This measures; it does not prove that nothing is memorized: only differential privacy gives a guarantee."
+
+# Copies that are rarer than this may be missed without calling a model clean: 73 pictures without one show it.
+_RARE = 0.05
+BAD, GOOD, OPEN, PLAIN = "bad", "good", "open", "plain"
+Figure = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One finding in words.
+
+    Attributes:
+        tone: `bad` (memorization is there), `good` (none was found), `open` (not to be told), or `plain` (a fact).
+        text: of one or more sentences.
+        about: the finding, such as `copies`.
+    """
+
+    tone: str
+    text: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings, and what they come to.
+
+    Attributes:
+        headline: one sentence.
+        tone: of the headline, as of a `Sentence`.
+        sentences: in the order of the report.
+    """
+
+    headline: str
+    tone: str
+    sentences: tuple[Sentence, ...]
+
+
+def verdict(audit: Mapping[str, Any]) -> Verdict:
+    """What the content of an audit.json says, in words."""
+    copies = _copies(audit)
+    found = [
+        copies,
+        *_extraction(audit, copies.tone),
+        *_similarity(audit),
+        *_membership(audit),
+        *_prompts(audit),
+        *_quality(audit),
+    ]
+    headline, tone = _headline(found)
+    return Verdict(headline, tone, (*found, *_caution(audit), Sentence(PLAIN, GUARANTEE, "guarantee")))
+
+
+def _headline(found: list[Sentence]) -> tuple[str, str]:
+    tones = {each.about: each.tone for each in found}
+    if BAD in (tones["copies"], tones.get("extraction")):
+        return "The model repeats training images.", BAD
+    if tones.get("similarity") == BAD:
+        return "Generated images resemble training images more than unseen images do.", BAD
+    if tones.get("membership") == BAD or tones.get("prompts") == BAD:
+        copies = "No copies were found, but" if tones["copies"] == GOOD else "Whatever it draws,"
+        return f"{copies} the model gives away what it was trained on.", BAD
+    if tones["copies"] == GOOD:
+        # Who draws no copies may still be told by its losses, if nobody looked.
+        looked = GOOD in (tones.get("membership"), tones.get("prompts"))
+        return ("No memorization was found." if looked else "No copies of training images were found."), GOOD
+    if OPEN in tones.values():
+        return "Whether the model memorizes cannot be told from this audit.", OPEN
+    return "Memorization was not measured.", OPEN
+
+
+def _copies(audit: Mapping[str, Any]) -> Sentence:
+    figure = _figure(audit, "f_mem")
+    if figure is None:
+        reason = audit.get("not_measured", {}).get("f_mem", "no reason is given")
+        return Sentence(PLAIN, f"How many generated images are copies was not measured: {_ended(reason)}", "copies")
+    entry, (count, total) = describe("f_mem"), _counts(figure)
+    if not count:
+        text = (
+            f"None of {total:,} generated {_noun(total, 'image')} is nearly a copy of a training image; with 95 % "
+            f"confidence fewer than {entry.show(figure['high'])} are."
+        )
+        return Sentence(GOOD if figure["high"] <= _RARE else OPEN, text, "copies")
+    text = (
+        f"{_of(count, total, 'generated image')} {'is nearly a copy' if count == 1 else 'are nearly copies'} of "
+        f"training images ({entry.show(figure['value'])}, 95 % interval "
+        f"{entry.interval(figure['low'], figure['high'])})"
+    )
+    return _against_heldout(text, figure, audit)
+
+
+def _against_heldout(text: str, figure: Figure, audit: Mapping[str, Any]) -> Sentence:
+    """How that compares with the real images that were never trained on, few as these may be."""
+    if figure.get("null") is None:
+        more = ". Without held-out images nobody knows how many of these are chance."
+        return Sentence(BAD if figure["low"] > 0.01 else OPEN, text + more, "copies")
+    heldout = audit.get("data", {}).get("heldout_images") or 0
+    text += f"; held-out images score {describe('f_mem').show(figure['null'])}."
+    if heldout:
+        apart = difference(rate(round(figure["null"] * heldout), heldout).to_json(), figure)
+        if apart.low > 0:
+            return Sentence(BAD, f"{text} That is more than chance explains.", "copies")
+        if apart.high < 0:
+            return Sentence(GOOD, f"{text} That is less than unseen images score by chance.", "copies")
+    few = f" of {heldout:,} held-out {_noun(heldout, 'image')}" if heldout else ""
+    return Sentence(OPEN, f"{text} Against the score{few}, it cannot be told from chance.", "copies")
+
+
+def _extraction(audit: Mapping[str, Any], copies: str) -> Iterator[Sentence]:
+    """What the training images suffer; `copies` is the tone of the finding about the generated ones."""
+    figure = _figure(audit, "extracted")
+    if figure is None:
+        return
+    count, total = _counts(figure)
+    classes = [(row["repeats"], row["extracted"]) for row in audit.get("by_repeats", []) if row.get("extracted")]
+    if not count:
+        yield Sentence(GOOD, f"None of {total:,} distinct training images was extracted.", "extraction")
+    elif len(classes) > 1 and difference(classes[0][1], classes[-1][1]).low > 0:
+        yield Sentence(BAD, f"Repeated images suffer most: {_repeated(classes)}.", "extraction")
+    else:
+        text = f"{_of(count, total, 'distinct training image')} can be extracted."
+        if len(classes) > 1:
+            text += " Whether repeated images suffer more cannot be told."
+        # How often held-out images hit by chance is counted in other numbers of tries, so that the two shares cannot
+        # be compared; those of the generated and the held-out images that are copies can.
+        yield Sentence(BAD if copies == BAD else OPEN, text, "extraction")
+
+
+def _repeated(classes: list[tuple[str, Figure]]) -> str:
+    """`12 of 20 images that are in the data 10 or more times can be extracted, 1 of 280 others`."""
+    (words, most), rest = classes[-1], [figure for _, figure in classes[:-1]]
+    count, total = _counts(most)
+    others = [sum(numbers) for numbers in zip(*map(_counts, rest), strict=True)]
+    there = "is" if total == 1 else "are"
+    return (
+        f"{_of(count, total, 'image')} that {there} in the data {times(words)} can be extracted, "
+        f"{others[0]:,} of {others[1]:,} {'other' if others[1] == 1 else 'others'}"
+    )
+
+
+def _similarity(audit: Mapping[str, Any]) -> Iterator[Sentence]:
+    for features in audit.get("features", []):
+        figure = _figure(audit, name := f"similarity_p95_{features['slug']}")
+        if figure is None:
+            continue
+        entry, title = describe(name), features.get("title") or features["slug"]
+        text = f"In the features of {title}, one in twenty generated images has a similarity of at least "
+        text += f"{entry.show(figure['value'])} to a training image"
+        null = figure.get("null")
+        if null is None:
+            yield Sentence(PLAIN, f"{text}.", "similarity_alone")
+            continue
+        text += f"; for held-out images that is {entry.show(null)}. "
+        of_heldout = {"value": null, "low": figure.get("null_low", null), "high": figure.get("null_high", null)}
+        apart = difference(of_heldout, figure)
+        if apart.low > 0:
+            yield Sentence(BAD, f"{text}Generated images come closer.", "similarity")
+        elif apart.value > 0:
+            yield Sentence(OPEN, f"{text}That generated images come closer may be chance.", "similarity_open")
+        else:
+            yield Sentence(GOOD, f"{text}Generated images come no closer than that.", "similarity_none")
+
+
+def _membership(audit: Mapping[str, Any]) -> Iterator[Sentence]:
+    figures = {name: _figure(audit, name) for name in ("mia_ref_auc", "mia_auc")}
+    name = next((name for name, figure in figures.items() if figure is not None), None)
+    if name is not None:
+        attack = "compared with a reference model" if name == "mia_ref_auc" else "by its loss alone"
+        text = f"Shown a training image and a held-out one, an attack on the model ({attack}) picks the right one "
+        yield _pairs(text, figures[name] or {}, "membership", "image")
+
+
+def _prompts(audit: Mapping[str, Any]) -> Iterator[Sentence]:
+    figure = _figure(audit, "prompt_memorization_auc")
+    if figure is not None:
+        text = "Shown a training caption and a held-out one, the model's reaction gives the training caption away "
+        yield _pairs(text, figure, "prompts", "caption")
+
+
+def _pairs(text: str, figure: Figure, about: str, noun: str) -> Sentence:
+    """An AUC in words: how often the right one of two is picked."""
+    text += (
+        f"in {100 * figure['value']:.0f} % of cases (95 % interval {100 * figure['low']:.0f} to "
+        f"{100 * figure['high']:.0f}; guessing gives 50). "
+    )
+    if figure["low"] > 0.5:
+        return Sentence(BAD, f"{text}{_strength(figure['value'])}", about)
+    if figure["high"] < 0.5:
+        # What was trained on does not score lower for that: the held-out ones are easier, or of another kind.
+        return Sentence(OPEN, f"{text}The two sets of {noun}s differ in other ways, which may hide a leak.", about)
+    if figure["high"] - figure["low"] > 0.2:
+        return Sentence(OPEN, f"{text}Too few {noun}s were looked at to tell that from guessing.", about)
+    return Sentence(GOOD, f"{text}No leak was found this way.", about)
+
+
+def _strength(auc: float) -> str:
+    if auc < 0.6:
+        return "That is a slight leak, but a real one."
+    return "That is a clear leak." if auc < 0.8 else "That is a strong leak."
+
+
+def _quality(audit: Mapping[str, Any]) -> Iterator[Sentence]:
+    for features in audit.get("features", []):
+        figure = _figure(audit, name := f"frechet_{features['slug']}")
+        if figure is None:
+            continue
+        entry = describe(name)
+        text = f"Quality: the {entry.title} to held-out images is {entry.show(figure['value'])}"
+        if figure.get("null") is not None:
+            text += f"; copies of the training images would score {entry.show(figure['null'])}"
+        yield Sentence(PLAIN, f"{text}. Lower is better.", "quality")
+
+
+def _caution(audit: Mapping[str, Any]) -> Iterator[Sentence]:
+    count = len(audit.get("warnings", []))
+    if count:
+        yield Sentence(OPEN, f"Read this with care: {count} {_noun(count, 'warning')} below.", "warnings")
+
+
+def _figure(audit: Mapping[str, Any], name: str) -> Figure | None:
+    return audit.get("metrics", {}).get(name)
+
+
+def _counts(figure: Figure) -> tuple[int, int]:
+    return int(figure.get("count") or 0), int(figure.get("total") or 0)
+
+
+def _of(count: int, total: int, noun: str) -> str:
+    return f"{count:,} of {total:,} {_noun(total, noun)}" if count else f"None of {total:,} {_noun(total, noun)}"
+
+
+def _noun(count: int, noun: str) -> str:
+    return noun if count == 1 else f"{noun}s"
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -1,0 +1,109 @@
+"""What is to be audited: from the flags, and from what a model's own folder tells of its run."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..config.config import Config, flag_names
+from ..config.flags import read_yaml
+from ..config.settings import ModelConfig
+from ..errors import UserError, one_line
+from ..files import LORA_NAME
+from .flags import OF_THE_RUN
+from .measure import Judged
+
+CONFIG_NAME = "training_config.yaml"
+
+
+# How a pipeline of the Hub is chosen; of a finished run it is its base's and not its own.
+OF_LOADING = ("revision", "variant")
+
+
+def judge(given: Mapping[str, Any]) -> Judged:
+    """What is to be audited, from the flags, the file of `--config`, and what the model's own folder tells of its run.
+
+    Args:
+        given: raw values by flag, with `model`, and `config` if there is one.
+
+    Raises:
+        UserError: a wrong value, or no place for the audit.
+    """
+    model = given.get("model")
+    of_run = _of_the_run(model)
+    flags = {name: value for name, value in given.items() if name != "model"}
+    config = Config.layered(flags, {name: of_run[name] for name in OF_THE_RUN if name in of_run})
+    if config.audit.generated_dir is not None:
+        _refuse_of_drawing(given)
+    own = model is not None and os.path.isdir(model)
+    if not own and "output_dir" not in given:
+        raise UserError("`--output_dir` is missing: say where the audit is to be written.")
+    output = Path(config.training.output_dir if "output_dir" in given else f"{model}/audit")
+    asked = config.audit.reference_model
+    # The base of a run that was trained here is what its model was before.
+    assumed = config.model.pretrained_model_name_or_path if of_run else None
+    loading = of_run if asked is None else {"cache_dir": config.model.cache_dir}
+    if (Path(str(model)) / LORA_NAME).is_file():
+        config = replace(config, model=_loaded_as(config.model, of_run, given))
+    return Judged(
+        config=replace(config, model=replace(config.model, model_config=None)),
+        model=model,
+        reference=_model(loading, asked or assumed),
+        reference_is_wish=asked is not None,
+        split_is_known=_is_split_of(config, of_run),
+        has_resolution="resolution" in given or "resolution" in of_run or _in_file(given, "resolution"),
+        output=output,
+        own=own and output.resolve() == Path(f"{model}/audit").resolve(),
+    )
+
+
+def _refuse_of_drawing(given: Mapping[str, Any]) -> None:
+    for name in ("num_images", "prompts"):
+        if name in given:
+            raise UserError(
+                f"`--{name} {given[name]}` does nothing with `--generated_dir`, all of whose pictures are judged: "
+                "leave it out."
+            )
+
+
+def _model(of_run: Mapping[str, Any], name: str | None) -> ModelConfig | None:
+    """How a reference model is loaded: as the run itself loaded it, where that is known."""
+    if name is None:
+        return None
+    known = {key: of_run.get(key) for key in (*OF_LOADING, "cache_dir", "prediction_type")}
+    return ModelConfig(pretrained_model_name_or_path=name, **known)
+
+
+def _loaded_as(model: ModelConfig, of_run: Mapping[str, Any], given: Mapping[str, Any]) -> ModelConfig:
+    """The base of a LoRA file that was trained here, loaded as the run loaded it unless something else is given."""
+    if "pretrained_model_name_or_path" in given:
+        return model
+    known = {name: of_run[name] for name in OF_LOADING if name in of_run and getattr(model, name) is None}
+    return replace(model, **known)
+
+
+def _is_split_of(config: Config, of_run: Mapping[str, Any]) -> bool:
+    """Whether the run, if there was one, drew the same share and so was trained without it."""
+    flags = config.to_flags()
+    return bool(of_run) and all(flags[name] == of_run.get(name) for name in ("holdout_fraction", "seed"))
+
+
+def _of_the_run(model: str | None) -> dict[str, Any]:
+    """The flags in the `training_config.yaml` beside a model that was trained here; nothing of another one."""
+    file = Path(str(model)) / CONFIG_NAME
+    if model is None or not file.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"`{file}` cannot be read: {one_line(error)}. Mend or remove it.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"`{file}` must hold `key: value` lines, not a {type(values).__name__}. Mend or remove it.")
+    return values
+
+
+def _in_file(given: Mapping[str, Any], name: str) -> bool:
+    return "config" in given and name in read_yaml(given["config"], flag_names())

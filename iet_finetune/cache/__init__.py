@@ -1,0 +1,1 @@
+"""Encoded images and captions, kept on disk for this run and others."""

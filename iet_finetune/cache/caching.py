@@ -1,0 +1,228 @@
+"""The images and captions of a run, encoded once and kept on disk, for this run and for others."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+from huggingface_hub import cached_assets_path
+from torch import Tensor
+
+from ..config.config import Config
+from ..data.dataset import TrainingImages
+from ..data.encoded import MEAN, PLACE, STD, EncodedData
+from ..data.rows import Row, Rows
+from ..data.transforms import ImageTransform
+from ..distributed.groups import Ranks
+from ..errors import UserError, one_line
+from ..families.base import Family
+from ..families.encoding import Encoder
+from .filling import complete
+from .keys import caption_facts, image_facts
+
+T = TypeVar("T")
+R = TypeVar("R")
+# Threads that read and decode images, and how many images they may be ahead of the encoder.
+_THREADS, _AHEAD = 4, 32
+
+
+def encode_data(
+    config: Config,
+    family: Family,
+    images: TrainingImages,
+    transform: ImageTransform,
+    ranks: Ranks,
+    device: torch.device,
+) -> EncodedData:
+    """The rows of all images, with `--random_flip` of their mirrored copies too, and of all captions.
+
+    Every rank calls it and encodes a share of what is not kept yet. The family's encoders are on the device only
+    meanwhile, those of captions after those of images.
+
+    Raises:
+        UserError: an image cannot be read, or the cache's folder cannot be written or has no room.
+    """
+    folder, encoder = cache_folder(config.model.cache_dir), Encoder(family, config.training.train_batch_size, device)
+    pictures = Pictures(folder, family, encoder, device, images, transform, mirrored=config.data.random_flip)
+    complete(pictures, ranks)
+    if not family.needs_captions:
+        return EncodedData(pictures.rows, pictures.places, None, {})
+    texts = {text for captions in images.captions for text in captions}
+    if config.data.caption_dropout:
+        texts.add("")
+    captions = Captions(folder, family, encoder, device, sorted(texts))
+    complete(captions, ranks)
+    return EncodedData(pictures.rows, pictures.places, captions.rows, captions.places)
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Where what was encoded is kept: in `--cache_dir`, else where Hugging Face's libraries keep such things.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        return cached_assets_path("iet_finetune", "encoded", "rows", assets_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"there is no folder for encoded images and captions: {one_line(error).rstrip('.')}. Choose another with "
+            "`--cache_dir`, or encode anew in every step with `--no_cache_latents`."
+        ) from None
+
+
+class _Sample(NamedTuple):
+    key: str
+    pixel_values: Tensor
+    place: Tensor
+
+
+class Pictures:
+    """The images of a run as a source of rows: the posterior, and where the picture is cropped.
+
+    An image of which nothing is cut off has the same row whatever the crop.
+
+    Args:
+        folder: of the cache.
+        encoder: of the family.
+        mirrored: whether mirrored copies have rows, too.
+    """
+
+    words = "images"
+
+    def __init__(
+        self,
+        folder: Path,
+        family: Family,
+        encoder: Encoder,
+        device: torch.device,
+        images: TrainingImages,
+        transform: ImageTransform,
+        *,
+        mirrored: bool,
+    ) -> None:
+        self.rows = Rows(folder, image_facts(family, encoder, transform, device))
+        self._family = family
+        self._encoder = encoder
+        self._device = device
+        self._images = images
+        self._transform = transform
+        self._flips = (False, True) if mirrored else (False,)
+
+    @property
+    def places(self) -> np.ndarray:
+        """(n, 2, 2) int32, as `EncodedData.image_places`; -1 for what has no row."""
+        places = np.full((len(self._images), 2, 2), -1, dtype=np.int32)
+        for flip in self._flips:
+            whole, cut = (
+                self.rows.places(self._key(content, flip, cut) for content in self._images.content_hashes)
+                for cut in (False, True)
+            )
+            places[:, int(flip)] = np.where(whole >= 0, whole, cut)
+        return places
+
+    def missing(self) -> list[tuple[int, bool]]:
+        """Images, each content once, and whether they are mirrored, that have no row."""
+        firsts = {content: index for index, content in reversed([*enumerate(self._images.content_hashes)])}
+        places = self.places
+        return [
+            (index, flip)
+            for index in sorted(firsts.values())
+            for flip in self._flips
+            if places[index, int(flip), 0] < 0
+        ]
+
+    def encode(self, todo: list[tuple[int, bool]]) -> Iterator[tuple[list[str], Row]]:
+        """As `Source.encode`; raises a `UserError` if an image cannot be read."""
+        if not todo:
+            return
+        PIL.Image.init()  # load the decoders once, before threads ask for them together
+        by_image = [list(same) for _, same in groupby(todo, key=itemgetter(0))]
+        waiting: list[_Sample] = []
+        lent = self._family.lent(self._family.image_encoders, self._device)
+        with ThreadPoolExecutor(_THREADS) as pool, lent, torch.no_grad():
+            for samples in _ahead(pool, self._load, by_image):
+                waiting += samples
+                while len(waiting) >= self._encoder.chunk:
+                    yield self._encoded(waiting[: self._encoder.chunk])
+                    del waiting[: self._encoder.chunk]
+            if waiting:
+                yield self._encoded(waiting)
+
+    def _key(self, content: str, flip: bool, cut: bool) -> str:
+        return f"{content} {self._transform.crop if cut else 'whole'}{' mirrored' if flip else ''}"
+
+    def _load(self, same: list[tuple[int, bool]]) -> list[_Sample]:
+        index = same[0][0]
+        image, content = self._images.load(index), self._images.content_hashes[index]
+        cut = self._transform.is_cut(image.size)
+        return [
+            _Sample(
+                self._key(content, flip, cut),
+                self._transform(image, content, flip),
+                torch.tensor(self._transform.place(image.size, content, flip)),
+            )
+            for _, flip in same
+        ]
+
+    def _encoded(self, samples: list[_Sample]) -> tuple[list[str], Row]:
+        pixel_values = torch.stack([sample.pixel_values for sample in samples]).to(self._device)
+        mean, std = self._encoder.images(pixel_values)
+        row = {MEAN: mean.cpu().contiguous(), PLACE: torch.stack([sample.place for sample in samples])}
+        if self._family.has_posterior:
+            row[STD] = std.cpu().contiguous()
+        return [sample.key for sample in samples], row
+
+
+class Captions:
+    """Captions as a source of rows: what the denoiser is told about them.
+
+    Args:
+        folder: of the cache.
+        encoder: of the family.
+        texts: each once.
+    """
+
+    words = "captions"
+
+    def __init__(
+        self, folder: Path, family: Family, encoder: Encoder, device: torch.device, texts: Sequence[str]
+    ) -> None:
+        self.rows = Rows(folder, caption_facts(family, encoder, device))
+        self._family = family
+        self._encoder = encoder
+        self._device = device
+        self._texts = texts
+
+    @property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """As `EncodedData.caption_places`."""
+        places = self.rows.places(self._texts).tolist()
+        return {text: (file, row) for text, (file, row) in zip(self._texts, places, strict=True)}
+
+    def missing(self) -> list[str]:
+        """Those without a row."""
+        return [self._texts[number] for number in self.rows.missing(self._texts)]
+
+    def encode(self, todo: list[str]) -> Iterator[tuple[list[str], Row]]:
+        """As `Source.encode`."""
+        chunk = self._encoder.chunk
+        with self._family.lent(self._family.caption_encoders if todo else (), self._device), torch.no_grad():
+            for part in (todo[start : start + chunk] for start in range(0, len(todo), chunk)):
+                yield part, {name: tensor.cpu().contiguous() for name, tensor in self._encoder.captions(part).items()}
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """function(item) for each item, in order, computed by the pool at most `_AHEAD` items ahead."""
+    running: deque[Future[R]] = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > _AHEAD:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()

@@ -1,0 +1,165 @@
+"""Fills a cache of rows with what is missing: all ranks that see the same folder share the work."""
+
+import math
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from ..data.rows import Row, Rows
+from ..distributed.groups import Ranks
+from ..errors import UserError, disk_full, one_line
+from ..files import gigabytes
+
+# A file is written when so much is ready for it, or so much time has passed: what a kill costs at most.
+FILE_BYTES, FILE_SECONDS = 128 << 20, 300.0
+_INSTEAD = "choose a folder on another disk with `--cache_dir`, or encode anew in every step with `--no_cache_latents`"
+
+
+class Source(Protocol):
+    """Rows of one kind that a run needs, and how those are made that are missing.
+
+    Attributes:
+        words: what they are rows of.
+        rows: where they are kept.
+    """
+
+    words: str
+    rows: Rows
+
+    def missing(self) -> list[Any]:
+        """What has no row; of the same folder every rank says the same."""
+
+    def encode(self, todo: list[Any]) -> Iterator[tuple[list[str], Row]]:
+        """Keys, and their rows as tensors whose first dimension is as long, on the host; some at a time, in order."""
+
+
+def complete(source: Source, ranks: Ranks) -> None:
+    """Makes all rows that are missing; every rank calls it, and encodes a share.
+
+    What has been encoded when it ends in an error is kept.
+
+    Raises:
+        UserError: something cannot be encoded, or the folder cannot be written or has no room.
+    """
+    before = None
+    while any(left := ranks.gather(len(source.missing()))):
+        if left == before:
+            raise UserError(
+                f"what was encoded is not there when it is looked for in {source.rows.folder}: the disk loses it, or "
+                f"cannot map it into memory: {_INSTEAD}."
+            )
+        before = left
+        together = _sharing(source.rows.folder, ranks)
+        missing = source.missing()
+        if ranks.is_main:
+            print(f"encoding {len(missing)} {source.words} once, kept in {source.rows.folder}", file=sys.stderr)
+        if ranks.rank == together[0]:
+            source.rows.clean()
+        # Neighbours stay together: an image and its mirrored copy are read once.
+        ends = [len(missing) * number // len(together) for number in range(len(together) + 1)]
+        place = together.index(ranks.rank)
+        share = missing[ends[place] : ends[place + 1]]
+        _Filler(source, len(missing), ranks).fill(share)
+        ranks.meet()
+        source.rows.refresh()
+
+
+def _sharing(folder: Path, ranks: Ranks) -> list[int]:
+    """The ranks, ascending, for which the folder is the same as for this one: they see each other's files in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as sign:
+            signs = ranks.gather(Path(sign.name).name)
+            seen = [name for name in signs if (folder / name).exists()]
+            views = ranks.gather(seen)
+            ranks.meet()
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    return [rank for rank, view in enumerate(views) if view == seen]
+
+
+class _Filler:
+    """Encodes this rank's share and writes it, a file at a time.
+
+    Args:
+        total: rows that all ranks together will write into the folder.
+        ranks: of which the first one shows the progress, on terminals only.
+    """
+
+    def __init__(self, source: Source, total: int, ranks: Ranks) -> None:
+        self._source = source
+        self._total = total
+        self._ranks = ranks
+        self._room_is_known = False
+        self._keys: list[str] = []
+        self._rows: list[Row] = []
+        self._bytes = 0
+        self._since = time.monotonic()
+
+    def fill(self, todo: list[Any]) -> None:
+        """Encodes these and writes their rows."""
+        bar = tqdm(
+            desc=f"encoding {self._source.words}",
+            total=len(todo),
+            disable=None if self._ranks.is_main else True,
+            dynamic_ncols=True,
+        )
+        try:
+            with bar:
+                for keys, rows in self._source.encode(todo):
+                    self._take(keys, rows)
+                    bar.update(len(keys))
+                    # Who takes no notice in time that another rank has failed is ended, and writes nothing.
+                    self._ranks.check()
+        except BaseException:
+            with suppress(Exception):
+                self._write()
+            raise
+        self._write()
+
+    def _take(self, keys: list[str], rows: Row) -> None:
+        size = sum(tensor.nbytes for tensor in rows.values())
+        if not self._room_is_known:
+            self._check_room(size // len(keys))
+        self._keys += keys
+        self._rows.append(rows)
+        self._bytes += size
+        if self._bytes >= FILE_BYTES or time.monotonic() - self._since > FILE_SECONDS:
+            self._write()
+
+    def _check_room(self, row_bytes: int) -> None:
+        folder = self._source.rows.folder
+        self._room_is_known = True  # later on, part of what was free holds rows
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            raise _not_written(folder, error) from None
+        if (needed := row_bytes * self._total) > free:
+            raise UserError(
+                f"no space left on the device for {self._total} encoded {self._source.words} in {folder}: they take "
+                f"{gigabytes(needed, math.ceil)}, and {gigabytes(free, math.floor)} are free: {_INSTEAD}."
+            )
+
+    def _write(self) -> None:
+        if not self._keys:
+            return
+        rows = {name: torch.cat([part[name] for part in self._rows]) for name in self._rows[0]}
+        try:
+            self._source.rows.add(self._keys, rows)
+        except (OSError, SafetensorError) as error:
+            raise _not_written(self._source.rows.folder, error) from None
+        self._keys, self._rows, self._bytes, self._since = [], [], 0, time.monotonic()
+
+
+def _not_written(folder: Path, error: Exception) -> UserError:
+    reason = disk_full(error) or getattr(error, "strerror", None) or one_line(error).rstrip(".")
+    return UserError(f"what was encoded cannot be kept in {folder}: {reason}: {_INSTEAD}.")

@@ -1,0 +1,39 @@
+"""The command `push`: uploads a finished run."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ..config.flags import convert, flag_specs, parse_arguments
+from ..config.settings import HubConfig
+from ..errors import UserError
+from ..publish.hub import push
+
+
+def push_command(argv: list[str]) -> str:
+    """What `iet-finetune push OUTPUT [flags]` does: `push`, with the arguments after the word `push`.
+
+    Raises:
+        UserError: wrong arguments, or what `push` raises.
+    """
+    specs = {spec.name: spec for spec in flag_specs(HubConfig) if spec.name != "push_to_hub"}
+    parser = _Parser(
+        prog="iet-finetune push",
+        description="Upload a finished run to the Hub.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("output_dir", metavar="OUTPUT", help="The `--output_dir` of a finished run.")
+    for name, spec in specs.items():
+        options: dict[str, Any] = {"action": "store_true"} if spec.scalar is bool else {"metavar": "TEXT"}
+        parser.add_argument(f"--{name}", help=spec.help, **options)
+    given = parse_arguments(parser, argv, list(specs))
+    output_dir = Path(given.pop("output_dir"))
+    if not output_dir.is_dir():
+        raise UserError(f"OUTPUT `{output_dir}` is not a folder: give the `--output_dir` of a finished run.")
+    return push(output_dir, HubConfig(**{name: convert(specs[name], v, f"`--{name}`") for name, v in given.items()}))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (`iet-finetune push --help` lists the flags).")

@@ -1,0 +1,1 @@
+"""Iterative ensemble training: clones are checked out, trained, collected and merged; checkpoints of it."""

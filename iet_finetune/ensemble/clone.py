@@ -1,0 +1,91 @@
+"""What belongs to one shard's clone from round to round, whether it is live or waits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ..method.agc import AntiGradientControl
+from .ledger import ShardLedger
+from .meter import RoundMeter
+
+
+@dataclass
+class Clone:
+    """What belongs to one shard's clone from round to round; its weights are live only while it is checked out.
+
+    The rank that trains it keeps all of it up to date; the others know `step` and `began` from the last wave on.
+
+    Attributes:
+        shard: k.
+        weight: n_k, or 1, in the merge.
+        step: steps taken over the whole run.
+        began: the same number when its latest round began.
+        moments: the optimizer's state while the clone rests; None at the start and after a reset.
+        scaler: state of the gradient scaler, where fp16 training has one.
+        drift: ‖θ_k − θ‖ / ‖θ‖ of the last round, θ being the denoiser it started from.
+    """
+
+    _PLAIN: ClassVar = ("step", "began", "scaler", "drift")
+    _MODULES: ClassVar = ("agc", "ledger", "meter")
+
+    shard: int
+    weight: int
+    agc: AntiGradientControl
+    ledger: ShardLedger
+    meter: RoundMeter
+    step: int = 0
+    began: int = 0
+    moments: dict[int, Any] | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+    drift: float = 0.0
+
+    @property
+    def folder(self) -> str:
+        """Of its files in a checkpoint."""
+        return f"shard-{self.shard:05d}"
+
+    @property
+    def live_files(self) -> list[str]:
+        """Those that a checkpoint holds of it in the middle of its round, but for its moments."""
+        return [f"{self.folder}/{name}" for name in ("live.safetensors", "live_ema.safetensors", "clone.pt")]
+
+    def state(self) -> dict[str, Any]:
+        """Everything but weights and moments, for a checkpoint."""
+        plain = {name: getattr(self, name) for name in self._PLAIN}
+        return {**plain, **{name: getattr(self, name).state_dict() for name in self._MODULES}}
+
+    def copied_state(self) -> dict[str, Any]:
+        """What `state` gives, which changes with the next step, as it is now."""
+        modules = {name: getattr(self, name).state_dict() for name in self._MODULES}
+        return self.state() | {name: {n: t.clone() for n, t in state.items()} for name, state in modules.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state` gave."""
+        for name in self._PLAIN:
+            setattr(self, name, state[name])
+        for name in self._MODULES:
+            getattr(self, name).load_state_dict(state[name])
+
+
+def seed_random_state(seed: int) -> None:
+    """Seeds torch's global generators, from which dropout draws."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        # `torch.manual_seed` would note down for GPUs that may come who called it, anew each time.
+        torch.default_generator.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of torch's global generators, from which dropout draws."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Goes on drawing where `random_state` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,95 @@
+"""The ledger: for every image of the run, how often it was seen and skipped, and how low its loss was."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data.dataset import TrainingImages
+from ..files import written_beside
+
+LEDGER = "ledger.parquet"
+
+
+class ShardLedger(nn.Module):
+    """The ledger of one shard, kept on the device and read once at the end.
+
+    Attributes:
+        seen, skipped: (n,) int64, visits, and visits without gradient, of each of the shard's images.
+        log_ratio_sum, log_ratio_count: (n,) fp32, of log(loss / expected loss of its timestep) over the visits whose
+            timestep already had an expected loss.
+    """
+
+    seen: Tensor
+    skipped: Tensor
+    log_ratio_sum: Tensor
+    log_ratio_count: Tensor
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__()
+        for name, dtype in (("seen", torch.int64), ("skipped", torch.int64)):
+            self.register_buffer(name, torch.zeros(num_images, dtype=dtype))
+        for name in ("log_ratio_sum", "log_ratio_count"):
+            self.register_buffer(name, torch.zeros(num_images))
+
+    @torch.no_grad()
+    def record(self, members: Tensor, keep: Tensor, loss: Tensor, expected_loss: Tensor) -> None:
+        """Enters one step; `members` (B,) are indices in the shard, each at most once, the others (B,) as in AGC."""
+        log_ratio = (loss / expected_loss).log()
+        known = log_ratio.abs() < math.inf
+        self.seen.index_add_(0, members, torch.ones_like(members))
+        self.skipped.index_add_(0, members, (~keep).to(self.skipped.dtype))
+        self.log_ratio_sum.index_add_(0, members, torch.where(known, log_ratio, 0.0))
+        self.log_ratio_count.index_add_(0, members, known.to(self.log_ratio_count.dtype))
+
+    def mean_log_ratio(self) -> np.ndarray:
+        """(n,) the mean of log(loss / expected loss); NaN for an image without a comparable visit."""
+        return (self.log_ratio_sum / self.log_ratio_count).cpu().numpy()
+
+
+def write_ledger(
+    path: Path,
+    training: TrainingImages,
+    heldout: TrainingImages,
+    shards: Sequence[np.ndarray],
+    ledgers: Sequence[ShardLedger],
+) -> None:
+    """Writes `ledger.parquet`: one row an image, training images in the order of the data, then held-out ones."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = _training_columns(len(training), shards, ledgers)
+    rows = len(heldout)
+    table = pa.table(
+        {
+            "content_hash": pa.array([*training.content_hashes, *heldout.content_hashes]),
+            "image": pa.array([*training.names, *heldout.names]),
+            "split": pa.array(["train"] * len(training) + ["heldout"] * rows),
+            "shard": pa.array([*columns["shard"].tolist(), *[None] * rows], type=pa.int32()),
+            "seen": pa.array([*columns["seen"].tolist(), *[0] * rows], type=pa.int64()),
+            "skipped": pa.array([*columns["skipped"].tolist(), *[0] * rows], type=pa.int64()),
+            "mean_log_ratio": pa.array([*_none_for_nan(columns["mean_log_ratio"]), *[None] * rows], type=pa.float32()),
+        }
+    )
+    with written_beside(path) as partial:
+        pq.write_table(table, partial)
+
+
+def _training_columns(
+    num_images: int, shards: Sequence[np.ndarray], ledgers: Sequence[ShardLedger]
+) -> dict[str, np.ndarray]:
+    columns = {name: np.zeros(num_images, dtype=np.int64) for name in ("shard", "seen", "skipped")}
+    columns["mean_log_ratio"] = np.full(num_images, np.nan, dtype=np.float32)
+    for shard, (indices, ledger) in enumerate(zip(shards, ledgers, strict=True)):
+        columns["shard"][indices] = shard
+        columns["seen"][indices] = ledger.seen.cpu().numpy()
+        columns["skipped"][indices] = ledger.skipped.cpu().numpy()
+        columns["mean_log_ratio"][indices] = ledger.mean_log_ratio()
+    return columns
+
+
+def _none_for_nan(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]

@@ -1,0 +1,1 @@
+"""LoRA adapters, their exact merging, and files of them."""

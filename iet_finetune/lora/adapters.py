@@ -1,0 +1,233 @@
+"""What is trained, seen as one ordered set of named tensors: a whole denoiser, or a LoRA adapter on a frozen one."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from ..config.settings import AdapterConfig
+from ..errors import UserError
+from ..method.seeding import adapter_seed
+from .low_rank import LowRank, Matrix, as_matrix, fold_scaling, unfold_scaling
+from .spectra import apart, dense
+
+NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One layer of the denoiser with its adapter: the layer's weight is W + scaling · B A.
+
+    Attributes:
+        weight: W, (out, in) or (out, in, kh, kw), frozen, on the training device.
+        up, down: names of the parameters B and A.
+        up_weight, down_weight: those parameters: (out, r) and (r, in), or (out, r, 1, 1) and (r, in, kh, kw).
+        scaling: alpha / r, or alpha / √r with rsLoRA.
+    """
+
+    weight: Tensor
+    up: str
+    down: str
+    up_weight: nn.Parameter
+    down_weight: nn.Parameter
+    scaling: float
+
+    def update(self, tensors: Tensors) -> LowRank:
+        """scaling · B A as factors (out, r) and (r, in·kh·kw), float64; a frozen A is not among the tensors."""
+        down = tensors.get(self.down, self.down_weight)
+        return fold_scaling(as_matrix(tensors[self.up].cpu(), down.cpu()), self.scaling)
+
+    def factors(self, update: LowRank) -> LowRank:
+        """B and A as matrices in fp32, of which `update` gives this update; rounded once."""
+        return LowRank(*(factor.to(torch.float32) for factor in unfold_scaling(update, self.scaling)))
+
+
+class Adapter:
+    """The LoRA layers of a denoiser, and what of earlier rounds lies in the frozen weights below them.
+
+    The *remainder* of a layer is the part of the update that an adapter of rank r could not hold. It is added to the
+    layer's frozen weight, so that it costs no step any time; the weight as it came waits on the host from then on.
+
+    Args:
+        denoiser: with the adapter that `add_adapter` gave it, still on the host.
+
+    Attributes:
+        layers: module's name -> layer, in the module's order.
+        rank: r.
+        norm: ‖W‖, the Frobenius norm over all these layers as they came.
+        shown: module's name -> remainder that lies in the frozen weights now.
+        is_rounded: whether the frozen weights are held in half precision.
+    """
+
+    def __init__(self, denoiser: Any, rank: int) -> None:
+        self._denoiser = denoiser
+        self.rank = rank
+        self.layers = dict(_layers(denoiser))
+        squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
+        self.norm = math.sqrt(math.fsum(squares))
+        self._original: dict[str, Tensor] = {}
+        self.shown: Mapping[str, Matrix] = {}
+        self.is_rounded = False
+
+    @torch.no_grad()
+    def show(self, remainders: Mapping[str, Matrix]) -> None:
+        """Frozen weight ← weight as it came + remainder, rounded once; a layer without one is as it came.
+
+        Args:
+            remainders: module's name -> (out, in·kh·kw); not to be changed afterwards.
+        """
+        if remainders is self.shown:
+            return
+        for name in self.layers:
+            if name in remainders or name in self._original:
+                self._put(name, *_present(remainders, name))
+        self.shown = remainders
+
+    @torch.no_grad()
+    def round_frozen(self, dtype: torch.dtype) -> None:
+        """Holds the frozen linear and convolution layers in the precision to which autocast rounds them in every step.
+
+        So nothing that is computed changes, at half the memory. What would be lost of the layers with an adapter waits
+        on the host; the others can only be read again from where they came.
+        """
+        adapted = {id(layer.weight): name for name, layer in self.layers.items()}
+        factors = {id(weight) for layer in self.layers.values() for weight in (layer.up_weight, layer.down_weight)}
+        for module in self._denoiser.modules():
+            if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or id(module.weight) in factors:
+                continue
+            for parameter in module.parameters(recurse=False):
+                exact, parameter.data = parameter.data, parameter.data.to(dtype)
+                if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact):
+                    self._original[adapted[id(parameter)]] = exact.to("cpu", copy=True)
+        self.is_rounded = True
+
+    @torch.no_grad()
+    def fuse(self, denoiser: nn.Module | None = None) -> None:
+        """Weight ← weight as it came + remainder + scaling · B A, rounded once; the adapter stays as it is.
+
+        Args:
+            denoiser: a plain model of the same layers to write to; the adapter's own if None, which must not have been
+                rounded.
+        """
+        for name, update in self.updates(self.live).items():
+            weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
+            weight.copy_(self._sum(name, *_present(self.shown, name), update).view(weight.shape))
+
+    def remove(self) -> None:
+        """Takes the adapter out of the denoiser, whose layers are again those that came."""
+        if hasattr(self._denoiser, "unload_lora"):
+            self._denoiser.unload_lora()
+        else:
+            recurse_remove_peft_layers(self._denoiser)
+            del self._denoiser.peft_config
+
+    def _put(self, name: str, *added: Matrix) -> None:
+        weight = self.layers[name].weight
+        if name not in self._original:
+            self._original[name] = weight.detach().to("cpu", torch.float32, copy=True)
+        weight.copy_(self._sum(name, *added).view(weight.shape))
+
+    def _sum(self, name: str, *added: Matrix) -> Tensor:
+        """The layer's weight as it came + some matrices, fp32."""
+        original = self._original[name] if name in self._original else self.layers[name].weight.detach().cpu()
+        total = original.double().flatten(1)
+        for matrix in added:
+            total += dense(matrix)
+        return total.to(torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the frozen weights below the adapter in fp32."""
+        return sum(4 * layer.weight.numel() for layer in self.layers.values())
+
+    @property
+    def live(self) -> dict[str, Tensor]:
+        """The parameters B and A of all layers, detached and live."""
+        pairs = [((layer.up, layer.up_weight), (layer.down, layer.down_weight)) for layer in self.layers.values()]
+        return {name: weight.detach() for pair in pairs for name, weight in pair}
+
+    def updates(self, tensors: Tensors) -> dict[str, LowRank]:
+        """scaling · B A of every layer, by the module's name."""
+        return {name: layer.update(tensors) for name, layer in self.layers.items()}
+
+    def distance(self, ours: Mapping[str, LowRank], theirs: Mapping[str, LowRank]) -> float:
+        """‖ΔW − ΔW'‖ / ‖W‖ over all layers: how far two updates are apart, by the size of what they change."""
+        return self.relative([apart(ours[name], theirs[name]) for name in self.layers])
+
+    def relative(self, energies: Sequence[float]) -> float:
+        """√(Σ energy) / ‖W‖; 0 if all weights are."""
+        return math.sqrt(math.fsum(energies)) / self.norm if self.norm else 0.0
+
+
+def _present(matrices: Mapping[str, Matrix], name: str) -> list[Matrix]:
+    return [matrices[name]] if name in matrices else []
+
+
+def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[str], seed: int) -> Adapter:
+    """Freezes the denoiser and gives it a trainable adapter, A drawn from the seed and B = 0.
+
+    Args:
+        denoiser: a diffusers model, on the host in fp32.
+        default_layers: of the family, if `--lora_layers` names none.
+
+    Raises:
+        UserError: a layer is not there or cannot be merged.
+    """
+    layers = config.layer_names if config.lora_layers else tuple(default_layers)
+    _check_layers(denoiser, layers)
+    denoiser.requires_grad_(False)
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        init_lora_weights="gaussian",
+        target_modules=list(layers),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(adapter_seed(seed))
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(settings, adapter_name=NAME)
+        else:
+            # Models whose LoRA files no pipeline loads, such as UNet2DModel, leave this to peft.
+            inject_adapter_in_model(settings, denoiser, adapter_name=NAME)
+    adapter = Adapter(denoiser, config.rank)
+    for layer in adapter.layers.values():
+        layer.down_weight.requires_grad_(config.lora_merge != "freeze_a")
+    return adapter
+
+
+def _check_layers(denoiser: Any, layers: Sequence[str]) -> None:
+    for layer in layers:
+        found = {name: module for name, module in denoiser.named_modules() if f".{name}".endswith(f".{layer}")}
+        if not found:
+            raise UserError(f"`--lora_layers`: the {type(denoiser).__name__} has no layer named {layer}.")
+        for name, module in found.items():
+            if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) != 1:
+                raise UserError(
+                    f"`--lora_layers`: {name} is a {type(module).__name__}, and only linear layers and convolutions "
+                    "without groups can have an adapter that is merged."
+                )
+
+
+def _layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "lora_A") and NAME in module.lora_A:
+            ups, downs = module.lora_B, module.lora_A
+            yield (
+                name,
+                AdaptedLayer(
+                    weight=module.get_base_layer().weight,
+                    up=f"{name}.lora_B.{NAME}.weight",
+                    down=f"{name}.lora_A.{NAME}.weight",
+                    up_weight=ups[NAME].weight,
+                    down_weight=downs[NAME].weight,
+                    scaling=module.scaling[NAME],
+                ),
+            )

@@ -1,0 +1,170 @@
+"""The adapters of a round's clones, and how the ranks share out what is made of them, layer by layer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..distributed.groups import Ranks
+from ..ensemble.checkpoint import Checkpoint, Piece, state_piece, tensors_piece
+from ..ensemble.host import HostMemory
+from ..method.merging import Layout
+from .adapters import Adapter
+from .low_rank import LowRank, Matrix
+
+Tensors = Mapping[str, Tensor]
+
+
+class CollectedAdapters:
+    """The clones' adapters of a round, each on the rank that trained it until all are brought together to be merged.
+
+    They are numbered in the order in which they are collected, which is that of their shards.
+
+    Args:
+        name: of the files in a checkpoint.
+        live: tensors of the same names and shapes as a clone's.
+
+    Attributes:
+        weights: of the clones collected so far, on every rank.
+        own: number -> tensors of those that this rank holds, on the host.
+    """
+
+    def __init__(self, name: str, adapter: Adapter, live: Tensors, ranks: Ranks, host: HostMemory) -> None:
+        self._name, self._adapter, self._live, self._ranks, self._host = name, adapter, live, ranks, host
+        self.weights: list[float] = []
+        self.own: dict[int, Tensors] = {}
+
+    def add(self, clone: Tensors | None, weights: Sequence[float]) -> None:
+        """Takes a wave of clones up: this rank's, and the weights of all."""
+        rank = self._ranks.rank
+        if clone is not None and weights[rank]:
+            number = len(self.weights) + sum(weight > 0 for weight in weights[:rank])
+            copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in clone.items()}
+            self.own[number] = self._host.keep(copy)
+        self.weights += [weight for weight in weights if weight]
+
+    def owned(self) -> list[str]:
+        """The layers that this rank merges."""
+        return list(self._adapter.layers)[self._ranks.rank :: self._ranks.size]
+
+    def numbers(self, name: str) -> list[float]:
+        """One number of each clone, on every rank."""
+        told = self._ranks.gather([[number, clone[name].item()] for number, clone in self.own.items()])
+        return [value for _, value in sorted(pair for own in told for pair in own)]
+
+    def updates(self) -> Iterator[tuple[str, list[LowRank]]]:
+        """The updates of all clones, in their order, of each layer that this rank merges. Every rank takes part."""
+        together = self.own if self._ranks.size == 1 else self._brought_together()
+        # One layer at a time: in float64 all together would be twice the adapters.
+        return ((name, self._of_layer(name, together)) for name in self.owned())
+
+    def _of_layer(self, name: str, clones: Mapping[int, Tensors]) -> list[LowRank]:
+        return [self._adapter.layers[name].update(clones[number]) for number in sorted(clones)]
+
+    def _brought_together(self) -> dict[int, Tensors]:
+        """Each rank sends every other what that one merges, one clone at a time."""
+        layouts = [Layout(self._factors(rank)) for rank in range(self._ranks.size)]
+        longest = max(layout.size for layout in layouts)
+        told = self._ranks.gather(sorted(self.own))
+        clones: dict[int, Tensors] = {}
+        for turn in range(max(len(numbers) for numbers in told)):
+            parts = torch.zeros(self._ranks.size, longest)
+            if turn < len(told[self._ranks.rank]):
+                own = self.own[told[self._ranks.rank][turn]]
+                for layout, part in zip(layouts, parts, strict=True):
+                    layout.read(own, 0, part)
+            received = self._ranks.exchange(parts.view(-1).to(self._ranks.device)).cpu().view(parts.shape)
+            for numbers, part in zip(told, received, strict=True):
+                if turn < len(numbers):
+                    clones[numbers[turn]] = layouts[self._ranks.rank].views(part)
+        return clones
+
+    def _factors(self, rank: int) -> Tensors:
+        """What the layers that a rank merges have among a clone's tensors."""
+        layers = list(self._adapter.layers.values())[rank :: self._ranks.size]
+        return {name: self._live[name] for layer in layers for name in (layer.down, layer.up)}
+
+    def first(self) -> Tensors:
+        """All tensors of the first clone, on every rank. Every rank takes part."""
+        source = next(rank for rank, numbers in enumerate(self._ranks.gather(sorted(self.own))) if 0 in numbers)
+        layout = Layout(self._live)
+        vector = torch.zeros(layout.size, device=self._ranks.device)
+        if source == self._ranks.rank:
+            layout.read(self.own[0], 0, vector)
+        self._ranks.broadcast(vector, source)
+        return layout.views(vector.cpu())
+
+    def clear(self) -> None:
+        """A new round begins."""
+        self.weights, self.own = [], {}
+
+    def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
+        """What this rank writes of them into a checkpoint."""
+        pieces = {self._file(number): tensors_piece(start, clone) for number, clone in self.own.items()}
+        if self.weights and self._ranks.is_main:
+            pieces[f"{self._name}_weights.pt"] = state_piece(so_far, self.weights)
+        return pieces
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes up what any number of ranks wrote; which rank holds a clone does not matter."""
+        self.clear()
+        if checkpoint.has(f"{self._name}_weights.pt"):
+            self.weights = checkpoint.state(f"{self._name}_weights.pt")
+        for number in range(self._ranks.rank, len(self.weights), self._ranks.size):
+            self.own[number] = self._host.keep(checkpoint.tensors(self._file(number)))
+
+    def _file(self, number: int) -> str:
+        return f"{self._name}_clone-{number:05d}.safetensors"
+
+
+def share_matrices(ranks: Ranks, layers: Sequence[str], own: Mapping[str, Matrix]) -> dict[str, Matrix]:
+    """Lets every rank have the matrices that each made, in fp32 on the host, in the order of the layers.
+
+    Args:
+        layers: the names of all layers, the same on every rank; one for which no rank has a matrix is left out.
+        own: those of this rank.
+    """
+    rounded = {name: _in_fp32(matrix) for name, matrix in own.items()}
+    if ranks.size == 1:
+        return {name: rounded[name] for name in layers if name in rounded}
+    told = ranks.gather({name: [tuple(part.shape) for part in _parts(matrix)] for name, matrix in rounded.items()})
+    sources = {name: (rank, shapes) for rank, said in enumerate(told) for name, shapes in said.items()}
+    return {name: _broadcast(ranks, rounded.get(name), *sources[name]) for name in layers if name in sources}
+
+
+def _broadcast(ranks: Ranks, matrix: Matrix | None, source: int, shapes: Sequence[tuple[int, ...]]) -> Matrix:
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    vector = torch.empty(sum(sizes), device=ranks.device)
+    if matrix is not None:
+        vector.copy_(torch.cat([part.reshape(-1) for part in _parts(matrix)]))
+    ranks.broadcast(vector, source, met=True)
+    parts = [part.view(shape) for part, shape in zip(vector.cpu().split(sizes), shapes, strict=True)]
+    return parts[0] if len(parts) == 1 else LowRank(*parts)
+
+
+def _parts(matrix: Matrix) -> tuple[Tensor, ...]:
+    return (matrix,) if isinstance(matrix, Tensor) else (matrix.up, matrix.down)
+
+
+def _in_fp32(matrix: Matrix) -> Matrix:
+    parts = [part.to(torch.float32) for part in _parts(matrix)]
+    return parts[0] if isinstance(matrix, Tensor) else LowRank(*parts)
+
+
+def matrices_piece(version: str, matrices: Mapping[str, Matrix]) -> Piece:
+    """A piece holding named matrices, as factors or dense."""
+    suffixes = {1: ("dense",), 2: ("up", "down")}
+    parts = {name: _parts(matrix) for name, matrix in matrices.items()}
+    named = {f"{n}.{end}": t for n, p in parts.items() for end, t in zip(suffixes[len(p)], p, strict=True)}
+    return tensors_piece(version, named)
+
+
+def matrices_of(tensors: Tensors) -> dict[str, Matrix]:
+    """What `matrices_piece` was made from."""
+    names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+    return {
+        name: tensors[f"{name}.dense"]
+        if f"{name}.dense" in tensors
+        else LowRank(tensors[f"{name}.up"], tensors[f"{name}.down"])
+        for name in names
+    }

@@ -1,0 +1,173 @@
+"""The output folder: whether it may be used, and how finished things get into it."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import yaml
+
+from ..config.config import Config
+from ..distributed.groups import Ranks
+from ..errors import UserError, one_line
+from ..files import (
+    LORA_NAME,
+    FolderLock,
+    clean,
+    make_writable,
+    no_space_named,
+    partial_name,
+    remove_folder,
+    removed_on_error,
+    replaced_folder,
+    written_beside,
+)
+
+INDEX = "model_index.json"
+CONFIG = "training_config.yaml"
+# Without one of these there is no finished result in a folder.
+MARKS = (INDEX, LORA_NAME)
+AUDIT_FILES = ("audit/audit.json", "audit/pairs.json", "audit/report.html")
+
+
+def claim(folder: Path, resuming: bool) -> FolderLock:
+    """Creates the output folder, makes sure that it can be written and holds nothing that would be mixed up, and
+    removes what an interrupted run of ours left half done.
+
+    Raises:
+        UserError: it is a file, cannot be written, is in use, is not empty although nothing is resumed, or holds
+            other things than a run that could be resumed.
+    """
+    make_writable(folder)
+    lock = FolderLock(folder)
+    try:
+        _check_content(folder, resuming)
+        clean(folder)
+        clean(folder / "validation")
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | None:
+    """`claim` on rank 0, for all; the others make sure that they see the same folder.
+
+    Returns:
+        the lock on rank 0, None on the others.
+
+    Raises:
+        UserError: as `claim`, or a rank does not see what rank 0 writes there.
+    """
+    lock = claim(folder, resuming) if ranks.is_main else None
+    with contextlib.ExitStack() as stack:
+        sign = None
+        if ranks.is_main:
+            sign = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial")).name
+        name = Path(ranks.gather(sign)[0]).name
+        if not (folder / name).exists():
+            raise UserError(
+                f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they share."
+            )
+        ranks.meet()
+    return lock
+
+
+def _check_content(folder: Path, resuming: bool) -> None:
+    entries = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".partial")]
+    if entries and not resuming:
+        raise UserError(
+            f"`--output_dir {folder}` is not empty. Choose another, or go on from its newest checkpoint with "
+            "`--resume_from_checkpoint latest`."
+        )
+    if entries and CONFIG not in entries and not any(name.startswith("checkpoint-") for name in entries):
+        raise UserError(f"`--output_dir {folder}` is not empty and holds no run to go on with. Choose another.")
+
+
+def make_logging_folder(folder: Path) -> None:
+    """Raises a `UserError` unless the trackers' folder is there or can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"`--logging_dir`: {folder} cannot be made: {reason}. Choose another.") from None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises a `UserError` unless the disk has room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"no space left on the device for `--output_dir {folder}`: one checkpoint and the pipeline need some "
+            f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free. Choose a folder on another disk."
+        )
+
+
+def publish(folder: Path, save: Callable[[Path], None]) -> None:
+    """Lets `save` make a folder with a pipeline or a LoRA file and moves what is in it to its place, the mark last.
+
+    The mark of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
+
+    Raises:
+        UserError: no space left on the device.
+    """
+    partial = partial_name(folder / "pipeline")
+    shutil.rmtree(partial, ignore_errors=True)
+    with no_space_named(folder), removed_on_error(partial):
+        save(partial)
+    if not (partial / INDEX).is_file():
+        _remove_pipeline(folder)
+    for mark in MARKS:
+        (folder / mark).unlink(missing_ok=True)
+    for entry in sorted(partial.iterdir(), key=lambda path: path.name in MARKS):
+        if entry.is_dir():
+            with replaced_folder(folder / entry.name):
+                entry.rename(folder / entry.name)
+        else:
+            entry.replace(folder / entry.name)
+    partial.rmdir()
+
+
+@contextlib.contextmanager
+def audit_of_other_weights_removed(folder: Path) -> Iterator[None]:
+    """Removes the audit of the result in a folder if the weights become others inside; what was drawn stays.
+
+    Pictures and figures of the old weights that are kept beside it are not used for new ones.
+    """
+    before = _weights_digest(folder) if (folder / AUDIT_FILES[0]).exists() else None
+    yield
+    if before is not None and _weights_digest(folder) != before:
+        for name in AUDIT_FILES:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _weights_digest(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")]):
+        if not file.parent.name.startswith("checkpoint-"):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def _remove_pipeline(folder: Path) -> None:
+    """Its index goes aside first, so that it never seems complete with parts missing; who is killed goes on later."""
+    aside = folder / f".{INDEX}.removed"
+    if (folder / INDEX).is_file():
+        (folder / INDEX).replace(aside)
+    if not aside.is_file():
+        return
+    index = json.loads(aside.read_text(encoding="utf-8"))
+    for part in (folder / name for name, value in index.items() if isinstance(value, list)):
+        if part.is_dir():  # a component that the pipeline does without has no folder
+            remove_folder(part)
+    aside.unlink()
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """`training_config.yaml`: every effective flag, no token; `--config` reads it again."""
+    with written_beside(folder / CONFIG) as partial:
+        partial.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False), encoding="utf-8")

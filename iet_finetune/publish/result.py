@@ -1,0 +1,95 @@
+"""What a run leaves: a whole pipeline or a LoRA file, in the precision that is wanted, and the line that loads it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..config.config import Config
+from ..families import Family, PipelineSource, load_pipeline, save_pipeline
+from ..files import LORA_NAME
+from ..lora.adapters import Adapter
+from ..lora.export import Export, plan_export
+from ..lora.file import write_lora
+
+
+class Result:
+    """What is saved of the live denoiser, which holds the merged weights or their moving average.
+
+    Args:
+        family: the pipeline with the live denoiser.
+        adapter: its LoRA layers, or None if the whole denoiser was trained.
+        source: where the pipeline came from.
+        by_class: whether it draws by class.
+        accelerator: what prepared the denoiser.
+        config: the run's settings.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        adapter: Adapter | None,
+        source: PipelineSource,
+        by_class: bool,
+        accelerator: Accelerator,
+        config: Config,
+    ) -> None:
+        self._family, self._adapter, self._source = family, adapter, source
+        self._by_class = by_class
+        self._accelerator = accelerator
+        self._config = config
+        self._dtype = getattr(torch, config.model.save_dtype) if config.model.save_dtype is not None else None
+        self._export = self._plan_export()
+
+    @property
+    def words(self) -> str | None:
+        """What became of the adapter; None if the whole denoiser was trained."""
+        return self._export.words if self._export is not None else None
+
+    def save(self, folder: Path) -> None:
+        """Makes the folder and writes the pipeline or the LoRA file into it; to be called once."""
+        if self._export is None or self._export.layers is None:
+            self._save_pipeline(folder)
+        else:
+            folder.mkdir()
+            write_lora(folder / LORA_NAME, self._export.layers)
+
+    def how_to_load(self, folder: Path) -> str:
+        """The expression that loads it from where it lies."""
+        if self._export is not None and self._export.layers is not None:
+            return f'pipeline.load_lora_weights("{folder}")'
+        loader = "ClassConditionalPipeline" if self._by_class else "DiffusionPipeline"
+        without = "".join(f", {name}=None" for name in self._source.absent)
+        return f'{loader}.from_pretrained("{folder}"{without})'
+
+    def _plan_export(self) -> Export | None:
+        if self._adapter is None:
+            return None
+        family = self._family
+        form = self._config.adapter.lora_export if family.loads_lora else "fuse"
+        return plan_export(self._adapter, family.denoiser_name, form, self._dtype or torch.float32)
+
+    def _save_pipeline(self, folder: Path) -> None:
+        name, dtypes = self._family.denoiser_name, dict(self._source.dtypes)
+        if self._dtype is not None:
+            dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
+            dtypes[name] = self._dtype
+        save_pipeline(self._plain_pipeline(), folder, dtypes, self._source.classes)
+
+    def _plain_pipeline(self) -> Any:
+        """The pipeline with the trained denoiser, without an adapter."""
+        family, adapter = self._family, self._adapter
+        if adapter is not None and adapter.is_rounded:
+            pipeline: Any = load_pipeline(self._source, self._config.model)
+            adapter.fuse(pipeline.components[family.denoiser_name])
+            # What the run wrote into it, such as `--prediction_type`.
+            pipeline.register_modules(scheduler=family.pipeline.scheduler)
+            return pipeline
+        if adapter is not None:
+            adapter.fuse()
+            adapter.remove()
+        self._accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
+        # Files hold weights in the usual order.
+        family.denoiser.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
+        return family.pipeline

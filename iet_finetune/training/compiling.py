@@ -1,0 +1,72 @@
+"""The denoiser compiled by torch.compile, and the proof that what was compiled has the same gradients."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, one_line
+
+# How far a gradient may be from the uncompiled one, by its own length, where it is computed in fp32 or in half.
+TOLERANCE = {"no": 0.01, "bf16": 0.1, "fp16": 0.1}
+# Graphs of one function, one for each width and kind of batch. With more torch would go on uncompiled.
+_MOST_GRAPHS = 64
+
+
+def compile_denoiser(denoiser: nn.Module) -> None:
+    """Compiles it in place, when it is next called: names of weights, and what is saved, stay as they are.
+
+    Of a model whose class names blocks that it repeats, these are compiled, each kind once: that is diffusers'
+    regional compilation, which takes seconds where the whole takes minutes. Weights that are overwritten in place, as
+    those of the next clone are, need no other graph.
+    """
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    model: Any = denoiser
+    if getattr(model, "_repeated_blocks", None):
+        model.compile_repeated_blocks()
+    else:
+        denoiser.compile()
+
+
+def uncompiled() -> contextlib.AbstractContextManager[object]:
+    """Inside, what is compiled runs as if it were not."""
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def failure_explained() -> Iterator[None]:
+    """Around what compiles the denoiser when it is first done: says in one line that it cannot be."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        raise UserError(f"`--compile`: torch cannot compile the denoiser: {one_line(error)}. Leave it out.") from None
+
+
+def check_gradients(gradients: Callable[[], Sequence[Tensor]], tolerance: float) -> None:
+    """Compares the gradients of the compiled denoiser with those of the same one uncompiled.
+
+    torch has compiled networks to ones with wrong gradients without a word, zeros among them.
+
+    Args:
+        gradients: computes those of all trained tensors, always from the same samples and noise.
+        tolerance: the largest ‖g − g₀‖ / (‖g₀‖ + s / 10) of any tensor, s being the mean square length of all g₀.
+
+    Raises:
+        UserError: they differ, or the denoiser cannot be compiled.
+    """
+    with uncompiled():
+        expected = [gradient.clone() for gradient in gradients()]
+    with failure_explained():
+        found = gradients()
+    lengths = torch.stack([gradient.norm() for gradient in expected])
+    differences = torch.stack([(ours - theirs).norm() for ours, theirs in zip(found, expected, strict=True)])
+    worst = (differences / (lengths + lengths.square().mean().sqrt() / 10 + 1e-30)).max().item()
+    if not worst <= tolerance:
+        raise UserError(
+            f"`--compile`: torch {torch.__version__} compiles this denoiser to one with other gradients (one of them "
+            f"is {worst:.0%} off), which would learn something else: leave it out, or try another version of torch."
+        )

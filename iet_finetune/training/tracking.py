@@ -1,0 +1,107 @@
+"""What a run says of itself: sums by round on the device, metrics.jsonl, the progress bar, and trackers."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ..files import written_beside
+
+
+def append_line(path: Path, values: Mapping[str, Any]) -> None:
+    """Adds one JSON line to a file."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(values) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; an incomplete last line, as a killed process leaves it, does not count."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines if line]
+
+
+def cut_back(path: Path, rounds: int) -> None:
+    """Removes the lines of rounds that a resumed run does again: those numbered above `rounds`."""
+    kept = [line for line in read_lines(path) if line["round"] <= rounds]
+    with written_beside(path) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+class Progress:
+    """One progress bar over the steps of all clones; where there is no terminal, one line a round instead.
+
+    `silent` is for the ranks that leave talking to another.
+    """
+
+    def __init__(self, total_steps: int, done: int, silent: bool = False) -> None:
+        self._silent = silent
+        self._terminal = sys.stderr.isatty() and not silent
+        self._bar = tqdm(total=total_steps, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True)
+        self._images = 0
+        self._since = time.perf_counter()
+
+    def reach(self, steps: int, samples: int) -> None:
+        """All clones together have taken so many steps, after `samples` images more."""
+        self._images += samples
+        self._bar.update(steps - self._bar.n)
+
+    def describe(self, place: str, loss: float, skip_rate: float) -> None:
+        """Shows where the run stands and how fast it is."""
+        if self._terminal:
+            now = time.perf_counter()
+            speed, self._images, self._since = self._images / max(now - self._since, 1e-9), 0, now
+            self._bar.set_description(place, refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}, skipped {skip_rate:.1%}, {speed:.1f} images/s")
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        elif not self._silent:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+
+class Trackers:
+    """Accelerate's trackers, given only what they can take."""
+
+    def __init__(self, accelerator: Accelerator, project: str, flags: Mapping[str, Any]) -> None:
+        self._accelerator = accelerator
+        # TensorBoard refuses lists and None in a configuration.
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flags.items()}
+        accelerator.init_trackers(project, plain)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers at a step of all clones together."""
+        self._accelerator.log(dict(values), step=step)
+
+    def log_images(self, name: str, images: Iterable[Any], captions: list[str], step: int) -> None:
+        """Pictures (PIL), to the trackers that show some."""
+        import numpy as np
+
+        pictures = list(images)
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                stacked = np.stack([np.asarray(picture) for picture in pictures])
+                tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                named = [wandb.Image(p, caption=c) for p, c in zip(pictures, captions, strict=True)]
+                tracker.log({name: named}, step=step)
+
+    def close(self) -> None:
+        """Writes out what is pending."""
+        # Not `end_training`, which also takes down the process group: that may wait for ranks that are gone.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()

@@ -1,0 +1,220 @@
+"""The verdict says what the figures show, and no more than their intervals allow."""
+
+import pytest
+from audit_samples import figure, sample_audit, share
+
+from iet_finetune.audit.report.verdict import BAD, GOOD, GUARANTEE, OPEN, PLAIN, Sentence, verdict
+
+DATA = {"heldout_images": 300, "generated_images": 1000}
+
+
+def bare(**changes):
+    """An audit without figures; `changes` replace its parts."""
+    empty = {"metrics": {}, "features": [], "by_repeats": [], "not_measured": {}, "warnings": [], "data": DATA}
+    return sample_audit(**(empty | changes))
+
+
+def sentence(audit, about) -> Sentence:
+    (found,) = [each for each in verdict(audit).sentences if each.about == about]
+    return found
+
+
+def test_copies_are_counted_with_their_interval_and_the_score_of_held_out_images():
+    found = sentence(sample_audit(), "copies")
+    assert found == Sentence(
+        BAD,
+        "23 of 1,000 generated images are nearly copies of training images (2.3 %, 95 % interval 1.5 to 3.4); "
+        "held-out images score 0.0 %. That is more than chance explains.",
+        "copies",
+    )
+
+
+def test_no_copies_among_many_is_said_with_what_may_be_missed():
+    audit = bare(metrics={"f_mem": share(0, 1000, 0.0)})
+    found = sentence(audit, "copies")
+    assert found.tone == GOOD
+    assert found.text == (
+        "None of 1,000 generated images is nearly a copy of a training image; with 95 % confidence fewer than 0.4 % "
+        "are."
+    )
+    assert verdict(audit).headline == "No copies of training images were found."
+
+
+def test_no_memorization_is_said_only_where_membership_was_looked_at():
+    metrics = {"f_mem": share(0, 1000, 0.0), "mia_auc": figure(0.51, 0.03, 0.5)}
+    assert verdict(bare(metrics=metrics)).headline == "No memorization was found."
+    unclear = metrics | {"mia_auc": figure(0.6, 0.2, 0.5)}
+    assert verdict(bare(metrics=unclear)).headline == "No copies of training images were found."
+
+
+def test_few_pictures_without_a_copy_are_no_good_news():
+    found = verdict(bare(metrics={"f_mem": share(0, 20, 0.0)}))
+    assert found.sentences[0].tone == OPEN
+    assert found.headline == "Whether the model memorizes cannot be told from this audit."
+    assert sentence(bare(metrics={"f_mem": share(0, 80, 0.0)}), "copies").tone == GOOD
+
+
+def test_training_images_hit_in_more_tries_than_held_out_ones_had_are_not_held_against_the_model():
+    # One in fifty by chance: of 1,000 generated images twenty hit something, of 60 held-out ones one.
+    metrics = {"f_mem": share(20, 1000, 1 / 60), "extracted": share(18, 300, 1 / 300)}
+    found = verdict(bare(metrics=metrics, data={"heldout_images": 60}))
+    assert [each.tone for each in found.sentences if each.about in ("copies", "extraction")] == [OPEN, OPEN]
+    assert found.tone == OPEN
+
+
+def test_one_copy_is_spoken_of_in_the_singular():
+    text = sentence(bare(metrics={"f_mem": share(1, 40, 0.0)}), "copies").text
+    assert text.startswith("1 of 40 generated images is nearly a copy of training images (2.5 %")
+
+
+def test_few_held_out_images_cannot_rule_out_chance():
+    few = {"heldout_images": 20}
+    found = sentence(bare(metrics={"f_mem": share(23, 1000, 0.0)}, data=few), "copies")
+    assert found.tone == OPEN
+    assert "the score of 20 held-out images, it cannot be told from chance" in found.text
+
+
+def test_as_many_as_by_chance_is_no_memorization():
+    found = sentence(bare(metrics={"f_mem": share(23, 1000, 0.0233)}), "copies")
+    assert found.tone == OPEN
+    fewer = sentence(bare(metrics={"f_mem": share(3, 1000, 0.1)}), "copies")
+    assert fewer.tone == GOOD
+    assert fewer.text.endswith("That is less than unseen images score by chance.")
+
+
+@pytest.mark.parametrize(("count", "tone"), [(500, BAD), (5, OPEN)])
+def test_without_held_out_images_only_many_copies_are_called_memorization(count, tone):
+    found = sentence(bare(metrics={"f_mem": share(count, 1000)}, data={}), "copies")
+    assert found.tone == tone
+    assert "Without held-out images" in found.text
+
+
+def test_what_was_not_measured_is_said_with_its_reason_and_is_no_good_news():
+    audit = bare(not_measured={"f_mem": "needs two training images"})
+    found = sentence(audit, "copies")
+    assert found == Sentence(
+        PLAIN, "How many generated images are copies was not measured: needs two training images.", "copies"
+    )
+    assert verdict(audit).headline == "Memorization was not measured."
+    assert verdict(audit).tone == OPEN
+
+
+def test_repeated_images_are_set_against_all_others():
+    found = sentence(sample_audit(), "extraction")
+    assert found.text == (
+        "Repeated images suffer most: 12 of 20 images that are in the data 10 or more times can be extracted, "
+        "1 of 280 others."
+    )
+    assert found.tone == BAD
+
+
+def test_all_classes_but_the_most_repeated_are_the_others():
+    rows = [
+        {"repeats": "1", "extracted": share(0, 100)},
+        {"repeats": "2-4", "extracted": share(2, 30)},
+        {"repeats": "5-9", "extracted": share(20, 40)},
+    ]
+    audit = bare(metrics={"f_mem": share(0, 1000, 0.0), "extracted": share(22, 170, 0.0)}, by_repeats=rows)
+    assert "20 of 40 images that are in the data 5 to 9 times can be extracted, 2 of 130 others" in (
+        sentence(audit, "extraction").text
+    )
+    assert verdict(audit).tone == BAD
+
+
+def test_repeats_are_blamed_only_where_the_intervals_say_so():
+    rows = [{"repeats": "1", "extracted": share(1, 280)}, {"repeats": "2-4", "extracted": share(0, 20)}]
+    found = sentence(bare(metrics={"extracted": share(1, 300, 0.0)}, by_repeats=rows), "extraction")
+    assert found.text == (
+        "1 of 300 distinct training images can be extracted. Whether repeated images suffer more cannot be told."
+    )
+    assert found.tone == OPEN
+
+
+def test_nothing_extracted_is_good_news():
+    rows = [{"repeats": "1", "extracted": share(0, 280)}, {"repeats": "10 or more", "extracted": share(0, 20)}]
+    found = sentence(bare(metrics={"extracted": share(0, 300, 0.0)}, by_repeats=rows), "extraction")
+    assert (found.tone, found.text) == (GOOD, "None of 300 distinct training images was extracted.")
+
+
+@pytest.mark.parametrize(
+    ("auc", "reach", "tone", "words"),
+    [
+        (0.55, 0.03, BAD, "a slight leak"),
+        (0.7, 0.03, BAD, "a clear leak"),
+        (0.9, 0.03, BAD, "a strong leak"),
+        (0.51, 0.03, GOOD, "No leak was found this way"),
+        (0.6, 0.2, OPEN, "Too few images"),
+        (0.45, 0.03, OPEN, "differ in other ways"),
+        (0.1, 0.05, OPEN, "differ in other ways"),
+    ],
+)
+def test_a_membership_attack_is_judged_by_its_interval(auc, reach, tone, words):
+    found = sentence(bare(metrics={"mia_auc": figure(auc, reach, 0.5)}), "membership")
+    assert found.tone == tone
+    assert f"in {100 * auc:.0f} % of cases" in found.text
+    assert words in found.text
+    assert "by its loss alone" in found.text
+
+
+def test_the_stronger_attack_with_a_reference_model_goes_first():
+    metrics = {"mia_auc": figure(0.51, 0.03, 0.5), "mia_ref_auc": figure(0.84, 0.03, 0.5)}
+    assert "compared with a reference model) picks the right one in 84 %" in (
+        sentence(bare(metrics=metrics), "membership").text
+    )
+
+
+def test_a_leak_without_copies_makes_the_headline():
+    found = verdict(bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": figure(0.7, 0.03, 0.5)}))
+    assert found.headline == "No copies were found, but the model gives away what it was trained on."
+    assert found.tone == BAD
+
+
+def test_a_leak_with_copies_unmeasured_does_not_claim_that_there_are_none():
+    found = verdict(bare(metrics={"mia_auc": figure(0.7, 0.03, 0.5)}))
+    assert "No copies" not in found.headline
+
+
+@pytest.mark.parametrize(
+    ("null", "about", "tone"),
+    [(0.7, "similarity", BAD), (0.83, "similarity_none", GOOD), (None, "similarity_alone", PLAIN)],
+)
+def test_similarity_is_set_against_held_out_images(null, about, tone):
+    audit = bare(
+        metrics={"similarity_p95_effnet_lite0": figure(0.83, 0.01, null)},
+        features=[{"slug": "effnet_lite0", "title": "EfficientNet-Lite0 (ImageNet)"}],
+    )
+    assert sentence(audit, about).tone == tone
+
+
+@pytest.mark.parametrize(("null_reach", "about", "tone"), [(0.01, "similarity", BAD), (0.2, "similarity_open", OPEN)])
+def test_the_similarity_of_few_held_out_images_is_no_more_certain_than_their_number(null_reach, about, tone):
+    of_heldout = {"null_low": 0.75 - null_reach, "null_high": 0.75 + null_reach}
+    audit = bare(
+        metrics={"similarity_p95_effnet_lite0": figure(0.83, 0.01, 0.75) | of_heldout},
+        features=[{"slug": "effnet_lite0", "title": "EfficientNet-Lite0 (ImageNet)"}],
+    )
+    assert sentence(audit, about).tone == tone
+
+
+def test_quality_is_told_beside_what_a_copyist_would_score_and_changes_no_headline():
+    found = verdict(sample_audit(metrics={"frechet_effnet_lite0": figure(31.42, 2.0, 21.06)}, by_repeats=[]))
+    (text,) = [each.text for each in found.sentences if each.about == "quality"]
+    assert text == (
+        "Quality: the FD-EffNetLite0 to held-out images is 31.42; copies of the training images would score 21.06. "
+        "Lower is better."
+    )
+    assert found.headline == "Memorization was not measured."
+
+
+@pytest.mark.parametrize(("warnings", "words"), [(["a"], "1 warning below"), (["a", "b"], "2 warnings below")])
+def test_warnings_are_pointed_to(warnings, words):
+    assert words in sentence(bare(warnings=warnings), "warnings").text
+
+
+@pytest.mark.parametrize("audit", [sample_audit(), bare(), bare(metrics={"f_mem": share(0, 1000, 0.0)})])
+def test_every_verdict_ends_with_what_a_measurement_cannot_give(audit):
+    assert verdict(audit).sentences[-1].text == GUARANTEE
+
+
+def test_a_file_that_has_only_its_format_still_gets_a_verdict():
+    assert verdict({"format": "iet_finetune.audit", "version": 1}).headline == "Memorization was not measured."

@@ -1,0 +1,455 @@
+"""`iet-finetune merge`: what it writes loads in diffusers and is the weighted mean; mistakes end in one line."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from loras import ATTENTION, EVERYTHING, TEXT, answers, assert_same_answers, save_adapter, with_dense
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny_sd, tiny_sd
+
+from iet_finetune import merge_state_dicts
+from iet_finetune.cli import program as cli
+from iet_finetune.lora.file import read_lora
+
+ROOT = Path(__file__).parents[2]
+NAME = "pytorch_lora_weights.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LOW = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION}
+CONVOLUTIONS = {
+    "r": 3,
+    "lora_alpha": 2,
+    "use_rslora": True,
+    "target_modules": EVERYTHING,
+    "rank_pattern": {"conv1": 2},
+}
+PLAIN = {"r": 5, "lora_alpha": 5, "target_modules": EVERYTHING}
+ON_TEXT = {"r": 2, "lora_alpha": 3, "target_modules": TEXT}
+ON_MORE_TEXT = {"r": 3, "lora_alpha": 1, "target_modules": ["q_proj", "fc2"]}
+
+
+def merge(*arguments):
+    """Runs `iet-finetune merge` in this process."""
+    return cli.main(["merge", *map(str, arguments)])
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Three adapters of one base with ranks, scalings and layers of their own: their paths and dense updates."""
+    updates = [
+        save_adapter(tmp_path / "a", 1, LOW, ON_TEXT),
+        save_adapter(tmp_path / "b", 2, CONVOLUTIONS, ON_MORE_TEXT),
+        save_adapter(tmp_path / "c", 3, PLAIN, header=False),
+    ]
+    return [tmp_path / "a", tmp_path / "b" / NAME, tmp_path / "c"], updates
+
+
+def the_line(capsys, stream="out"):
+    """The one line that was printed; nothing may stand on the other stream."""
+    shown = capsys.readouterr()
+    said, other = (shown.out, shown.err) if stream == "out" else (shown.err, shown.out)
+    assert other == ""
+    assert len(said.splitlines()) == 1
+    return said.strip()
+
+
+def test_a_merged_lora_is_base_plus_the_weighted_updates(adapters, tmp_path, capsys):
+    paths, updates = adapters
+    assert merge(*paths, "--weights", 0.5, 0.3, 0.2, "--output", tmp_path / "out") == 0
+    line = the_line(capsys)
+    assert line == (
+        "Merged 3 LoRA files, in shares of 0.5, 0.3, 0.2: ranks 2 to 12, exact. "
+        f"Load it with pipeline.load_lora_weights({str(tmp_path / 'out')!r})."
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [NAME]
+    pipeline, base = tiny_sd(), answers(tiny_sd())
+    pipeline.load_lora_weights(tmp_path / "out")
+    expected = with_dense(updates, [0.5, 0.3, 0.2])
+    assert_same_answers(pipeline, expected)
+    assert all((one - other).abs().max() > 0.1 for one, other in zip(answers(expected), base, strict=True))
+
+
+@pytest.mark.parametrize(("given", "shares"), [([], [1 / 3] * 3), (["--weights", 30, 10, 60], [0.3, 0.1, 0.6])])
+def test_weights_are_equal_or_divided_by_their_sum(adapters, tmp_path, given, shares):
+    paths, updates = adapters
+    assert merge(*paths, *given, "--output", tmp_path / "out") == 0
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(tmp_path / "out")
+    assert_same_answers(pipeline, with_dense(updates, shares))
+
+
+def test_what_is_merged_can_be_merged_again(adapters, tmp_path):
+    paths, updates = adapters
+    assert merge(*paths[:2], "--output", tmp_path / "two") == 0
+    assert merge(tmp_path / "two", paths[2], "--weights", 2, 1, "--output", tmp_path / "out") == 0
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(tmp_path / "out")
+    assert_same_answers(pipeline, with_dense(updates, [1 / 3] * 3))
+
+
+def test_equal_adapters_are_unchanged(adapters, tmp_path, capsys):
+    (first, *_), (update, *_) = adapters
+    assert merge(first, first, first, "--weights", 1, 5, 2, "--output", tmp_path / "out") == 0
+    assert "ranks 2 to 4, exact." in the_line(capsys)
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(tmp_path / "out")
+    assert_same_answers(pipeline, with_dense([update], [1.0]))
+
+
+def test_a_rank_cuts_and_says_what_is_lost(adapters, tmp_path, capsys):
+    paths, updates = adapters
+    assert merge(*paths, "--rank", 3, "--output", tmp_path / "out") == 0
+    line = the_line(capsys)
+    layers = read_lora(tmp_path / "out" / NAME)
+    assert {layer.rank for layer in layers.values()} == {2, 3}
+    lost, whole = {}, {}
+    for name, layer in layers.items():
+        module = name.replace("text_model.", "")
+        exact = sum(deltas[module].double() / 3 for deltas in updates if module in deltas).flatten(1)
+        lost[name] = (exact - layer.update().dense()).square().sum().item()
+        whole[name] = exact.square().sum().item()
+    worst = max(lost, key=lambda name: lost[name] / whole[name])
+    share = sum(lost.values()) / sum(whole.values())
+    assert f"which loses {share:.2%} of the update's energy ({lost[worst] / whole[worst]:.2%} in {worst})" in line
+    assert 0.01 < share < 0.9
+
+
+def test_a_rank_that_is_enough_is_exact(adapters, tmp_path, capsys):
+    paths, _ = adapters
+    assert merge(*paths, "--rank", 12, "--output", tmp_path / "out") == 0
+    assert "ranks 2 to 12, exact." in the_line(capsys)
+
+
+def test_a_merged_lora_loads_in_a_fresh_process(adapters, tmp_path):
+    paths, updates = adapters
+    save_tiny_sd(tmp_path / "base")
+    assert merge(*paths, "--output", tmp_path / "out") == 0
+    code = """
+import sys, torch
+from diffusers import DiffusionPipeline
+from loras import answers
+folder = sys.argv[1]
+pipeline = DiffusionPipeline.from_pretrained(f"{folder}/base")
+pipeline.load_lora_weights(f"{folder}/out")
+torch.save(answers(pipeline), f"{folder}/answers.pt")
+"""
+    path = {"PYTHONPATH": f"{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = answers(with_dense(updates, [1 / 3] * 3))
+    for one, other in zip(torch.load(tmp_path / "answers.pt"), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def sharded(folder, seed, size="20KB"):
+    """A pipeline whose UNet is cut into several files."""
+    pipeline = tiny_sd(seed=seed)
+    pipeline.save_pretrained(folder)
+    for file in (folder / "unet").glob("*.safetensors"):
+        file.unlink()
+    pipeline.unet.save_pretrained(folder / "unet", max_shard_size=size)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "save", [lambda folder, seed: save_tiny_sd(folder, seed=seed), sharded], ids=["one", "shards"]
+)
+def test_whole_pipelines_merge_bit_for_bit_as_state_dicts_do_and_draw(tmp_path, save, capsys):
+    folders = [save_tiny_sd(tmp_path / "a", seed=1), save(tmp_path / "b", seed=2), save(tmp_path / "c", seed=3)]
+    capsys.readouterr()  # the progress bars of saving
+    assert merge(*reversed(folders), "--weights", 5, 3, 2, "--output", tmp_path / "out") == 0
+    assert the_line(capsys) == (
+        "Merged 3 pipelines, in shares of 0.5, 0.3, 0.2. "
+        f"Load it with DiffusionPipeline.from_pretrained({str(tmp_path / 'out')!r})."
+    )
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    states = [tiny_sd(seed=seed).unet.state_dict() for seed in (3, 2, 1)]
+    expected = merge_state_dicts(states, [5, 3, 2])
+    assert merged.unet.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.unet.state_dict().items())
+    first = tiny_sd(seed=3)
+    for name, tensor in merged.text_encoder.state_dict().items():
+        assert torch.equal(tensor, first.text_encoder.state_dict()[name])
+    first.unet.load_state_dict(expected)
+    draw = {"num_inference_steps": 2, "output_type": "np"}
+    pictures = [
+        pipeline("a cat", generator=torch.Generator().manual_seed(0), **draw).images for pipeline in (merged, first)
+    ]
+    np.testing.assert_array_equal(*pictures)
+    source = folders[-1] / "unet"
+    assert {path.name for path in (tmp_path / "out" / "unet").iterdir()} == {path.name for path in source.iterdir()}
+
+
+def test_only_what_belongs_to_the_pipeline_is_copied(tmp_path):
+    folders = [save_tiny_sd(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
+    (folders[0] / "checkpoint-8").mkdir()
+    (folders[0] / "metrics.jsonl").touch()
+    (folders[0] / "unet" / "diffusion_pytorch_model.bin").touch()
+    before = {path.name for path in (folders[1]).iterdir()}
+    assert merge(*folders, "--output", tmp_path / "out") == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name for path in (tmp_path / "out" / "unet").iterdir()} == {"config.json", WEIGHTS}
+
+
+def test_denoisers_alone_merge_in_the_first_one_s_dtype(tmp_path, capsys):
+    unets = [tiny_sd(seed=seed).unet for seed in range(2)]
+    unets[0].half().save_pretrained(tmp_path / "a")
+    unets[1].save_pretrained(tmp_path / "b")
+    (tmp_path / "out").mkdir()
+    assert merge(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "out") == 0
+    assert f"Load it with UNet2DConditionModel.from_pretrained({str(tmp_path / 'out')!r})." in the_line(capsys)
+    expected = merge_state_dicts([unet.state_dict() for unet in unets])
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(tensor.dtype == torch.float16 for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
+    assert all(torch.equal(merged[name].half(), tensor) for name, tensor in expected.items())
+
+
+def test_equal_pipelines_merge_to_the_same_file(tmp_path):
+    folder = save_tiny_sd(tmp_path / "a")
+    assert merge(folder, folder, folder, "--weights", 1200, 800, 7, "--output", tmp_path / "out") == 0
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes()
+
+
+def test_tensors_that_are_no_floats_come_from_the_first(tmp_path):
+    config = {"_class_name": "Net", "width": 2}
+    for name, value in (("a", 1), ("b", 5)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
+        tensors = {"w": torch.full((3, 2), value).bfloat16(), "n": torch.tensor(value), "none": torch.zeros(0, 4)}
+        save_file(tensors | {"flag": torch.tensor([value == 1])}, tmp_path / name / WEIGHTS, metadata={"format": "pt"})
+    assert merge(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "out") == 0
+    merged = load_file(tmp_path / "out" / WEIGHTS)
+    assert torch.equal(merged["w"], torch.full((3, 2), 3.0).bfloat16())
+    assert (merged["n"].item(), merged["flag"].item(), merged["none"].shape) == (1, True, (0, 4))
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with one of everything, right and wrong."""
+    save_adapter(tmp_path / "lora", 1, LOW)
+    save_adapter(tmp_path / "other", 2, LOW)
+    save_tiny_sd(tmp_path / "pipeline")
+    save_tiny_sd(tmp_path / "second", seed=1)
+    changes = {
+        "wide": {key: tensor.repeat(1, 2) for key, tensor in load_file(tmp_path / "lora" / NAME).items()},
+        "flux": {"transformer.x.lora_A.weight": torch.ones(2, 3), "transformer.x.lora_B.weight": torch.ones(4, 2)},
+        "model": {"conv_in.weight": torch.ones(2, 2)},
+    }
+    changes["wide"] = {
+        k: v if "lora_A" in k else v[:, : v.shape[1] // 2].contiguous() for k, v in changes["wide"].items()
+    }
+    for name, tensors in changes.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    (tmp_path / "lora.bin").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / NAME).touch()
+    (tmp_path / "both" / "model_index.json").touch()
+    return tmp_path
+
+
+WRONG = {
+    "no input": (["--output", "out"], "INPUT"),
+    "no output": (["lora", "other"], "`--output` is missing"),
+    "missing path": (["lora", "nowhere", "--output", "out"], "`nowhere` does not exist"),
+    "too few weights": (["lora", "other", "--weights", "1", "--output", "out"], "`--weights` gives 1 for 2 inputs"),
+    "text as weight": (["lora", "other", "--weights", "1", "x", "--output", "out"], "`--weights` must be positive"),
+    "weight of 0": (["lora", "other", "--weights", "0", "1", "--output", "out"], "'0' is not one"),
+    "negative weight": (["lora", "other", "--weights", "-1", "1", "--output", "out"], "'-1' is not one"),
+    "infinite weight": (["lora", "other", "--weights", "inf", "1", "--output", "out"], "'inf' is not one"),
+    "huge weight": (
+        ["lora", "other", "--weights", "1e308", "1e308", "--output", "out"],
+        "`--weights 1e308` is out of",
+    ),
+    "tiny weight": (["lora", "other", "--weights", "1e-320", "1", "--output", "out"], "`--weights 1e-320` is out of"),
+    "rank of 0": (["lora", "other", "--rank", "0", "--output", "out"], "`--rank` must be positive"),
+    "half a rank": (["lora", "other", "--rank", "1.5", "--output", "out"], "`--rank` must be a whole number"),
+    "rank of pipelines": (["pipeline", "second", "--rank", "2", "--output", "out"], "`--rank` is for LoRA files"),
+    "unknown flag": (["lora", "--wieghts", "1", "--output", "out"], "Did you mean `--weights`?"),
+    "two kinds": (["lora", "pipeline", "--output", "out"], "`pipeline` is a pipeline, but `lora` is a LoRA file"),
+    "pipeline and unet": (["pipeline", "second/unet", "--output", "out"], "`second/unet` is a model folder"),
+    "pickle": (["lora.bin", "--output", "out"], "`lora.bin` is not a .safetensors file"),
+    "nothing in it": (["lora", "empty", "--output", "out"], "`empty` holds neither"),
+    "both in it": (["both", "--output", "out"], f"give `both/{NAME}`"),
+    "no LoRA": (["lora", "model.safetensors", "--output", "out"], "`model.safetensors` is not a LoRA file"),
+    "other shapes": (["lora", "wide.safetensors", "--output", "out"], "`wide.safetensors` is for unet."),
+    "other denoiser": (["lora", "flux.safetensors", "--output", "out"], "adapts the transformer, but `lora` the unet"),
+    "output in use": (["lora", "other", "--output", "second"], "`--output second` is not empty"),
+    "output a file": (["lora", "other", "--output", "lora.bin"], "`--output lora.bin` is not empty"),
+    "output below a file": (["lora", "other", "--output", "lora.bin/x"], "`--output lora.bin/x` cannot be made in"),
+    "output with a long name": (["lora", "other", "--output", "x" * 300], "cannot be used: File name too long"),
+    "no LoRA for a new output": (["model.safetensors", "--output", "deep/out"], "is not a LoRA file"),
+    "output in an input": (["pipeline", "second", "--output", "pipeline/unet/x"], "lies inside the input `pipeline`"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG.values(), ids=WRONG)
+def test_a_mistake_ends_in_one_line_and_code_2_and_leaves_nothing(world, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(world)
+    before = sorted(world.rglob("*"))
+    assert merge(*arguments) == 2
+    line = the_line(capsys, "err")
+    assert line.startswith("iet-finetune: error: ")
+    assert said in line
+    assert sorted(world.rglob("*")) == before
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def another_class(folder):
+    edit_json(folder / "unet" / "config.json", _class_name="UNet2DModel")
+
+
+def another_width(folder):
+    edit_json(folder / "unet" / "config.json", cross_attention_dim=32)
+
+
+def quantized(folder):
+    edit_json(folder / "unet" / "config.json", quantization_config={"quant_method": "x"})
+
+
+def no_config(folder):
+    (folder / "unet" / "config.json").unlink()
+
+
+def a_variant(folder):
+    (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+
+
+def damaged(folder):
+    path = folder / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def one_tensor_less(folder):
+    path = folder / "unet" / WEIGHTS
+    save_file({k: v for k, v in load_file(path).items() if k != "conv_in.bias"}, path)
+
+
+def another_shape(folder):
+    path = folder / "unet" / WEIGHTS
+    save_file(load_file(path) | {"conv_in.bias": torch.zeros(3)}, path)
+
+
+def another_denoiser(folder):
+    edit_json(folder / "model_index.json", unet=[None, None], transformer=["diffusers", "X"])
+
+
+def no_json(folder):
+    (folder / "model_index.json").write_text("[]")
+
+
+def half_a_shard_index(folder):
+    (folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+
+
+CHANGES = {
+    another_class: "has _class_name UNet2DModel, but",
+    another_width: "has cross_attention_dim 32, but",
+    quantized: "is quantized",
+    no_config: "config.json` cannot be read",
+    a_variant: "without a variant",
+    damaged: "is not a safetensors file",
+    one_tensor_less: "does not have the tensor `conv_in.bias`",
+    another_shape: "`conv_in.bias` has shape (3,)",
+    another_denoiser: "must have a unet",
+    no_json: "must hold a JSON object",
+    half_a_shard_index: "b.safetensors` is missing",
+}
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES.items(), ids=[change.__name__ for change in CHANGES])
+def test_pipelines_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path, capsys, change, said):
+    folders = [save_tiny_sd(tmp_path / name) for name in "ab"]
+    change(folders[1])
+    (tmp_path / "out").mkdir()
+    capsys.readouterr()  # the progress bars of saving
+    assert merge(*folders, "--output", tmp_path / "out") == 2
+    line = the_line(capsys, "err")
+    assert said in line
+    assert str(folders[1]) in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_first_pipeline_that_lacks_a_component_is_refused(tmp_path, capsys):
+    folders = [save_tiny_sd(tmp_path / name) for name in "ab"]
+    (folders[0] / "vae").rename(tmp_path / "vae")
+    capsys.readouterr()  # the progress bars of saving
+    assert merge(*folders, "--output", tmp_path / "out") == 2
+    assert "names vae, but it is missing" in the_line(capsys, "err")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_interrupted_merge_left_is_removed(tmp_path):
+    folders = [save_tiny_sd(tmp_path / name) for name in "ab"]
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "rest").touch()
+    assert merge(*folders, "--output", tmp_path / "out") == 0
+    assert not (tmp_path / ".out.partial").exists()
+    assert not (tmp_path / "out" / "rest").exists()
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet is not None
+
+
+@pytest.mark.parametrize("output", ["deep/down/out", "link", "."])
+def test_an_output_is_made_wherever_it_is_named(adapters, tmp_path, monkeypatch, output):
+    paths, _ = adapters
+    here = tmp_path / "a" / "here"  # beside a LoRA file that is merged: nothing else is read there
+    (here / "empty").mkdir(parents=True)
+    (here / "link").symlink_to("empty")
+    monkeypatch.chdir(here if output != "." else here / "empty")
+    assert merge(*paths, "--output", output) == 0
+    found = here / ("empty" if output == "." else output)
+    assert [path.name for path in found.iterdir()] == [NAME]
+    assert not list(here.rglob(".*.partial"))
+
+
+def test_the_commands_of_the_readme_work_as_they_stand_there(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^iet-finetune (merge .*)$", text, flags=re.MULTILINE)
+    assert len(commands) == 2
+    for seed, name in enumerate("abc"):
+        save_adapter(tmp_path / f"lora_{name}", seed, LOW)
+        save_tiny_sd(tmp_path / f"model_{name}", seed=seed)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        assert cli.main(shlex.split(command, comments=True)) == 0
+    (merged_model,) = re.findall(r"`(DiffusionPipeline.from_pretrained\(.*?)`", text)
+    (load,) = re.findall(r"`(pipeline.load_lora_weights.*?)`", text)
+    pipeline = eval(merged_model, {"DiffusionPipeline": DiffusionPipeline})
+    expected = merge_state_dicts([tiny_sd(seed=seed).unet.state_dict() for seed in range(2)])
+    assert torch.equal(pipeline.unet.state_dict()["conv_in.weight"], expected["conv_in.weight"])
+    eval(load, {"pipeline": pipeline})
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["nowhere"], [".", "--weights", "x", "--output", "out"]])
+def test_help_and_wrong_arguments_are_answered_without_torch(argv):
+    code = f"""
+import sys
+from iet_finetune.cli import main
+try:
+    main(["merge", *{argv!r}])
+except SystemExit:
+    pass
+print("torch" in sys.modules, "iet_finetune.cli.merge_command" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False True"
+
+
+def test_the_program_s_help_lists_the_command(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "\n  merge     merge LoRA files" in capsys.readouterr().out

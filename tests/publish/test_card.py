@@ -1,0 +1,141 @@
+"""Promises of the model card: it says what was done and measured, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pytest
+from cards import facts, with_flags
+from huggingface_hub import ModelCard
+
+from iet_finetune.publish.card import base_license, write_model_card
+
+
+def test_the_card_states_the_recipe_and_the_data(tmp_path: Path):
+    card = ModelCard.load(write_model_card(tmp_path, facts()))
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", card.text, flags=re.MULTILINE))
+    assert rows["shards (K)"] == "2 (iid)"
+    assert rows["local training between merges"] == "5 passes"
+    assert (rows["merges"], rows["steps of all clones together"], rows["seed"]) == ("3", "24", "0")
+    assert (rows["AGC threshold"], rows["AGC decay (d)"], rows["learning rate"]) == ("0.8", "0.8", "0.0001")
+    assert [rows[number] for number in "123"] == ["0.00 %", "12.50 %", "25.00 %"]
+    assert "40 images (37 distinct) from a local data set" in card.text
+    assert "5 images were held out" in card.text
+    assert "only differential privacy" in card.text
+    assert "https://arxiv.org/abs/2407.15328" in card.text
+    metadata = card.data.to_dict()
+    assert (metadata["base_model"], metadata["license"]) == ("somebody/tiny-sd", "openrail++")
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("diffusers", "text-to-image")
+    assert "datasets" not in metadata
+
+
+def test_the_card_of_an_adapter_states_its_merge_and_what_its_file_lost(tmp_path: Path):
+    flags = {"use_lora": True, "rank": 8, "lora_alpha": 16, "lora_layers": "to_q,proj_in", "use_rslora": True}
+    lost = "a LoRA file of rank 8, which lost 1.2 % of the update's energy"
+    text = write_model_card(tmp_path, with_flags(facts(lora_export=lost), **flags)).read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE))
+    assert rows["LoRA"] == "rank 8, alpha 16, scaled as in rsLoRA, dropout 0"
+    assert (rows["layers with an adapter"], rows["merge of adapters"]) == ("to_q,proj_in", "the mean of their updates")
+    assert rows["saved as"] == lost
+    assert "every shard trained its own clone of the LoRA adapter" in text
+    whole = write_model_card(tmp_path, facts()).read_text()
+    assert "LoRA" not in whole
+
+
+def test_the_card_gives_warm_up_only_to_a_schedule_that_has_one(tmp_path: Path):
+    warm = with_flags(facts(), lr_scheduler="constant_with_warmup", lr_warmup_steps=7)
+    assert "| constant_with_warmup, 7 warm-up steps |" in write_model_card(tmp_path, warm).read_text()
+    assert "warm-up" not in write_model_card(tmp_path, facts()).read_text()
+
+
+def test_a_base_of_unknown_licence_gives_a_card_without_one(tmp_path: Path):
+    card = ModelCard.load(write_model_card(tmp_path, facts(base_license=None)))
+    assert "license" not in card.data.to_dict()
+    assert "license:" not in (tmp_path / "README.md").read_text()
+    assert "The base model's licence could not be read" in card.text
+
+
+def test_local_folders_never_reach_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/base").mkdir(parents=True)
+    for name in ("models/base", str(tmp_path), "./base", "~/base", "base/", "../base", "C:\\models\\base"):
+        local = with_flags(facts(base_model=name), dataset_name=name, train_data_dir=str(tmp_path))
+        card = ModelCard.load(write_model_card(tmp_path, local))
+        assert name not in (tmp_path / "README.md").read_text()
+        assert not {"base_model", "datasets"} & card.data.to_dict().keys()
+
+
+def test_a_public_data_set_is_named(tmp_path: Path):
+    card = ModelCard.load(write_model_card(tmp_path, with_flags(facts(), dataset_name="somebody/cats")))
+    assert card.data.datasets == ["somebody/cats"]
+    assert "40 images (37 distinct) from [somebody/cats](https://huggingface.co/datasets/somebody/cats)" in card.text
+
+
+def test_the_card_says_that_nothing_was_measured_until_there_is_an_audit(tmp_path: Path):
+    assert "Memorization of this pipeline: not measured." in write_model_card(tmp_path, facts()).read_text()
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit/audit.json").write_text("{}")
+    text = write_model_card(tmp_path, facts()).read_text()
+    assert "not measured." not in text
+    assert "[audit/audit.json](audit/audit.json)" in text
+
+
+def test_the_card_claims_no_part_of_the_method_that_was_off(tmp_path: Path):
+    plain = with_flags(facts(skip_rates=(0.0,)), num_shards=1, agc_threshold=0.0)
+    text = write_model_card(tmp_path, plain).read_text()
+    assert "The data was not split" in text
+    assert "Anti-gradient control was off" in text
+    assert "| AGC threshold | 0 (off) |" in text
+    assert "Samples skipped" not in text
+
+
+def test_an_unconditional_pipeline_is_called_without_a_prompt(tmp_path: Path):
+    card = ModelCard.load(write_model_card(tmp_path, facts(pipeline_class="DDPMPipeline")))
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+    assert "pipeline().images[0]" in card.text
+
+
+def test_a_grid_that_does_not_exist_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="grid.png"):
+        write_model_card(tmp_path, facts(sample_grid="grid.png"))
+
+
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("---\nlicense: creativeml-openrail-m\ntags: [x]\n---\n# Model", "creativeml-openrail-m"),
+        ("---\nlicense: [mit]\n---\n", "mit"),
+        ("---\nlicense: [mit, gpl]\n---\n", None),
+        ("---\nlicense: unknown\n---\n", None),
+        ("---\ntags: [x]\n---\nlicense: mit", None),
+        ("# Model\nlicense: mit", None),
+        ("---\nlicense: [\n---\n", None),
+        ("---\n- mit\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_base_licence_is_read_and_never_guessed(tmp_path: Path, readme: str | None, found: str | None):
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme)
+    assert base_license(tmp_path) == found
+
+
+def test_a_model_from_scratch_has_no_base_and_no_licence_of_one(tmp_path: Path):
+    made = facts(base_model=None, base_license=None, pipeline_class="DDPMPipeline")
+    text = write_model_card(tmp_path, made).read_text()
+    assert "# DDPMPipeline trained with IET-AGC" in text
+    assert "Trained from scratch with IET-AGC" in text
+    assert "the weights began at random" in text
+    assert "base model" not in text.split("## License")[1]
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [(("bag", "ankle  boot"), "Classes: 0 bag, 1 ankle boot."), (("0", "1", "2"), "Classes: 0 to 2.")],
+)
+def test_a_model_that_draws_by_class_is_loaded_by_what_can_and_names_its_classes(tmp_path: Path, names, told):
+    text = write_model_card(tmp_path, facts(pipeline_class="DDPMPipeline", class_names=names)).read_text()
+    assert "from iet_finetune import ClassConditionalPipeline" in text
+    assert "pipeline(class_labels=[0])" in text
+    assert told in text
+    assert ModelCard.load(tmp_path / "README.md").data.get("pipeline_tag") is None
