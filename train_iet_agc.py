@@ -6,7 +6,7 @@ Start it with `accelerate launch train_iet_agc.py --config FILE`, or with `pytho
 import sys
 
 import iet_finetune
-from iet_finetune.cli.program import run
+from iet_finetune.cli import run
 
 
 def main() -> None:

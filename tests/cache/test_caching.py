@@ -27,10 +27,9 @@ from tiny_families import tiny_pipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from iet_finetune import Config, Trainer
+from iet_finetune import Config, Trainer, cli
 from iet_finetune.cache import filling
 from iet_finetune.cache.caching import encode_data
-from iet_finetune.cli import program as cli
 from iet_finetune.data import rows as data_rows
 from iet_finetune.data.loader import Visit
 from iet_finetune.data.transforms import ImageTransform

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from iet_finetune import __version__
-from iet_finetune.cli import program as cli
+from iet_finetune import __version__, cli
 from iet_finetune.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -15,8 +15,7 @@ from loras import ATTENTION, EVERYTHING, TEXT, answers, assert_same_answers, sav
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_sd, tiny_sd
 
-from iet_finetune import merge_state_dicts
-from iet_finetune.cli import program as cli
+from iet_finetune import cli, merge_state_dicts
 from iet_finetune.lora.file import read_lora
 
 ROOT = Path(__file__).parents[2]

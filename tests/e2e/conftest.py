@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from e2e.command import flags, words
 from tiny import save_images, save_tiny_sd
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 
 
 @pytest.fixture(scope="session")

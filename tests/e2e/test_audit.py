@@ -24,7 +24,7 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from tiny import RESOLUTION, save_images, tiny_sd
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 from iet_finetune.publish.upload_list import upload_list
 
 TOKEN = "hf_thisIsNotARealTokenButItLooksLikeOne03"

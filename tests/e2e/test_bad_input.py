@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from e2e.command import contents, flags, leftovers, run_script, the_error, words
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 
 Spoil = Callable[[Path], dict[str, Any]]
 MISSING_TRACKER = next((name for name in ("wandb", "trackio", "comet_ml", "mlflow") if not find_spec(name)), None)

@@ -17,7 +17,7 @@ from audit_runs import read_audit, save_mosaic, typed
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 from iet_finetune.config.settings import DataConfig
 from iet_finetune.data.dataset import load_images
 

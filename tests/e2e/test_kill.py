@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from e2e.command import SCRIPT, assert_same, environment, flags, leftovers, repeatable, words
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 from iet_finetune.ensemble.checkpoint import CheckpointStore, tensors_piece
 from iet_finetune.files import clean
 

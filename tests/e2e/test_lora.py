@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import RESOLUTION, tiny_sd
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -35,7 +35,7 @@ from e2e.command import (
 )
 from e2e.test_kill import newest
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 

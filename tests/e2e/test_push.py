@@ -16,7 +16,7 @@ from e2e.command import ERROR, contents, environment, flags, leftovers, run_scri
 from hub_server import HubServer
 from safetensors.torch import load_file
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -82,7 +82,7 @@ def command_folder(folder: Path) -> Path:
         return Path(installed).parent
     script = folder / "bin" / "iet-finetune"
     script.parent.mkdir()
-    script.write_text(f"#!{sys.executable}\nimport sys\nfrom iet_finetune.cli.program import main\nsys.exit(main())\n")
+    script.write_text(f"#!{sys.executable}\nimport sys\nfrom iet_finetune.cli import main\nsys.exit(main())\n")
     script.chmod(0o755)
     return script.parent
 

@@ -17,7 +17,7 @@ from e2e.command import IN_FOUR, STEPS_IN_FOUR, environment, flags, leftovers, r
 from safetensors.torch import load_file
 from tiny import save_images
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from e2e.command import ERROR, SCRIPT, contents, environment, flags, leftovers, run_script, the_error, wait_for, words
 from safetensors.torch import load_file
 
-from iet_finetune.cli import program as cli
+from iet_finetune import cli
 from iet_finetune.publish import result
 from iet_finetune.training import trainer
 
