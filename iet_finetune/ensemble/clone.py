@@ -22,7 +22,7 @@ class Clone:
         weight: n_k, or 1, in the merge.
         step: steps taken over the whole run.
         began: the same number when its latest round began.
-        moments: the optimizer's state while the clone rests; None at the start and after a reset.
+        optimizer_state: the optimizer's state while the clone is idle; None at the start and after a reset.
         scaler: state of the gradient scaler, where fp16 training has one.
         drift: ‖θ_k − θ‖ / ‖θ‖ of the last round, θ being the denoiser it started from.
     """
@@ -37,7 +37,7 @@ class Clone:
     meter: RoundMeter
     step: int = 0
     began: int = 0
-    moments: dict[int, Any] | None = None
+    optimizer_state: dict[int, Any] | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
     drift: float = 0.0
 

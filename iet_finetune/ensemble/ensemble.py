@@ -16,13 +16,13 @@ from .ema import EMA
 from .host import HostMemory
 from .merger import MergesClones
 from .optimizers import (
-    fresh_moments,
+    fresh_optimizer_state,
     is_fused,
-    live_moments,
-    moments_by_parameter,
-    named_moments,
+    load_optimizer_state,
+    named_state,
+    optimizer_state,
     parameter_of,
-    take_up_moments,
+    state_by_parameter,
     with_counts_apart,
 )
 from .trainable import Trainable
@@ -167,15 +167,15 @@ class Ensemble:
             # A copy: the optimizer would otherwise work in the merged ones.
             device = next(iter(self._trainable.parameters.values())).device
             merged = {name: t.to(device, copy=True) for name, t in self._mergers["moments"].tensors.items()}
-            take_up_moments(self._optimizer, moments_by_parameter(merged))
+            load_optimizer_state(self._optimizer, state_by_parameter(merged))
         else:
-            take_up_moments(self._optimizer, clone.moments or self._first_moments())
-            clone.moments = None
+            load_optimizer_state(self._optimizer, clone.optimizer_state or self._first_moments())
+            clone.optimizer_state = None
 
     def _first_moments(self) -> dict[int, Any] | None:
         """What a clone without moments begins with; None leaves it to the optimizer."""
         stay = self._moments == "keep" and self._host.in_place and is_fused(self._optimizer)
-        return fresh_moments(self._optimizer) if stay else None
+        return fresh_optimizer_state(self._optimizer) if stay else None
 
     def set_back(self) -> bool:
         """Takes back what the live clone did in this round; its moments, which may be spoilt, start anew.
@@ -205,9 +205,9 @@ class Ensemble:
                 clone.drift = drift
         if clone is not None and self._moments == "keep":
             # Without offloading the moments change owner rather than being copied; on a device they move to the host.
-            state: Any = live_moments(self._optimizer)
+            state: Any = optimizer_state(self._optimizer)
             state, buffer = with_counts_apart(state) if self._host.in_files else state, self._buffers.get(clone.shard)
-            clone.moments = self._buffers[clone.shard] = self._host.keep(state, into=buffer)
+            clone.optimizer_state = self._buffers[clone.shard] = self._host.keep(state, into=buffer)
         self._optimizer.state.clear()
         self._rest()
         self._host.give_back()
@@ -238,7 +238,7 @@ class Ensemble:
             ‖θ_new − θ‖ / ‖θ‖.
         """
         drift = {name: merger.merge() for name, merger in self._mergers.items()}["denoiser"]
-        self._forget_moments(self._mergers["denoiser"].turned)
+        self._forget_moments(self._mergers["denoiser"].rebased)
         self._finished = 0
         self.round += 1
         return drift
@@ -248,8 +248,10 @@ class Ensemble:
         places = {name: index for index, name in enumerate(self._trainable.parameters)}
         gone = {places[name] for name in names}
         for clone in self.clones if gone else ():
-            if clone.moments:
-                clone.moments = {index: state for index, state in clone.moments.items() if index not in gone}
+            if clone.optimizer_state:
+                clone.optimizer_state = {
+                    index: state for index, state in clone.optimizer_state.items() if index not in gone
+                }
         if "moments" in self._mergers:
             for key, tensor in self._mergers["moments"].tensors.items():
                 if parameter_of(key) in gone:
@@ -276,12 +278,12 @@ class Ensemble:
     def _live(self, name: str) -> Tensors:
         if name == "ema" and self._ema is not None:
             return self._ema.tensors
-        return self._trainable.tensors if name == "denoiser" else named_moments(live_moments(self._optimizer))
+        return self._trainable.tensors if name == "denoiser" else named_state(optimizer_state(self._optimizer))
 
     def _rest(self) -> None:
         for merger in self._mergers.values():
             merger.rest()
-        self._host.rest(*(clone.moments for clone in self.clones if clone.moments))
+        self._host.rest(*(clone.optimizer_state for clone in self.clones if clone.optimizer_state))
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -301,7 +303,7 @@ class Ensemble:
 
     def _clone_pieces(self, clone: Clone) -> dict[str, Piece]:
         live, version = clone is self.live, f"round {self.round} step {clone.step}"
-        moments = live_moments(self._optimizer) if live else clone.moments
+        moments = optimizer_state(self._optimizer) if live else clone.optimizer_state
         pieces = {f"{clone.folder}/moments.pt": self._moments_piece(clone, moments)} if moments else {}
         if clone.shard in self._to_resume:
             saved = self._amid[clone.shard]
@@ -358,7 +360,7 @@ class Ensemble:
                 # What rests of a run that kept moments is not wanted in one that does not.
                 if (amid or self._moments == "keep") and checkpoint.has(f"{clone.folder}/moments.pt"):
                     moments = self._host.keep(checkpoint.state(f"{clone.folder}/moments.pt"))
-                    clone.moments = self._buffers[clone.shard] = moments
+                    clone.optimizer_state = self._buffers[clone.shard] = moments
                     self._host.rest(moments)
         self._rest()
 
@@ -372,8 +374,8 @@ class Ensemble:
         self._trainable.load(checkpoint.tensors(f"{clone.folder}/live.safetensors"))
         if self._ema is not None:
             self._ema.load(checkpoint.tensors(f"{clone.folder}/live_ema.safetensors"))
-        take_up_moments(self._optimizer, clone.moments)
-        clone.moments = None
+        load_optimizer_state(self._optimizer, clone.optimizer_state)
+        clone.optimizer_state = None
         self._start_of_live = None
         member = self._placement.member(self._ranks.rank)
         theirs = f"{clone.folder}/random-{member}.pt"

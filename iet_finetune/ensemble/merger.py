@@ -27,12 +27,12 @@ class MergesClones(ABC):
 
     Attributes:
         tensors: the value at the start of the round, on the host; changed in place by `merge`.
-        turned: names of the parameters whose moments do not belong to them any more since the last merge.
+        rebased: names of the parameters whose moments do not belong to them any more since the last merge.
         facts: numbers by name that are told of the last merge.
     """
 
     tensors: dict[str, Tensor]
-    turned: Sequence[str] = ()
+    rebased: Sequence[str] = ()
     facts: Mapping[str, float] = MappingProxyType({})
 
     @property

@@ -58,13 +58,13 @@ def masked_step(optimizer: torch.optim.Optimizer, masked: Tensor) -> None:
         optimizer.step()
 
 
-def live_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """The optimizer's own state by parameter's number, as in its `state_dict()["state"]`; it changes with a step."""
     numbered = enumerate(_parameters(optimizer))
     return {index: optimizer.state[parameter] for index, parameter in numbered if parameter in optimizer.state}
 
 
-def take_up_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, Any]] | None) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, Any]] | None) -> None:
     """The optimizer goes on with these moments, which it works in if they are on its device; with None it begins.
 
     That is `load_state_dict` without its copies and checks, and without waiting for a device; optimizers that are not
@@ -93,7 +93,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def fresh_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+def fresh_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """AdamW's state before its first step, in the form of its `state_dict()["state"]`: all zeros, in one block.
 
     What the optimizer itself makes in its first step comes to lie between gradients and activations. Where it stays
@@ -114,13 +114,13 @@ def fresh_moments(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tenso
     }
 
 
-def named_moments(state: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def named_state(state: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a `state_dict()["state"]` as one mapping, named "parameter's number.what it is"."""
     return {f"{index}.{name}": tensor for index, moments in state.items() for name, tensor in moments.items()}
 
 
-def moments_by_parameter(named: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    """What `named_moments` was made from."""
+def state_by_parameter(named: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """What `named_state` was made from."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in named.items():
         state.setdefault(parameter_of(key), {})[key.split(".", 1)[1]] = tensor
@@ -128,7 +128,7 @@ def moments_by_parameter(named: Mapping[str, Tensor]) -> dict[int, dict[str, Ten
 
 
 def parameter_of(name: str) -> int:
-    """The parameter's number in a name that `named_moments` gave."""
+    """The parameter's number in a name that `named_state` gave."""
     return int(name.split(".", 1)[0])
 
 
@@ -147,7 +147,7 @@ def with_counts_apart(state: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[
     }
 
 
-def learning_rate_course(optimizer: OptimizerConfig, total_steps: int, base: float) -> Callable[[int], float]:
+def learning_rate_schedule(optimizer: OptimizerConfig, total_steps: int, base: float) -> Callable[[int], float]:
     """Learning rate of a clone's step, from diffusers' schedule of that name over its `total_steps`."""
     if base == 0:
         return lambda step: 0.0

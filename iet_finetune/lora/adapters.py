@@ -61,7 +61,7 @@ class Adapter:
         layers: module's name -> layer, in the module's order.
         rank: r.
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
-        shown: module's name -> remainder that lies in the frozen weights now.
+        folded: module's name -> remainder that lies in the frozen weights now.
         is_rounded: whether the frozen weights are held in half precision.
     """
 
@@ -72,22 +72,22 @@ class Adapter:
         squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
         self.norm = math.sqrt(math.fsum(squares))
         self._original: dict[str, Tensor] = {}
-        self.shown: Mapping[str, Matrix] = {}
+        self.folded: Mapping[str, Matrix] = {}
         self.is_rounded = False
 
     @torch.no_grad()
-    def show(self, remainders: Mapping[str, Matrix]) -> None:
+    def fold_remainders(self, remainders: Mapping[str, Matrix]) -> None:
         """Frozen weight ← weight as it came + remainder, rounded once; a layer without one is as it came.
 
         Args:
             remainders: module's name -> (out, in·kh·kw); not to be changed afterwards.
         """
-        if remainders is self.shown:
+        if remainders is self.folded:
             return
         for name in self.layers:
             if name in remainders or name in self._original:
                 self._put(name, *_present(remainders, name))
-        self.shown = remainders
+        self.folded = remainders
 
     @torch.no_grad()
     def round_frozen(self, dtype: torch.dtype) -> None:
@@ -117,7 +117,7 @@ class Adapter:
         """
         for name, update in self.updates(self.live).items():
             weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
-            weight.copy_(self._sum(name, *_present(self.shown, name), update).view(weight.shape))
+            weight.copy_(self._sum(name, *_present(self.folded, name), update).view(weight.shape))
 
     def remove(self) -> None:
         """Takes the adapter out of the denoiser, whose layers are again those that came."""

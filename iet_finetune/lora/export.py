@@ -80,7 +80,7 @@ def _truncated(adapter: Adapter, name: str) -> _Made:
 
 def _made(adapter: Adapter, name: str, reduce: Callable[[Matrix], LowRank]) -> _Made:
     layer = adapter.layers[name]
-    if name not in adapter.shown:
+    if name not in adapter.folded:
         # As it was trained, to the bit.
         lora = LoraLayer(layer.up_weight.detach().cpu(), layer.down_weight.detach().cpu(), layer.scaling)
         return _Made(lora, (0.0, layer.update(adapter.live).energy()))
@@ -92,7 +92,7 @@ def _made(adapter: Adapter, name: str, reduce: Callable[[Matrix], LowRank]) -> _
 
 def _total(adapter: Adapter, name: str) -> Matrix:
     update = adapter.layers[name].update(adapter.live)
-    return combine([(1.0, update), (1.0, adapter.shown[name])])
+    return combine([(1.0, update), (1.0, adapter.folded[name])])
 
 
 def _as_layer(update: LowRank, layer: AdaptedLayer) -> LoraLayer:
@@ -101,7 +101,7 @@ def _as_layer(update: LowRank, layer: AdaptedLayer) -> LoraLayer:
 
 def _is_within(adapter: Adapter, most: int) -> bool:
     """Whether no layer's exact update has a higher rank."""
-    return all(_rank_is_within(_total(adapter, name), most) for name in adapter.shown)
+    return all(_rank_is_within(_total(adapter, name), most) for name in adapter.folded)
 
 
 def _rank_is_within(matrix: Matrix, most: int) -> bool:

@@ -85,7 +85,7 @@ class ExactMerger(MergesClones):
     Attributes:
         tensors: the adapter's parameters at the start of the round, fp32 on the host; changed in place by `merge`.
         remainders: module's name -> remainder, fp32 on the host; replaced by `merge`.
-        turned: names of the parameters whose moments do not belong to them any more since the last merge.
+        rebased: names of the parameters whose moments do not belong to them any more since the last merge.
         facts: what else is told of the last merge.
         means: the mean update of each layer that this rank merged, for the moving average, until a clone begins anew.
     """
@@ -106,7 +106,7 @@ class ExactMerger(MergesClones):
     def load_into(self, trainable: Trainable) -> None:
         """Puts what all clones start from into the live adapter, and the remainders below it."""
         self.means = {}  # as wide as all clones' factors together
-        self._adapter.show(self.remainders)
+        self._adapter.fold_remainders(self.remainders)
         trainable.load(self.tensors)
 
     def collect(self, clone: Tensors | None, weights: Sequence[float]) -> float:
@@ -127,12 +127,12 @@ class ExactMerger(MergesClones):
         Returns:
             ‖ΔW_new − ΔW‖ / ‖W‖; 0 if no clone was collected.
         """
-        self.turned, self.means = (), {}
+        self.rebased, self.means = (), {}
         if not self._clones.weights:
             return 0.0
         settled = {name: self._settle(name, updates) for name, updates in self._clones.updates()}
         facts = self._tell(settled)
-        self.turned = [key for name in facts if facts[name]["turned"] for key in self._keys(name)]
+        self.rebased = [key for name in facts if facts[name]["rebased"] for key in self._keys(name)]
         lost, kept, moved = ([each[what] for each in facts.values()] for what in ("lost", "kept", "moved"))
         self.facts = {"remainder_share": sum(lost) / (sum(lost) + sum(kept)) if sum(lost) else 0.0}
         self._clones.clear()
@@ -159,16 +159,16 @@ class ExactMerger(MergesClones):
         weights, layer = self._clones.weights, self._adapter.layers[name]
         merged = merge_layer(updates, weights, self._adapter.rank, self.remainders.get(name))
         self.means[name] = mean = weighted_sum(updates, weights)
-        kept, turned = merged.kept, False
+        kept, rebased = merged.kept, False
         if not (torch.equal(kept.up, updates[0].up) and torch.equal(kept.down, updates[0].down)):
             like = LowRank(_mean([u.up for u in updates], weights), _mean([u.down for u in updates], weights))
             kept = align(kept, like)
-            turned = not _near(kept, like)
+            rebased = not _near(kept, like)
         facts = {
             "lost": energy(merged.rest),
             "kept": kept.energy(),
             "moved": apart(mean, layer.update(self.tensors)),
-            "turned": turned,
+            "rebased": rebased,
         }
         rest = merged.rest if isinstance(merged.rest, Tensor) or merged.rest.rank else None
         return _Settled(layer.factors(kept), rest, facts)
@@ -237,7 +237,7 @@ class ExactAverageMerger(MergesClones):
 
     def load_into(self, trainable: Trainable) -> None:
         """Puts the average into the live adapter and the weights below it."""
-        self._adapter.show(self.remainders)
+        self._adapter.fold_remainders(self.remainders)
         trainable.load({name: tensor for name, tensor in self.tensors.items() if name != START_SHARE})
 
     def collect(self, clone: Tensors | None, weights: Sequence[float]) -> float:

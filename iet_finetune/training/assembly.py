@@ -27,7 +27,7 @@ from ..ensemble.ensemble import Ensemble
 from ..ensemble.host import HostMemory, check_offload
 from ..ensemble.ledger import ShardLedger
 from ..ensemble.meter import RoundMeter
-from ..ensemble.optimizers import build_optimizer, learning_rate_course
+from ..ensemble.optimizers import build_optimizer, learning_rate_schedule
 from ..ensemble.trainable import Trainable
 from ..errors import UserError, one_line
 from ..families import Family, PipelineSource, family_class, find_pipeline, load_family
@@ -200,7 +200,7 @@ def _training_parts(
         "local": LocalTraining(
             family, trainable, optimizer, ema, config, accelerator.device, group, accelerator.scaler
         ),
-        "courses": [learning_rate_course(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
+        "courses": [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in schedule.total_steps],
     }
 
 

@@ -7,7 +7,7 @@ from ..distributed.groups import Ranks
 from ..ensemble.ema import EMA
 from ..ensemble.host import HostMemory
 from ..ensemble.merger import Merger, MergesClones
-from ..ensemble.optimizers import fresh_moments, named_moments
+from ..ensemble.optimizers import fresh_optimizer_state, named_state
 from ..ensemble.trainable import Trainable
 from ..lora.adapters import Adapter
 from ..lora.merger import ExactAverageMerger, ExactMerger, FactorMerger
@@ -47,6 +47,6 @@ def build_mergers(
         if ema is not None:
             mergers["ema"] = Merger("ema", ema.tensors, ranks, host, only_clone=only, measured=False)
     if ensemble.optimizer_across_rounds == "average":
-        start = named_moments(fresh_moments(optimizer))
+        start = named_state(fresh_optimizer_state(optimizer))
         mergers["moments"] = Merger("moments", start, ranks, host, only_clone=only, measured=False)
     return mergers

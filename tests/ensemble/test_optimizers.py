@@ -7,20 +7,20 @@ from diffusers.optimization import get_scheduler
 from iet_finetune.config.settings import SCHEDULES, OptimizerConfig, TrainingConfig
 from iet_finetune.ensemble.optimizers import (
     build_optimizer,
-    fresh_moments,
-    learning_rate_course,
-    live_moments,
+    fresh_optimizer_state,
+    learning_rate_schedule,
+    load_optimizer_state,
     masked_step,
-    moments_by_parameter,
-    named_moments,
+    named_state,
+    optimizer_state,
     parameter_of,
-    take_up_moments,
+    state_by_parameter,
 )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_rate_of_a_step_is_that_of_diffusers_scheduler(name):
-    course = learning_rate_course(OptimizerConfig(lr_scheduler=name, lr_warmup_steps=5), 40, 2e-3)
+    course = learning_rate_schedule(OptimizerConfig(lr_scheduler=name, lr_warmup_steps=5), 40, 2e-3)
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=2e-3)
     scheduler = get_scheduler(name, stand_in, num_warmup_steps=5, num_training_steps=40)
     for step in range(40):
@@ -62,14 +62,14 @@ def test_fresh_moments_are_those_of_an_optimizer_that_has_not_stepped_yet():
         parameters = [torch.nn.Parameter(value.clone()) for value in start]
         optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
         if fresh:
-            named = named_moments(fresh_moments(optimizer))
+            named = named_state(fresh_optimizer_state(optimizer))
             assert set(named) == {f"{i}.{name}" for i in (0, 1) for name in ("step", "exp_avg", "exp_avg_sq")}
-            state = {**optimizer.state_dict(), "state": moments_by_parameter(named)}
+            state = {**optimizer.state_dict(), "state": state_by_parameter(named)}
             optimizer.load_state_dict(state)
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        results.append([*parameters, *named_moments(optimizer.state_dict()["state"]).values()])
+        results.append([*parameters, *named_state(optimizer.state_dict()["state"]).values()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -77,8 +77,8 @@ def test_fresh_moments_lie_in_one_block_as_their_parameters_lie_in_memory():
     shapes = [(3, 2, 5, 5), (7,), (), (4, 3, 3, 3)]
     parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     parameters[3] = torch.nn.Parameter(parameters[3].detach().to(memory_format=torch.channels_last))
-    moments = fresh_moments(torch.optim.AdamW(parameters, fused=True))
-    tensors = list(named_moments(moments).values())
+    moments = fresh_optimizer_state(torch.optim.AdamW(parameters, fused=True))
+    tensors = list(named_state(moments).values())
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     for parameter, own in zip(parameters, moments.values(), strict=True):
         assert own["exp_avg"].stride() == own["exp_avg_sq"].stride() == parameter.stride()
@@ -90,7 +90,7 @@ def test_fresh_moments_lie_in_one_block_as_their_parameters_lie_in_memory():
 
 def test_a_name_of_moments_tells_the_parameter():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(12)]
-    names = list(named_moments(fresh_moments(torch.optim.AdamW(parameters))))
+    names = list(named_state(fresh_optimizer_state(torch.optim.AdamW(parameters))))
     assert [parameter_of(name) for name in names] == [number for number in range(12) for _ in range(3)]
 
 
@@ -143,13 +143,13 @@ def test_moments_that_are_taken_up_are_worked_in_and_give_the_steps_of_an_optimi
     take(whole, without_stop, range(6))
     parameters, optimizer = made()
     take(parameters, optimizer, range(2))
-    moments = live_moments(optimizer)
+    moments = optimizer_state(optimizer)
     assert moments.keys() == optimizer.state_dict()["state"].keys() == {0, 1}
-    take_up_moments(optimizer, None)
-    assert live_moments(optimizer) == {}
-    take_up_moments(optimizer, moments)
+    load_optimizer_state(optimizer, None)
+    assert optimizer_state(optimizer) == {}
+    load_optimizer_state(optimizer, moments)
     take(parameters, optimizer, range(2, 6))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, whole, strict=True))
     for index, values in moments.items():
         for name in ("exp_avg", "exp_avg_sq"):
-            assert live_moments(optimizer)[index][name].data_ptr() == values[name].data_ptr(), "copied"
+            assert optimizer_state(optimizer)[index][name].data_ptr() == values[name].data_ptr(), "copied"

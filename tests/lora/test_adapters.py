@@ -180,21 +180,21 @@ def test_a_remainder_is_shown_in_the_frozen_weight_and_taken_out_of_it_again_to_
     came = base_weights(unet)
     first, second = (some_remainders(adapter, seed) for seed in (1, 2))
     for remainders in (first, second, {next(iter(first)): first[next(iter(first))]}, first):
-        adapter.show(remainders)
-        assert adapter.shown is remainders
+        adapter.fold_remainders(remainders)
+        assert adapter.folded is remainders
         for name, weight in base_weights(unet).items():
             rest = remainders.get(name, torch.zeros(()))
             rest = rest.double() if isinstance(rest, torch.Tensor) else rest.up.double() @ rest.down.double()
             expected = came[name].double() + (rest.view(weight.shape) if rest.dim() else rest)
             assert torch.equal(weight, expected.float())
-    adapter.show({})
+    adapter.fold_remainders({})
     assert all(torch.equal(weight, came[name]) for name, weight in base_weights(unet).items())
 
 
 def test_fusing_keeps_the_answers_and_removing_leaves_the_layers_that_came():
     unet, adapter, trainable = adapted_unet(rank=2, lora_alpha=3, lora_layers=ALL_LAYERS)
     trainable.load(drawn(trainable.tensors, 1))
-    adapter.show(some_remainders(adapter, 2))
+    adapter.fold_remainders(some_remainders(adapter, 2))
     before = answer_of(unet)
     adapter.fuse()
     adapter.remove()
@@ -214,7 +214,7 @@ def test_frozen_matrices_in_half_precision_answer_under_autocast_as_those_in_fp3
             rounded = unet
         trainable.load(drawn(trainable.tensors, 3))
         for remainders in (some_remainders(adapter, 4), {}, some_remainders(adapter, 5)):
-            adapter.show(remainders)
+            adapter.fold_remainders(remainders)
             with torch.autocast("cpu", dtype):
                 answers.append(answer_of(unet))
     for exact, half in zip(answers[:3], answers[3:], strict=True):
@@ -228,12 +228,12 @@ def test_what_was_rounded_is_fused_into_a_model_that_was_not():
     unet, adapter, trainable = adapted_unet(rank=2, lora_layers=ALL_LAYERS)
     adapter.round_frozen(torch.bfloat16)
     trainable.load(drawn(trainable.tensors, 3))
-    adapter.show(some_remainders(adapter, 4))
+    adapter.fold_remainders(some_remainders(adapter, 4))
     fused = tiny_sd().unet
     adapter.fuse(fused)
     exact, plain, again = adapted_unet(rank=2, lora_layers=ALL_LAYERS)
     again.load(trainable.tensors)
-    plain.show(adapter.shown)
+    plain.fold_remainders(adapter.folded)
     plain.fuse()
     plain.remove()
     assert all(torch.equal(tensor, fused.state_dict()[name]) for name, tensor in exact.state_dict().items())

@@ -26,7 +26,7 @@ def trained(widths, rank=2, dense=False, seed=1, **flags):
             0.2 * torch.randn(m, width, generator=generator), 0.2 * torch.randn(width, n, generator=generator)
         )
         remainders[name] = factors.dense().float() if dense else factors
-    adapter.show(remainders)
+    adapter.fold_remainders(remainders)
     return unet, adapter
 
 
@@ -35,7 +35,7 @@ def dense_updates(adapter):
     updates = {}
     for name, layer in adapter.layers.items():
         product = layer.scaling * (layer.up_weight.double().flatten(1) @ layer.down_weight.double().flatten(1))
-        rest = adapter.shown.get(name, torch.zeros_like(product))
+        rest = adapter.folded.get(name, torch.zeros_like(product))
         updates[name] = (product + (rest if isinstance(rest, Tensor) else rest.dense())).detach()
     return updates
 
@@ -126,7 +126,7 @@ def test_where_the_rank_suffices_nothing_is_said_to_be_lost(form, dense):
     for name, layer in adapter.layers.items():
         update = layer.update(adapter.live)
         halves[name] = LowRank(0.5 * update.up, update.down)
-    adapter.show({name: half.dense() if dense else half for name, half in halves.items()})
+    adapter.fold_remainders({name: half.dense() if dense else half for name, half in halves.items()})
     export = plan_export(adapter, "unet", form)
     before = dense_updates(adapter)
     assert export.words == "a LoRA file of rank 4"
@@ -151,7 +151,7 @@ def test_by_default_a_dense_remainder_goes_into_a_file_where_the_layer_is_as_sma
     _, adapter, trainable = adapted_unet(rank=rank, lora_layers="down_blocks.0.attentions.0.proj_in")
     trainable.load(drawn(trainable.tensors, 1))
     (name,) = adapter.layers
-    adapter.show({name: torch.randn(16, 16, generator=torch.Generator().manual_seed(2))})
+    adapter.fold_remainders({name: torch.randn(16, 16, generator=torch.Generator().manual_seed(2))})
     export = plan_export(adapter, "unet", None)
     assert (export.layers is None) == fused
     assert export.words.startswith("a whole pipeline" if fused else "a LoRA file of rank 16, exact")
@@ -172,7 +172,7 @@ def test_an_update_that_cancels_leaves_a_file_that_loads(tmp_path):
     _, adapter = trained([])
     name = next(iter(adapter.layers))
     update = adapter.layers[name].update(adapter.live)
-    adapter.show({name: LowRank(-update.up, update.down)})
+    adapter.fold_remainders({name: LowRank(-update.up, update.down)})
     export = plan_export(adapter, "unet", "full_rank")
     assert export.layers[f"unet.{name}"].rank == 1
     assert_same_answers(loaded(export, tmp_path), expected_pipeline(dense_updates(adapter)))

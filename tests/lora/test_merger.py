@@ -176,7 +176,7 @@ def test_identical_clones_are_unchanged_bit_for_bit_and_so_is_what_lies_below_th
         run.merge([clone] * len(weights), weights)
         assert bits(run.merger.tensors) == bits(clone)
         assert bits(run.merger.remainders) == before
-        assert not run.merger.turned
+        assert not run.merger.rebased
         run.assert_shown(run.merger, run.update)
         run.round([2, 1], 50 + round_)
         assert run.merger.remainders
@@ -186,26 +186,26 @@ def test_without_clones_nothing_changes():
     run = Run(rank=2)
     run.round([1, 2], 0)
     before = bits(run.merger.tensors, run.merger.remainders)
-    assert run.merger.turned
+    assert run.merger.rebased
     assert run.merger.collect(None, [0]) == 0
     assert run.merger.total == 0
     assert run.merger.merge() == 0
     assert bits(run.merger.tensors, run.merger.remainders) == before
-    assert not run.merger.turned  # else moments that still belong to their factors would be dropped
+    assert not run.merger.rebased  # else moments that still belong to their factors would be dropped
 
 
 def test_factors_turn_with_the_first_merge_and_later_only_in_layers_that_moved_far():
     run = Run(rank=3, lora_layers=LAYERS)
     run.merge([moved(run.merger.tensors, seed, 0.01) for seed in (1, 2)], [1, 2])
-    assert set(run.merger.turned) == set(run.trainable.parameters)
+    assert set(run.merger.rebased) == set(run.trainable.parameters)
     run.merge([moved(run.merger.tensors, seed, 1e-3) for seed in (1, 2)], [1, 2])
-    assert not run.merger.turned
+    assert not run.merger.rebased
     far = list(run.adapter.layers.values())[4]
     clones = [moved(run.merger.tensors, seed, 1e-3) for seed in (3, 4)]
     for seed, clone in enumerate(clones):
         clone.update(moved({name: torch.zeros_like(clone[name]) for name in (far.up, far.down)}, seed, 3.0))
     run.merge(clones, [1, 2])
-    assert run.merger.turned == [far.up, far.down]
+    assert run.merger.rebased == [far.up, far.down]
     run.assert_shown(run.merger, run.update)
 
 

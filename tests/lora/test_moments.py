@@ -78,17 +78,17 @@ class Run:
 def test_all_moments_start_anew_after_the_first_merge_and_go_on_after_a_merge_of_small_moves():
     run = Run("keep")
     run.round(0, 0.01)
-    assert set(run.merger.turned) == set(run.trainable.parameters)
-    assert [clone.moments for clone in run.ensemble.clones] == [{}, {}]
+    assert set(run.merger.rebased) == set(run.trainable.parameters)
+    assert [clone.optimizer_state for clone in run.ensemble.clones] == [{}, {}]
     assert not set(MOMENTS) & run.ensemble.pieces().keys()
     for expected in (1, 2):
         # Each clone's step counts are those since the moments began.
         run.round(expected, 1e-3)
-        assert not run.merger.turned
+        assert not run.merger.rebased
         for clone in run.ensemble.clones:
-            assert set(clone.moments) == set(range(len(run.trainable.parameters)))
-            assert {state["step"].item() for state in clone.moments.values()} == {expected}
-    assert not torch.equal(*(clone.moments[0]["exp_avg"] for clone in run.ensemble.clones))
+            assert set(clone.optimizer_state) == set(range(len(run.trainable.parameters)))
+            assert {state["step"].item() for state in clone.optimizer_state.values()} == {expected}
+    assert not torch.equal(*(clone.optimizer_state[0]["exp_avg"] for clone in run.ensemble.clones))
 
 
 def test_only_the_moments_of_turned_factors_are_dropped_and_the_others_keep_every_bit():
@@ -97,19 +97,19 @@ def test_only_the_moments_of_turned_factors_are_dropped_and_the_others_keep_ever
     run.round(1, 1e-3)
     for shard in (0, 1):
         run.train(shard, 10 + shard, 1e-3, far=run.of_one_layer)
-    before = [{n: s["exp_avg"].clone() for n, s in clone.moments.items()} for clone in run.ensemble.clones]
+    before = [{n: s["exp_avg"].clone() for n, s in clone.optimizer_state.items()} for clone in run.ensemble.clones]
     versions = [run.ensemble.pieces()[name].version for name in MOMENTS]
     run.ensemble.merge()
-    assert tuple(run.merger.turned) == run.of_one_layer
+    assert tuple(run.merger.rebased) == run.of_one_layer
     gone = run.numbers(run.of_one_layer)
     assert len(gone) == 2
     for clone, old in zip(run.ensemble.clones, before, strict=True):
-        assert set(clone.moments) == set(old) - gone
-        assert all(torch.equal(state["exp_avg"], old[number]) for number, state in clone.moments.items())
+        assert set(clone.optimizer_state) == set(old) - gone
+        assert all(torch.equal(state["exp_avg"], old[number]) for number, state in clone.optimizer_state.items())
     # The clones' steps are the same as before the merge, so only the version tells the two contents apart.
     assert all(run.ensemble.pieces()[n].version != v for n, v in zip(MOMENTS, versions, strict=True))
     run.train(0, 20, 1e-3)
-    steps = {number: state["step"].item() for number, state in run.ensemble.clones[0].moments.items()}
+    steps = {number: state["step"].item() for number, state in run.ensemble.clones[0].optimizer_state.items()}
     assert steps == {number: 1 if number in gone else 3 for number in range(len(run.trainable.parameters))}
 
 
@@ -148,6 +148,6 @@ def test_a_run_resumed_after_moments_were_dropped_goes_on_to_the_same_bits(tmp_p
     ours, theirs = resumed.ensemble, whole.ensemble
     assert all(torch.equal(ours.denoiser[name], theirs.denoiser[name]) for name in theirs.denoiser)
     for one, other in zip(ours.clones, theirs.clones, strict=True):
-        assert set(one.moments) == set(other.moments)
-        for number, state in other.moments.items():
-            assert all(torch.equal(one.moments[number][name], value) for name, value in state.items())
+        assert set(one.optimizer_state) == set(other.optimizer_state)
+        for number, state in other.optimizer_state.items():
+            assert all(torch.equal(one.optimizer_state[number][name], value) for name, value in state.items())

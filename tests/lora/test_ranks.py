@@ -57,7 +57,7 @@ def play(ranks, start=(0, 0), resumed=None, store=None, layers=LAYERS):
                 store.save(10 * round_ + wave[-1] + 1, pieces, {"total": main.total})
         change = main.merge()
         averages.merge()
-        names = dict.fromkeys(main.turned, torch.zeros(()))
+        names = dict.fromkeys(main.rebased, torch.zeros(()))
         said.append([bits(main.tensors, main.remainders, names), bits(averages.tensors, averages.remainders)])
         said[-1] += [change, main.facts]
     return said

@@ -299,7 +299,7 @@ def test_moments_that_rest_are_dropped_where_they_are_no_longer_kept(world, tmp_
     output = tmp_path / "out"
     run_until(Trainer(config(world, output)), 16)
     reset = config(world, output, resume_from_checkpoint="latest", optimizer_across_rounds="reset")
-    moments = [clone.moments for clone in Trainer(reset).ensemble.clones]
+    moments = [clone.optimizer_state for clone in Trainer(reset).ensemble.clones]
     assert [bool(state) for state in moments] == [True, False, False]
 
 

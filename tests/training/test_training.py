@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Config, Trainer
-from iet_finetune.ensemble.optimizers import named_moments
+from iet_finetune.ensemble.optimizers import named_state
 
 IMAGES = 12
 
@@ -269,7 +269,7 @@ def test_moments_that_are_kept_lie_in_one_block_for_each_clone_from_round_to_rou
                 pass
             ensemble.collect([shard])
         ensemble.merge()
-        tensors = [list(named_moments(clone.moments).values()) for clone in ensemble.clones]
+        tensors = [list(named_state(clone.optimizer_state).values()) for clone in ensemble.clones]
         assert all(any(tensor.abs().max() > 0 for tensor in own) for own in tensors)
         blocks.append([{tensor.untyped_storage().data_ptr() for tensor in own} for own in tensors])
     assert blocks[0] == blocks[1]
