@@ -19,6 +19,7 @@ REQUIRED = [
     "accelerate>=1.15",
     "datasets>=5",
     "diffusers>=0.42",
+    "filelock>=4",
     "huggingface_hub>=2",
     "jinja2>=3.1",
     "markupsafe>=3",

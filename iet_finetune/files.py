@@ -4,17 +4,13 @@ import contextlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .errors import UserError, disk_full, one_line
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # a module elsewhere
-
+# The lock file of a folder in use.
+LOCK_NAME = ".iet_finetune.lock"
 # What diffusers calls a LoRA file, in a folder of its own or in a repository.
 LORA_NAME = "pytorch_lora_weights.safetensors"
 
@@ -111,43 +107,35 @@ def make_writable(folder: Path) -> None:
 
 
 class FolderLock:
-    """Holds a folder for one process until it is released or the process ends; leaves no file behind.
+    """Holds a folder for one process until it is released or the process ends; a killed process leaves `LOCK_NAME`.
 
     Args:
         folder: an existing folder.
         patience: seconds to wait for another holder: the workers of a killed run outlive it by a few.
 
     Raises:
-        UserError: another run holds the folder.
+        UserError: another run holds the folder, or the lock file of another user stands in the way.
     """
 
     def __init__(self, folder: Path, patience: float = 15.0) -> None:
-        self._descriptor: int | None = None
-        if fcntl is None:
-            return
-        self._descriptor = os.open(folder, os.O_RDONLY)
-        until = time.monotonic() + patience
-        while not self._acquired(self._descriptor):
-            if time.monotonic() > until:
-                self.release()
-                raise UserError(f"`--output_dir {folder}` is in use by another run. Choose another, or wait.")
-            time.sleep(0.2)
+        from filelock import FileLock, Timeout  # 60 ms that commands without a lock do not need
 
-    def _acquired(self, descriptor: int) -> bool:
+        self._file = folder / LOCK_NAME
+        # A soft lock would outlive a killed run, and one by thread could not be released by another.
+        self._lock = FileLock(self._file, thread_local=False, fallback_to_soft=False)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            self._lock.acquire(timeout=patience, poll_interval=0.2)
+        except Timeout:
+            raise UserError(f"`--output_dir {folder}` is in use by another run. Choose another, or wait.") from None
+        except PermissionError as error:
+            raise UserError(f"`--output_dir {folder}` is locked by another user: remove {error.filename}.") from None
         except OSError:
-            # A file system without locks: nothing to hold.
-            self.release()
-        return True
+            self._file.unlink(missing_ok=True)  # a file system without locks: nothing to hold
 
-    def release(self, close: Callable[[int], None] = os.close) -> None:
-        """Lets another run have the folder; `close` is bound because `os` may be gone when the interpreter ends."""
-        if self._descriptor is not None:
-            close(self._descriptor)
-            self._descriptor = None
-
-    def __del__(self) -> None:
-        self.release()
+    def release(self) -> None:
+        """Lets another run have the folder, and removes the lock file."""
+        if self._lock.is_locked:
+            # While held: a waiter that then locks the removed file notices and retries. Windows removes it itself.
+            with contextlib.suppress(PermissionError):
+                self._file.unlink(missing_ok=True)
+            self._lock.release()

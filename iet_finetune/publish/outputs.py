@@ -14,6 +14,7 @@ from ..config.config import Config
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
 from ..files import (
+    LOCK_NAME,
     LORA_NAME,
     FolderLock,
     clean,
@@ -77,7 +78,8 @@ def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | N
 
 
 def _check_content(folder: Path, resuming: bool) -> None:
-    entries = [entry.name for entry in folder.iterdir() if not entry.name.endswith(".partial")]
+    names = [entry.name for entry in folder.iterdir()]
+    entries = [name for name in names if name != LOCK_NAME and not name.endswith(".partial")]
     if entries and not resuming:
         raise UserError(
             f"`--output_dir {folder}` is not empty. Choose another, or go on from its newest checkpoint with "

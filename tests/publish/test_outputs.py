@@ -1,12 +1,15 @@
 """The output folder is one run's at a time, and a pipeline gets into it as a whole."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 
 import pytest
 
 from iet_finetune import UserError
-from iet_finetune.files import FolderLock
+from iet_finetune.files import LOCK_NAME, FolderLock
 from iet_finetune.publish.outputs import check_space, claim, publish
 
 
@@ -31,6 +34,23 @@ def test_a_killed_holder_does_not_lock_its_folder_for_ever(tmp_path):
     holder.kill()
     holder.wait()
     FolderLock(tmp_path, patience=5.0).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_holds_nothing_up(tmp_path, monkeypatch):
+    def not_there(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", not_there)
+    locks = [FolderLock(tmp_path, patience=0.0) for _ in range(2)]
+    assert list(tmp_path.iterdir()) == [], "a mark that a killed run leaves would lock the folder for ever"
+    for lock in locks:
+        lock.release()
+
+
+def test_a_folder_with_nothing_but_the_lock_of_a_killed_run_is_empty(tmp_path):
+    (tmp_path / LOCK_NAME).touch()
+    claim(tmp_path, resuming=False).release()
 
 
 def test_claiming_makes_the_folder_and_removes_only_what_an_interrupted_run_left(tmp_path):
