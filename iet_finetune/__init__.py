@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config.config import Config as Config
+    from .config.registry import register_merge_rule as register_merge_rule
+    from .config.registry import register_sharding as register_sharding
+    from .config.registry import register_skip_rule as register_skip_rule
     from .errors import UserError as UserError
     from .families.pipelines import ClassConditionalPipeline as ClassConditionalPipeline
     from .method.agc import AntiGradientControl as AntiGradientControl
@@ -28,6 +31,9 @@ _HOMES = {
     "WeightedSum": "method.merging",
     "merge_state_dicts": "method.merging",
     "per_sample_loss": "method.objective",
+    "register_merge_rule": "config.registry",
+    "register_sharding": "config.registry",
+    "register_skip_rule": "config.registry",
     "shard_indices": "method.sharding",
 }
 

@@ -238,6 +238,9 @@ PUBLIC = {
     "WeightedSum": "method.merging",
     "merge_state_dicts": "method.merging",
     "per_sample_loss": "method.objective",
+    "register_merge_rule": "config.registry",
+    "register_sharding": "config.registry",
+    "register_skip_rule": "config.registry",
     "shard_indices": "method.sharding",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.flags import OF_THE_RUN, PROGRAM, check_extra
-from ..config.config import GROUPS
+from ..config.config import flag_groups
 from ..config.flags import build_parser, flag_specs, parse_arguments
 from ..errors import UserError, one_line
 
@@ -47,11 +47,14 @@ def audit_command(argv: list[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    groups = dict(GROUPS.values())
     parser = build_parser(
         "Measure how much a pipeline repeats its training images, and how good its pictures are. What a folder that "
         "was trained here says of its data need not be said again.",
-        {title: group for title, group in groups.items() if {spec.name for spec in flag_specs(group)} & set(FLAGS)},
+        {
+            title: group
+            for title, group in flag_groups().items()
+            if {spec.name for spec in flag_specs(group)} & set(FLAGS)
+        },
         PROGRAM,
         only=FLAGS,
         told=TOLD,

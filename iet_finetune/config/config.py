@@ -1,12 +1,13 @@
 """One run's configuration: from flags, a command line, a YAML file, and back."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .flags import build_parser, convert, flag_specs, nearest, parse_arguments, read_yaml
+from .flags import FlagSpec, build_parser, convert, flag_specs, nearest, parse_arguments, read_yaml
+from .registry import REGISTRIES, RESERVED, Entry, Registry, rule_groups
 from .settings import (
     AdapterConfig,
     AGCConfig,
@@ -48,9 +49,22 @@ GROUPS: dict[str, tuple[str, type]] = {
 }
 
 
+RESERVED |= {spec.name for _, group in GROUPS.values() for spec in flag_specs(group)}
+
+
+def _rules_from_outside() -> dict[str, type]:
+    """Title -> dataclass of the flags of registered rules, but for those that are groups of `Config` itself."""
+    own = [group for _, group in GROUPS.values()]
+    return {title: group for title, group in rule_groups().items() if group not in own}
+
+
 @dataclass(frozen=True)
 class Config:
-    """One run's settings by group; every field of every group is one flag and one YAML key."""
+    """One run's settings by group; every field of every group is one flag and one YAML key.
+
+    Attributes:
+        rules: the flags of registered rules from outside the package, one dataclass a rule; see `chosen`.
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -64,6 +78,7 @@ class Config:
     audit: AuditConfig = AuditConfig()
     logging: LoggingConfig = LoggingConfig()
     hub: HubConfig = HubConfig()
+    rules: tuple[Any, ...] = field(default_factory=lambda: tuple(group() for group in _rules_from_outside().values()))
 
     def __post_init__(self) -> None:
         require(
@@ -76,6 +91,36 @@ class Config:
                 value == plain,
                 f"`--{name} {value}` does not go with `--lora_merge exact`: leave it out, or choose another merge.",
             )
+        for registry in REGISTRIES:
+            self._refuse_of_others(registry)
+
+    def _refuse_of_others(self, registry: Registry) -> None:
+        """Raises a `UserError` for a flag of a rule that is not the chosen one."""
+        chosen, _ = self.chosen(registry)
+        for entry in registry.entries.values():
+            for each in fields(entry.config) if entry.config and entry is not chosen else ():
+                value = getattr(self._settings_of(entry), each.name)
+                require(
+                    value == each.default,
+                    f"`--{each.name} {value}` does nothing with `--{registry.flag} {chosen.name}`: leave it out.",
+                )
+
+    def chosen(self, registry: Registry) -> tuple[Entry, Any]:
+        """The rule of a kind that the flags choose, as in `entry, settings = config.chosen(SKIP_RULES)`.
+
+        Returns:
+            its entry, whose `load()` is the class or function, and its flags as an instance of `entry.config`, or None
+            if it has no flags.
+        """
+        entry = registry.entries[self.to_flags()[registry.flag]]
+        return entry, self._settings_of(entry)
+
+    def _settings_of(self, entry: Entry) -> Any:
+        of_rule = entry.config and entry.config()
+        return next((group for group in self._groups() if type(group) is entry.config), of_rule)
+
+    def _groups(self) -> tuple[Any, ...]:
+        return (*(getattr(self, name) for name in GROUPS), *self.rules)
 
     @classmethod
     def from_flags(cls, **flags: Any) -> "Config":
@@ -96,7 +141,7 @@ class Config:
         Raises:
             UserError: what is wrong, naming the flag, or the key and the file.
         """
-        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", dict(GROUPS.values()), prog)
+        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", flag_groups(), prog)
         given = parse_arguments(parser, argv, flag_names())
         config = cls.layered(given)
         config.check_sources()
@@ -130,9 +175,11 @@ class Config:
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> "Config":
-        names = {name: [spec.name for spec in flag_specs(group)] for name, (_, group) in GROUPS.items()}
-        parts = {name: {flag: values[flag] for flag in flags if flag in values} for name, flags in names.items()}
-        return cls(**{name: group(**parts[name]) for name, (_, group) in GROUPS.items()})
+        def made(group: type) -> Any:
+            return group(**{each.name: values[each.name] for each in fields(group) if each.name in values})
+
+        rules = tuple(made(group) for group in _rules_from_outside().values())
+        return cls(**{name: made(group) for name, (_, group) in GROUPS.items()}, rules=rules)
 
     def check_sources(self) -> None:
         """Raise a `UserError` unless a pipeline, or a network to begin with, and a source of images are given."""
@@ -149,9 +196,10 @@ class Config:
     def to_flags(self) -> dict[str, Any]:
         """Every effective flag by name, secrets left out, in plain YAML types; the inverse of `from_flags`."""
         flat: dict[str, Any] = {}
-        for name in GROUPS:
-            flat.update(dataclasses.asdict(getattr(self, name)))
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if k not in SECRET_FLAGS}
+        for group in self._groups():
+            flat.update(dataclasses.asdict(group))
+        secret = {spec.name for spec in all_flags().values() if spec.scope == "secret"}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if k not in secret}
 
     @property
     def merges_exactly(self) -> bool:
@@ -164,14 +212,24 @@ class Config:
         return Path(self.training.output_dir)
 
 
+def flag_groups() -> dict[str, type]:
+    """All flags: title in `--help` -> dataclass, those of registered rules last."""
+    return dict(GROUPS.values()) | _rules_from_outside()
+
+
+def all_flags() -> dict[str, FlagSpec]:
+    """All flags by name, in the order of `--help`."""
+    return {spec.name: spec for group in flag_groups().values() for spec in flag_specs(group)}
+
+
 def flag_names() -> list[str]:
     """The names of all flags, in the order of `--help`."""
-    return [spec.name for _, group in GROUPS.values() for spec in flag_specs(group)]
+    return list(all_flags())
 
 
 def _converted(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values in their flags' types; `where`, with the flag for its first NAME, begins an error."""
-    specs = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(group)}
+    specs = all_flags()
     for name in values:
         if name not in specs:
             raise UserError(f"unknown flag {where.replace('NAME', name, 1)}.{nearest(name, specs)}")

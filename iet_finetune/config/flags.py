@@ -11,10 +11,24 @@ from typing import Any, NoReturn
 
 from ..errors import UserError, one_line
 
+Choices = tuple[str, ...] | typing.Callable[[], tuple[str, ...]]
 
-def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that is also a flag; `help` is its line in `--help`, `choices` the values it may take."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+def flag(
+    default: Any, help: str, *, choices: Choices | None = None, resume: str | None = None, scope: str | None = None
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+        help: its line in `--help`.
+        choices: the values it may take, or a function that returns them.
+        resume: "fixed" if a resumed run must have the same value, "free" if another one only changes the weights,
+            "other" if it has no influence on the weights.
+        scope: "public", "local" for what names something on this machine and is never published, or "secret".
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "resume": resume, "scope": scope}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +42,8 @@ class FlagSpec:
     default: Any
     help: str
     choices: tuple[str, ...] | None
+    resume: str | None = None
+    scope: str | None = None
 
 
 def flag_specs(group: type) -> list[FlagSpec]:
@@ -42,8 +58,10 @@ def _spec(field: dataclasses.Field, hint: Any) -> FlagSpec:
     inner = next(part for part in parts if part is not type(None))
     many = typing.get_origin(inner) is tuple
     scalar = typing.get_args(inner)[0] if many else inner
+    facts = dict(field.metadata)
+    choices = facts.pop("choices")
     return FlagSpec(
-        field.name, scalar, optional, many, field.default, field.metadata["help"], field.metadata["choices"]
+        field.name, scalar, optional, many, field.default, choices=choices() if callable(choices) else choices, **facts
     )
 
 

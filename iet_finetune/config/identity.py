@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ..errors import UserError
-from .config import Config
+from .config import Config, all_flags
 from .settings import DEFAULT_MERGE_EPOCHS
 
 # Part of a run's identity already, or without influence on the weights.
@@ -44,7 +44,6 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         "the training data": data_fingerprint,
         "`--num_shards`": ensemble.num_shards,
         "`--seed`": training.seed,
-        "`--shard_strategy`": ensemble.shard_strategy,
         "`--shard_by_column`": ensemble.shard_by_column,
         "`--train_batch_size` times `--gradient_accumulation_steps`": (
             training.train_batch_size * training.gradient_accumulation_steps
@@ -61,6 +60,7 @@ def run_identity(config: Config, data_fingerprint: str, base_model: str) -> dict
         **{f"`--{name}`": getattr(config.adapter, name) for name in _OF_AN_ADAPTER},
         "`--use_ema`": config.optimizer.use_ema,
         "`--use_8bit_adam`": config.optimizer.use_8bit_adam,
+        **{f"`--{name}`": config.to_flags()[name] for name, spec in all_flags().items() if spec.resume == "fixed"},
         "the base model": base_model,
     }
 
@@ -72,8 +72,10 @@ def common_flags(config: Config) -> dict[str, Any]:
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: str) -> None:
     """Raises a `UserError` that names the first thing that changed since the checkpoint."""
+    defaults = {f"`--{name}`": spec.default for name, spec in all_flags().items()}
     for name, value in current.items():
-        before = saved.get(name)
+        # A checkpoint of a version without the flag was made as its default says.
+        before = saved.get(name, defaults.get(name))
         if before != value:
             shown = "" if name.startswith("the ") else f" ({before} then, {value} now)"
             raise UserError(
@@ -92,4 +94,6 @@ def free_settings(config: Config, mixed_precision: str) -> dict[str, Any]:
     settings = {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
     settings |= {name: getattr(config.ensemble, name) for name in _FREE_IN_ENSEMBLE}
     settings |= {"lora_dropout": config.adapter.lora_dropout, "mixed_precision": mixed_precision}
-    return {name: value for name, value in settings.items() if name not in _NOT_FREE}
+    specs = all_flags()
+    settings |= {name: value for name, value in config.to_flags().items() if specs[name].resume == "free"}
+    return {n: v for n, v in settings.items() if n not in _NOT_FREE and specs[n].resume in ("free", None)}

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 from ..errors import UserError
 from .flags import flag
+from .registry import MERGE_RULES, SHARDINGS, SKIP_RULES, Entry
 
 # Networks that `--model_config` knows by name.
 PRESETS = ("afhq_dog", "cifar10", "cifar100", "fashion_mnist")
@@ -114,12 +115,17 @@ class EnsembleConfig:
     )
     merge_every_epochs: int | None = flag(None, "Passes of each clone between two merges (5 if neither is given).")
     merge_every_steps: int | None = flag(None, "Steps of each clone between two merges, instead of passes.")
-    shard_strategy: str = flag("iid", "How images are spread over the shards.", choices=("iid", "stratified"))
+    shard_strategy: str = flag(
+        "iid", "How images are spread over the shards.", choices=SHARDINGS.names, resume="fixed"
+    )
     shard_by_column: str | None = flag(None, "Column whose values every shard holds in equal shares (stratified).")
     merge_weighting: str = flag(
         "samples",
         "Weight of a clone in the merge: its shard's number of images, or 1.",
         choices=("samples", "uniform"),
+    )
+    merge_rule: str = flag(
+        "mean", "How the clones become the next denoiser.", choices=MERGE_RULES.names, resume="fixed"
     )
     optimizer_across_rounds: str = flag(
         "keep",
@@ -141,7 +147,8 @@ class EnsembleConfig:
             "`--merge_every_epochs` and `--merge_every_steps` cannot both be given: choose one.",
         )
         require(
-            (self.shard_strategy == "stratified") == (self.shard_by_column is not None),
+            self.shard_strategy not in ("iid", "stratified")
+            or (self.shard_strategy == "stratified") == (self.shard_by_column is not None),
             "`--shard_strategy stratified` and `--shard_by_column COLUMN` go together: give both or neither.",
         )
         require(self.outer_lr > 0, f"`--outer_lr` must be above 0, not {self.outer_lr}.")
@@ -219,6 +226,9 @@ class AGCConfig:
         require(0 <= self.agc_decay < 1, f"`--agc_decay` must be in [0, 1), not {self.agc_decay}.")
 
 
+SKIP_RULES.entries["agc"] = Entry("agc", "iet_finetune.method.agc:AntiGradientControl", AGCConfig)
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long, how much at a time, in which precision, and with which loss."""
@@ -243,6 +253,12 @@ class TrainingConfig:
         False, "Compile the denoiser with torch.compile, once for all clones; takes minutes before the first step."
     )
     snr_gamma: float | None = flag(None, "Gamma of the min-SNR loss weights; 5.0 is usual. Off if not given.")
+    skip_rule: str = flag(
+        "agc",
+        "Which samples of a step give no gradient; agc: anti-gradient control.",
+        choices=SKIP_RULES.names,
+        resume="fixed",
+    )
     noise_offset: float = flag(0.0, "Scale of an extra noise that is constant over each channel.")
     weighting_scheme: str | None = flag(
         None,
@@ -402,7 +418,12 @@ class HubConfig:
     """Publishing the result."""
 
     push_to_hub: bool = flag(False, "Upload the finished pipeline with its model card.")
-    hub_token: str | None = flag(None, "Token for the upload; the stored login if not given. Never written anywhere.")
+    hub_token: str | None = flag(
+        None,
+        "Token for the upload; the stored login if not given. Never written anywhere.",
+        resume="other",
+        scope="secret",
+    )
     hub_model_id: str | None = flag(None, "Repository to push to; the name of `--output_dir` if not given.")
     hub_private_repo: bool = flag(False, "Make the repository private.")
     push_audit_images: bool = flag(

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ..audit.report.report import LOCAL_BEGINS, LOCAL_ENDS
-from ..config.config import SECRET_FLAGS, flag_names
+from ..config.config import SECRET_FLAGS, all_flags
 from ..errors import UserError, one_line
 from ..files import LORA_NAME
 from .card import AUDIT_NAME, CARD_NAME, GRID_TITLE
@@ -158,8 +158,8 @@ def _public_config(path: Path, card: ModelCard) -> bytes:
     hidden = {name for name in NAMED_FLAGS if values.get(name) not in public} | set(LOCAL_FLAGS)
     kept = {
         name: values[name]
-        for name in flag_names()
-        if name in values and name not in hidden and not _is_path(values[name])
+        for name, spec in all_flags().items()
+        if name in values and name not in hidden and spec.scope in ("public", None) and not _is_path(values[name])
     }
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()
 
