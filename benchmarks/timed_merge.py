@@ -82,7 +82,7 @@ def main(report: Path, channels: tuple[int, ...], clones: int, repeats: int) -> 
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=TIMEOUT))
     ranks = Ranks.join(TIMEOUT)
-    with ranks.one_voice():
+    with ranks.report_errors_once():
         seconds = time_merge(ranks, device, channels, clones, repeats)
         ranks.leave()
     if ranks.is_main:

@@ -1,4 +1,4 @@
-"""The one error that reaches the user as a single line, and what makes others fit to."""
+"""The error that reaches the user as a single line, and helpers that put other errors into one line."""
 
 import errno
 from collections.abc import Iterator
@@ -7,33 +7,33 @@ _DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk q
 
 
 class UserError(Exception):
-    """Something the user can mend: a flag, a file, a value.
+    """An error that the user can fix: a wrong flag, file or value.
 
-    The message is one line that names the culprit and says what to do; the command prints it and exits with code 2.
+    The message is one line that names the cause and says what to do. The command prints it and exits with code 2.
 
     Attributes:
-        speaker: which of several ranks says it. None: not settled, as in a run of one; True: this one; False: another
-            one has said it, and this one ends in silence.
+        printed_here: whether this rank prints the error. None: not decided, as in a run on one rank. False: another
+            rank has printed it, and this one exits silently.
     """
 
-    speaker: bool | None = None
+    printed_here: bool | None = None
 
 
 def one_line(error: BaseException) -> str:
-    """The first non-empty line of an exception's text, for quoting a library's error inside our own."""
+    """Returns the first non-empty line of an exception's text, to quote a library's error in one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
 def disk_full(error: BaseException) -> str | None:
-    """What says that a disk is full, and for which file if that is known; None if `error` has another cause."""
+    """Returns the reason and, if known, the file when `error` was caused by a full disk; None otherwise."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
-            # Of two names, as after a copy or a rename, the second is the one that was to be written.
+            # After a copy or a rename there are two names; the second is the one being written.
             name = cause.filename2 or cause.filename
             return _DISK_FULL[cause.errno] + (f" for {name!r}" if name else "")
         if "No space left on device" in str(cause):
-            # safetensors and torch pass the system's error on as text, in exceptions of their own.
+            # safetensors and torch raise their own exceptions with the system's error as text.
             return f"{_DISK_FULL[errno.ENOSPC]} ({one_line(cause)})"
     return None
 

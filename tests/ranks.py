@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-# Ends as the command does: an error of the user is one line of the rank that speaks, and exit code 2.
+# Ends as the command does: an error of the user is one line on one rank, and exit code 2.
 PROGRAM = """
 import json, os, signal, sys, time
 from datetime import timedelta
@@ -32,11 +32,11 @@ from iet_finetune.distributed.groups import Group, Placement, Ranks
 
 TIMEOUT = float(os.environ["TEST_TIMEOUT"])
 
-def tell(value):
+def emit(value):
     print(json.dumps(value), flush=True)
 
 def die(how):
-    tell(time.monotonic())
+    emit(time.monotonic())
     os.kill(os.getpid(), how)
 
 def work(ranks):
@@ -45,24 +45,24 @@ def work(ranks):
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 try:
     ranks = Ranks.join(TIMEOUT)
-    with ranks.one_voice():
+    with ranks.report_errors_once():
         work(ranks)
         ranks.leave()
 except UserError as error:
-    if error.speaker:
+    if error.printed_here:
         print(f"error: {{error}}", file=sys.stderr)
     else:
-        tell(str(error))
+        emit(str(error))
     sys.exit(2)
 """
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A rank that has ended: its exit code, what it told, its stderr, and when it ended (monotonic clock)."""
+    """A rank that has ended: its exit code, what it emitted, its stderr, and when it ended (monotonic clock)."""
 
     code: int
-    told: list[Any]
+    output: list[Any]
     stderr: str
     at: float
 
@@ -83,8 +83,8 @@ class Rank:
         self.code: int | None = None
         self.ended_at = 0.0
 
-    def told(self) -> list[Any]:
-        """What it has told so far."""
+    def output(self) -> list[Any]:
+        """What it has emitted so far."""
         lines = self._out.read_text(encoding="utf-8").splitlines(keepends=True) if self._out.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -102,7 +102,7 @@ class Rank:
     def end(self) -> Ended:
         """How it has ended."""
         assert self.code is not None
-        return Ended(self.code, self.told(), self.stderr(), self.ended_at)
+        return Ended(self.code, self.output(), self.stderr(), self.ended_at)
 
     def stderr(self) -> str:
         """What it has written there so far."""
@@ -116,7 +116,7 @@ def started(
     """Ranks that run `body`, the lines of a function of `ranks`; none is left running at the end of the block.
 
     Args:
-        body: may use what PROGRAM imports, `tell(value)` for the test to read and `die(signal)`, which tells when.
+        body: may use what PROGRAM imports, `emit(value)` for the test to read and `die(signal)`, which emits when.
         size: number of ranks.
         timeout: given to `Ranks.join`, in seconds.
         environments: rank -> environment variables besides.
@@ -165,10 +165,10 @@ def wait(ranks: list[Rank], frozen: int | None = None, limit: float = 60) -> lis
     return [rank.end() for rank in ranks]
 
 
-def wait_until_told(ranks: list[Rank], count: int, limit: float = 60) -> None:
-    """Return when every rank has told `count` things."""
+def wait_for_output(ranks: list[Rank], count: int, limit: float = 60) -> None:
+    """Return when every rank has emitted `count` values."""
     end = time.monotonic() + limit
-    while any(len(rank.told()) < count for rank in ranks):
+    while any(len(rank.output()) < count for rank in ranks):
         assert time.monotonic() < end, f"the ranks did not come that far: {[rank.stderr() for rank in ranks]}"
         time.sleep(0.01)
 

@@ -51,7 +51,7 @@ def complete(source: Source, ranks: Ranks) -> None:
         UserError: something cannot be encoded, or the folder cannot be written or has no room.
     """
     before = None
-    while any(left := ranks.gather(len(source.missing()))):
+    while any(left := ranks.all_gather_object(len(source.missing()))):
         if left == before:
             raise UserError(
                 f"what was encoded is not there when it is looked for in {source.rows.folder}: the disk loses it, or "
@@ -69,7 +69,7 @@ def complete(source: Source, ranks: Ranks) -> None:
         place = together.index(ranks.rank)
         share = missing[ends[place] : ends[place + 1]]
         _Filler(source, len(missing), ranks).fill(share)
-        ranks.meet()
+        ranks.barrier()
         source.rows.refresh()
 
 
@@ -78,10 +78,10 @@ def _sharing(folder: Path, ranks: Ranks) -> list[int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as sign:
-            signs = ranks.gather(Path(sign.name).name)
+            signs = ranks.all_gather_object(Path(sign.name).name)
             seen = [name for name in signs if (folder / name).exists()]
-            views = ranks.gather(seen)
-            ranks.meet()
+            views = ranks.all_gather_object(seen)
+            ranks.barrier()
     except OSError as error:
         raise _not_written(folder, error) from None
     return [rank for rank, view in enumerate(views) if view == seen]

@@ -158,7 +158,7 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
             function()
     except UserError as error:
         code = _stop(f"error: {error}", 2, _speaks(error))
-        if error.speaker is not None:
+        if error.printed_here is not None:
             # With ranks that may be dead, the collective library might wait for them when Python ends.
             sys.stdout.flush()
             os._exit(code)
@@ -188,12 +188,12 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 
 def _speaks(error: UserError) -> bool:
     """Whether it is this rank that tells of an error; if not, returns when the one that does has had time for it."""
-    if error.speaker or (error.speaker is None and os.environ.get("LOCAL_RANK", "0") == "0"):
+    if error.printed_here or (error.printed_here is None and os.environ.get("LOCAL_RANK", "0") == "0"):
         return True
     with contextlib.suppress(KeyboardInterrupt):
-        time.sleep(LONG_PATIENCE if error.speaker is None else PATIENCE)
+        time.sleep(LONG_PATIENCE if error.printed_here is None else PATIENCE)
     # Still here: then an error that is not settled between the ranks was one of this rank alone.
-    return error.speaker is None
+    return error.printed_here is None
 
 
 def _stop(message: str, exit_code: int, speaks: bool = True) -> int:

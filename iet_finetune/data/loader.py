@@ -31,21 +31,21 @@ class Visits:
     Args:
         steps: the clone's steps.
         size: samples in a micro-batch.
-        share_of: which positions of a micro-batch are this rank's; of an empty share the first position is read all
+        local_slice: which positions of a micro-batch are this rank's; of an empty share the first position is read all
             the same, because every rank of a group runs every micro-batch.
     """
 
     def __init__(
-        self, steps: Sequence[Step], size: int, share_of: Callable[[range], range] = lambda all_: all_
+        self, steps: Sequence[Step], size: int, local_slice: Callable[[range], range] = lambda all_: all_
     ) -> None:
         self._steps = steps
         self._size = size
-        self._share_of = share_of
+        self._local_slice = local_slice
 
     def __iter__(self) -> Iterator[list[Visit]]:
         for step in self._steps:
             for part in step.micro_batches(self._size):
-                yield [Visit(step.pass_, position) for position in self._share_of(part) or part[:1]]
+                yield [Visit(step.pass_, position) for position in self._local_slice(part) or part[:1]]
 
 
 class MicroBatch(NamedTuple):

@@ -1,1 +1,1 @@
-"""Which ranks train which shard, and how ranks wait for each other and exchange tensors."""
+"""Which ranks train which shard; barriers with a timeout, collectives, and process groups."""

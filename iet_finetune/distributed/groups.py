@@ -1,4 +1,4 @@
-"""The ranks of a run: meeting with a timeout, exchanging tensors, and the groups that train one clone together."""
+"""The ranks of a run: collectives that never hang, and the groups that train one clone together."""
 
 import contextlib
 import os
@@ -14,10 +14,10 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
-from .meetings import Meetings
+from .coordination import Coordinator
 from .placement import Placement as Placement
-from .placement import share_sizes
-from .watch import Watch
+from .placement import split_sizes
+from .watchdog import Watchdog
 
 S = TypeVar("S", bound=Sequence[Any])
 
@@ -37,10 +37,10 @@ class Group:
         self.size, self.member = size, member
         self._process_group = process_group
 
-    def gather(self, values: Tensor) -> Tensor:
-        """The (n, m) values of every member, stacked in the order of the members to (size, n, m).
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Stacks the (n, m) values of all members, in member order, to (size, n, m).
 
-        The members give the same shape, on the device of the ranks.
+        All members pass the same shape, on the device of the ranks.
         """
         if self.size == 1:
             return values[None]
@@ -49,9 +49,9 @@ class Group:
         return gathered.view(self.size, *values.shape)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over the group in every backward; a group of one has it as it is.
+        """Wraps the module so that every backward averages gradients over the group; a group of one returns it as is.
 
-        All members start with the parameters of member 0.
+        All members start from the parameters of member 0.
         """
         if self.size == 1:
             return module
@@ -62,39 +62,41 @@ class Group:
             process_group=self._process_group,
             gradient_as_bucket_view=True,
         )
-        # Not as an argument: from torch 2.13 on that is deprecated, and its successor is unknown before.
+        # Set afterwards: torch 2.13 deprecates the argument, and older versions lack its successor.
         wrapped.broadcast_buffers = False
         return wrapped
 
-    def apart(self, module: Any) -> contextlib.AbstractContextManager[None]:
-        """Around every micro-batch of a step but the last: gradients stay on their rank and add up.
+    def no_sync(self, module: Any) -> contextlib.AbstractContextManager[None]:
+        """Accumulates gradients locally, for every micro-batch of a step but the last, as DDP's `no_sync`.
 
-        Those of the last, outside, are averaged with what has been added up. `module` is what `wrap` returned.
+        The backward of the last micro-batch, outside this context, averages the accumulated gradients too. `module` is
+        what `wrap` returned.
         """
         return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
     def sizes(self, count: int) -> list[int]:
-        """How many of `count` samples each member takes, by member; they differ by at most 1."""
-        return share_sizes(count, self.size)
+        """Returns how many of `count` samples each member takes; the sizes differ by at most 1."""
+        return split_sizes(count, self.size)
 
-    def share_of(self, positions: S) -> S:
-        """This member's slice of a micro-batch, perhaps empty; those of all members, in order, are the whole."""
+    def local_slice(self, positions: S) -> S:
+        """Returns this member's slice of a micro-batch, possibly empty; all slices, in order, form the whole."""
         sizes = self.sizes(len(positions))
         start = sum(sizes[: self.member])
-        return positions[start : start + sizes[self.member]]  # type: ignore[return-value]  # a slice is like its whole
+        return positions[start : start + sizes[self.member]]  # type: ignore[return-value]  # slicing keeps the type
 
 
-class Ranks(Meetings):
-    """All ranks of a run, as one of them sees them; made by `alone` or `join`.
+class Ranks(Coordinator):
+    """All ranks of a run, seen from one of them; create it with `alone` or `join`.
 
-    Every rank calls `meet`, `gather`, `exchange`, `share`, `broadcast`, `group`, `first_on_machine` and `leave` in the
-    same order. They return when all have come, and raise what `check` raises as soon as one of them never will.
+    Every rank calls `barrier`, `all_gather_object`, `all_to_all`, `all_gather`, `broadcast`, `group`,
+    `first_on_machine` and `leave` in the same order. They return when all ranks have called them, and raise as `check`
+    does once a rank is known to be lost.
 
     Attributes:
         rank: the number of this rank, from 0 to size - 1.
         size: how many ranks there are.
         local_rank, local_size: the number of this rank on its machine, and how many there are on it.
-        device: where the tensors given to a collective must be: the CPU for gloo, this rank's GPU for NCCL.
+        device: where tensors passed to a collective must be: the CPU for gloo, this rank's GPU for NCCL.
     """
 
     def __init__(
@@ -103,106 +105,108 @@ class Ranks(Meetings):
         size: int = 1,
         device: torch.device | None = None,
         store: Store | None = None,
-        watch: Watch | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
-        super().__init__(rank, size, store, watch)
+        super().__init__(rank, size, store, watchdog)
         self.device = device or torch.device("cpu")
 
     @classmethod
     def alone(cls) -> "Ranks":
-        """The only rank of a run in one process; it needs no torch.distributed."""
+        """The only rank of a single-process run, without torch.distributed."""
         return cls()
 
     @classmethod
     def join(cls, timeout: float) -> "Ranks":
-        """The ranks of torch.distributed's default group, where every one of them joins; else this process alone.
+        """Joins the ranks of torch.distributed's default group, if there is one; otherwise the same as `alone`.
 
-        From here on until `leave` this rank is watched by the others and watches them: see `Watch`.
+        From here until `leave` the ranks watch each other; see `Watchdog`.
 
         Args:
             timeout: `--ddp_timeout`, in seconds.
 
         Raises:
-            UserError: a rank did not come.
+            UserError: a rank did not join.
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
         rank, size = dist.get_rank(), dist.get_world_size()
-        # Keys outlive the run, and a process may train again: each time under another prefix.
+        # Keys outlive the run and a process may train again, so each run has its own prefix.
         run = _get_default_store().add(f"iet_finetune/{rank}", 1)
-        # A handle of the store is for one thread: one for this, one for the watch.
-        own, lookers = (PrefixStore(f"iet_finetune/run {run}", _handle()) for _ in range(2))
-        ranks = cls(rank, size, _device_of_collectives(), own, Watch(lookers, rank, size, timeout))
-        ranks._start_watch()
+        # A store handle serves one thread: one for this thread, one for the watchdog's.
+        own, monitored = (PrefixStore(f"iet_finetune/run {run}", _handle()) for _ in range(2))
+        ranks = cls(rank, size, _device_of_collectives(), own, Watchdog(monitored, rank, size, timeout))
+        ranks._start_watchdog()
         return ranks
 
-    def exchange(self, parts: Tensor, met: bool = False) -> Tensor:
-        """Part r of this rank's tensor goes to rank r; back come the parts for this rank, by rank. Raises as `check`.
+    def all_to_all(self, parts: Tensor, barrier: bool = True) -> Tensor:
+        """Sends part r of this rank's tensor to rank r and returns the received parts by rank. Raises as `check`.
 
         Args:
             parts: (size * c,), contiguous, on `device`; the same c on every rank.
-            met: all ranks are known to have come.
+            barrier: wait for all ranks first. False: they are known to be here.
 
         Returns:
-            (size * c,); with one rank, `parts` itself.
+            (size * c,); on a single rank `parts` itself.
         """
-        with self._collective(met):
+        with self._collective(barrier):
             if self.size == 1:
                 return parts
             received = torch.empty_like(parts)
             dist.all_to_all_single(received, parts)
             return received
 
-    def share(self, part: Tensor, met: bool = False) -> Tensor:
-        """The (c,) tensors of all ranks, one after the other: (size * c,); with one rank, `part` itself.
+    def all_gather(self, part: Tensor, barrier: bool = True) -> Tensor:
+        """Concatenates the (c,) tensors of all ranks to (size * c,); on a single rank returns `part` itself.
 
-        `part` is contiguous and on `device`, with the same c on every rank; `met` and errors are those of `exchange`.
+        `part` is contiguous, on `device`, with the same c on every rank. `barrier` and errors as in `all_to_all`.
         """
-        with self._collective(met):
+        with self._collective(barrier):
             if self.size == 1:
                 return part
-            shared = part.new_empty(self.size * len(part))
-            _all_gather(shared, part)
-            return shared
+            gathered = part.new_empty(self.size * len(part))
+            _all_gather(gathered, part)
+            return gathered
 
-    def broadcast(self, tensor: Tensor, source: int, met: bool = False) -> None:
-        """Overwrite the tensor (contiguous, on `device`, the same shape everywhere) with that of rank `source`.
+    def broadcast(self, tensor: Tensor, source: int, barrier: bool = True) -> None:
+        """Overwrites the tensor (contiguous, on `device`, the same shape on every rank) with that of rank `source`.
 
-        `met` and errors are those of `exchange`.
+        `barrier` and errors as in `all_to_all`.
         """
-        with self._collective(met):
+        with self._collective(barrier):
             if self.size > 1:
                 dist.broadcast(tensor, src=source)
 
-    def group(self, placement: Placement, met: bool = False) -> Group:
-        """The group of this rank; every rank calls it. `met` and errors are those of `exchange`."""
-        with self._collective(met):
+    def group(self, placement: Placement, barrier: bool = True) -> Group:
+        """Creates this rank's group; every rank calls it. `barrier` and errors as in `all_to_all`."""
+        with self._collective(barrier):
             if placement.group_size == 1:
                 return Group()
-            assert self._watch is not None
-            timeout = timedelta(seconds=self._watch.timeout)
-            # Every rank makes every group, in the same order: torch.distributed wants it so.
+            assert self._watchdog is not None
+            timeout = timedelta(seconds=self._watchdog.timeout)
+            # torch.distributed requires every rank to create every group, in the same order.
             made = [dist.new_group(placement.members(s), timeout=timeout) for s in range(placement.num_shards)]
             (shard,) = placement.shards_of(self.rank)
             return Group(placement.group_size, placement.member(self.rank), made[shard])
 
-    def _start_watch(self) -> None:
-        assert self._watch is not None
-        self._watch.start()
-        local = os.environ.get("LOCAL_RANK")  # not every launcher says it
-        places = self.gather([socket.gethostname(), None if local is None else int(local)])
-        host, said = places[self.rank]
-        self.local_rank = sum(place[0] == host for place in places[: self.rank]) if said is None else said
+    def _start_watchdog(self) -> None:
+        assert self._watchdog is not None
+        self._watchdog.start()
+        local = os.environ.get("LOCAL_RANK")  # not every launcher sets it
+        places = self.all_gather_object([socket.gethostname(), None if local is None else int(local)])
+        host, given = places[self.rank]
+        self.local_rank = sum(place[0] == host for place in places[: self.rank]) if given is None else given
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", sum(place[0] == host for place in places)))
-        # If rank 0 is the host of the store it is dead when the store is gone, and the next one must speak.
-        agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._watch.speaks_alone = self.local_rank == 0 or (self.rank == self.local_rank == 1 and not agent_store)
+        # If rank 0 hosts the store, it died with the store, and the next rank has to print.
+        rank_0_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._watchdog.prints_without_store = self.local_rank == 0 or (
+            rank_0_hosts and self.rank == self.local_rank == 1
+        )
 
     @contextlib.contextmanager
-    def _collective(self, met: bool) -> Iterator[None]:
+    def _collective(self, barrier: bool) -> Iterator[None]:
         with self._failure_explained():
-            if not met and self._watch:
-                self._meet()
+            if barrier and self._watchdog:
+                self._barrier()
             yield
 
 

@@ -1,4 +1,4 @@
-"""Which ranks train which shard, as arithmetic: nothing here talks to another rank."""
+"""Which ranks train which shard: arithmetic only, no communication."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Placement:
-    """How the shards are dealt out to the ranks.
+    """How the K shards are assigned to the W ranks.
 
-    With at least as many shards as ranks, rank r trains the shards r, r + W, r + 2W, ... alone, one after the other.
-    With fewer, each shard has a *group* of W / K neighbouring ranks (launchers number the ranks machine by machine, so
-    that a group is on one machine wherever it fits).
+    With K >= W, rank r trains the shards r, r + W, r + 2W, ... alone, one after the other. With K < W, each shard has
+    a *group* of W / K consecutive ranks. Launchers number ranks machine by machine, so a group stays on one machine
+    wherever it fits.
     """
 
     num_shards: int
@@ -20,10 +20,10 @@ class Placement:
 
     @classmethod
     def plan(cls, num_shards: int, num_ranks: int) -> "Placement":
-        """The placement of `num_shards` shards on `num_ranks` ranks, both at least 1.
+        """Places `num_shards` shards on `num_ranks` ranks, both at least 1.
 
         Raises:
-            UserError: more ranks than shards, and no group size that gives every shard as many.
+            UserError: there are more ranks than shards, and they do not divide into equal groups.
         """
         if num_shards < num_ranks and num_ranks % num_shards:
             fewer, more = nearest_num_shards(num_shards, num_ranks)
@@ -41,7 +41,7 @@ class Placement:
         return max(1, self.num_ranks // self.num_shards)
 
     def leader(self, shard: int) -> int:
-        """The first rank of the shard's group: the one that speaks for its clone."""
+        """The first rank of the shard's group, which writes its clone."""
         return self.members(shard)[0]
 
     def members(self, shard: int) -> list[int]:
@@ -51,7 +51,7 @@ class Placement:
         return list(range(shard * self.group_size, (shard + 1) * self.group_size))
 
     def shards_of(self, rank: int) -> list[int]:
-        """The shards that a rank trains or helps to train, ascending."""
+        """The shards that a rank trains, alone or in a group, ascending."""
         if self.num_shards >= self.num_ranks:
             return list(range(rank, self.num_shards, self.num_ranks))
         return [rank // self.group_size]
@@ -61,10 +61,10 @@ class Placement:
         return rank % self.group_size
 
     def waves(self, first: int = 0) -> Iterator[list[int]]:
-        """The shards from `first` on, ascending, in lists of those that are trained at the same time.
+        """Yields the shards from `first` on, ascending, as lists of shards that train at the same time.
 
-        No two shards of a wave have a rank in common. Shard k is in the wave of all shards with the same k // W; that
-        of `first` is shorter where a run on another number of ranks has trained some of it.
+        No two shards of a wave share a rank. A wave holds all shards with the same k // W; the first one is shorter
+        when a run on another number of ranks has already trained part of it.
         """
         while first < self.num_shards:
             end = min((first // self.num_ranks + 1) * self.num_ranks, self.num_shards)
@@ -72,21 +72,21 @@ class Placement:
             first = end
 
     def idle(self) -> list[int]:
-        """The ranks that have nothing to do while the last wave of a round is trained, ascending."""
+        """The ranks without a shard in the last wave of a round, ascending."""
         if self.num_shards <= self.num_ranks or self.num_shards % self.num_ranks == 0:
             return []
         return list(range(self.num_shards % self.num_ranks, self.num_ranks))
 
 
 def nearest_num_shards(num_shards: int, num_ranks: int) -> tuple[int, int]:
-    """The largest number of shards below and the smallest above `num_shards` that fit `num_ranks` ranks.
+    """Returns the nearest numbers of shards below and above `num_shards` that fit `num_ranks` ranks.
 
-    For 1 < `num_shards` < `num_ranks`: the numbers that fit are the divisors of `num_ranks`.
+    Requires 1 < `num_shards` < `num_ranks`; the divisors of `num_ranks` fit.
     """
     divisors = [count for count in range(1, num_ranks + 1) if num_ranks % count == 0]
     return max(d for d in divisors if d < num_shards), min(d for d in divisors if d > num_shards)
 
 
-def share_sizes(count: int, size: int) -> list[int]:
-    """How many of `count` things each of `size` members takes: as even as possible, the first ones one more."""
+def split_sizes(count: int, size: int) -> list[int]:
+    """Splits `count` items over `size` members as evenly as possible; the first members take one more."""
     return [count // size + (member < count % size) for member in range(size)]

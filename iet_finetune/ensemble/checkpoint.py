@@ -143,7 +143,7 @@ class CheckpointStore:
         self._previous: Checkpoint | None = None
         self._saved = 0
         # A run's own, where several ranks write: some of one that was killed may live on for a while, and write too.
-        self._own = f".{self._ranks.gather(secrets.token_hex(4))[0]}" if self._ranks.size > 1 else ""
+        self._own = f".{self._ranks.all_gather_object(secrets.token_hex(4))[0]}" if self._ranks.size > 1 else ""
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -229,7 +229,7 @@ class CheckpointStore:
         with no_space_named(final):
             self._write_part(partial, pieces, part)
             self._previous = Checkpoint(final, {"pieces": part})
-            if self._ranks.last_to(f"checkpoint {self._saved}"):
+            if self._ranks.is_last_to(f"checkpoint {self._saved}"):
                 self._complete(partial, final, facts)
                 if not keep_older:
                     self._remove_old(final, needed)

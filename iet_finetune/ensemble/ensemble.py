@@ -140,7 +140,7 @@ class Ensemble:
         """
         if self._placement.group_size > 1:
             # A group's collectives begin only when all have come; those without a clone come to the meeting as well.
-            self._ranks.meet()
+            self._ranks.barrier()
         shards = [shard for shard in wave if shard in self._placement.shards_of(self._ranks.rank)]
         if not shards:
             return None
@@ -218,11 +218,11 @@ class Ensemble:
     def _tell_steps(self, wave: Sequence[int]) -> list[int]:
         """Lets all ranks know how far the wave's clones have come; returns the weights in the merge by rank."""
         answers = self.live is not None and self.live in self.own
-        told = self._ranks.gather(
+        gathered = self._ranks.all_gather_object(
             [self.live.shard, self.live.step, self.live.began] if answers and self.live else None
         )
         weights = [0] * self._ranks.size
-        for rank, facts in enumerate(told):
+        for rank, facts in enumerate(gathered):
             if facts is not None:
                 clone = self.clones[facts[0]]
                 clone.step, clone.began = facts[1:]

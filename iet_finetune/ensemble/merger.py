@@ -162,13 +162,13 @@ class Merger(MergesClones):
             return 0.0
         if not self._total:
             self._take_counters(clone, next(rank for rank, weight in enumerate(weights) if weight))
-        self._ranks.meet()
+        self._ranks.barrier()
         buffer = torch.empty(self._ranks.size * self._chunk, dtype=torch.float32, device=self._device)
         for start, stop in self._chunks():
             parts = buffer[: self._ranks.size * (stop - start)]
             if clone is not None:
                 self._read_clone(clone, start, stop, parts, moved)
-            self._add(start, stop, self._ranks.exchange(parts, met=True), weights)
+            self._add(start, stop, self._ranks.all_to_all(parts, barrier=False), weights)
         self._total += sum(weights)
         self._moved = moved.relative
         if self._measured and clone is not None:
@@ -217,10 +217,10 @@ class Merger(MergesClones):
         if not self._total:
             return 0.0
         moved = Distance(self._norm)
-        self._ranks.meet()
+        self._ranks.barrier()
         for start, stop in self._chunks() if self._sum is not None else ():
             part = self._mean(start, stop).to(self._device)
-            self._take_over(start, self._by_rank(self._ranks.share(part, met=True).cpu()), moved)
+            self._take_over(start, self._by_rank(self._ranks.all_gather(part, barrier=False).cpu()), moved)
         for name, counter in self._counters.items():
             self.tensors[name].copy_(counter)
         self._total, self._norm = 0, None

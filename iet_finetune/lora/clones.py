@@ -49,8 +49,8 @@ class CollectedAdapters:
 
     def numbers(self, name: str) -> list[float]:
         """One number of each clone, on every rank."""
-        told = self._ranks.gather([[number, clone[name].item()] for number, clone in self.own.items()])
-        return [value for _, value in sorted(pair for own in told for pair in own)]
+        gathered = self._ranks.all_gather_object([[number, clone[name].item()] for number, clone in self.own.items()])
+        return [value for _, value in sorted(pair for own in gathered for pair in own)]
 
     def updates(self) -> Iterator[tuple[str, list[LowRank]]]:
         """The updates of all clones, in their order, of each layer that this rank merges. Every rank takes part."""
@@ -65,16 +65,16 @@ class CollectedAdapters:
         """Each rank sends every other what that one merges, one clone at a time."""
         layouts = [Layout(self._factors(rank)) for rank in range(self._ranks.size)]
         longest = max(layout.size for layout in layouts)
-        told = self._ranks.gather(sorted(self.own))
+        gathered = self._ranks.all_gather_object(sorted(self.own))
         clones: dict[int, Tensors] = {}
-        for turn in range(max(len(numbers) for numbers in told)):
+        for turn in range(max(len(numbers) for numbers in gathered)):
             parts = torch.zeros(self._ranks.size, longest)
-            if turn < len(told[self._ranks.rank]):
-                own = self.own[told[self._ranks.rank][turn]]
+            if turn < len(gathered[self._ranks.rank]):
+                own = self.own[gathered[self._ranks.rank][turn]]
                 for layout, part in zip(layouts, parts, strict=True):
                     layout.read(own, 0, part)
-            received = self._ranks.exchange(parts.view(-1).to(self._ranks.device)).cpu().view(parts.shape)
-            for numbers, part in zip(told, received, strict=True):
+            received = self._ranks.all_to_all(parts.view(-1).to(self._ranks.device)).cpu().view(parts.shape)
+            for numbers, part in zip(gathered, received, strict=True):
                 if turn < len(numbers):
                     clones[numbers[turn]] = layouts[self._ranks.rank].views(part)
         return clones
@@ -86,7 +86,9 @@ class CollectedAdapters:
 
     def first(self) -> Tensors:
         """All tensors of the first clone, on every rank. Every rank takes part."""
-        source = next(rank for rank, numbers in enumerate(self._ranks.gather(sorted(self.own))) if 0 in numbers)
+        source = next(
+            rank for rank, numbers in enumerate(self._ranks.all_gather_object(sorted(self.own))) if 0 in numbers
+        )
         layout = Layout(self._live)
         vector = torch.zeros(layout.size, device=self._ranks.device)
         if source == self._ranks.rank:
@@ -127,8 +129,9 @@ def share_matrices(ranks: Ranks, layers: Sequence[str], own: Mapping[str, Matrix
     rounded = {name: _in_fp32(matrix) for name, matrix in own.items()}
     if ranks.size == 1:
         return {name: rounded[name] for name in layers if name in rounded}
-    told = ranks.gather({name: [tuple(part.shape) for part in _parts(matrix)] for name, matrix in rounded.items()})
-    sources = {name: (rank, shapes) for rank, said in enumerate(told) for name, shapes in said.items()}
+    shapes_here = {name: [tuple(part.shape) for part in _parts(matrix)] for name, matrix in rounded.items()}
+    gathered = ranks.all_gather_object(shapes_here)
+    sources = {name: (rank, shapes) for rank, found in enumerate(gathered) for name, shapes in found.items()}
     return {name: _broadcast(ranks, rounded.get(name), *sources[name]) for name in layers if name in sources}
 
 
@@ -137,7 +140,7 @@ def _broadcast(ranks: Ranks, matrix: Matrix | None, source: int, shapes: Sequenc
     vector = torch.empty(sum(sizes), device=ranks.device)
     if matrix is not None:
         vector.copy_(torch.cat([part.reshape(-1) for part in _parts(matrix)]))
-    ranks.broadcast(vector, source, met=True)
+    ranks.broadcast(vector, source, barrier=False)
     parts = [part.view(shape) for part, shape in zip(vector.cpu().split(sizes), shapes, strict=True)]
     return parts[0] if len(parts) == 1 else LowRank(*parts)
 

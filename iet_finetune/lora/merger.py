@@ -141,14 +141,14 @@ class ExactMerger(MergesClones):
     def _tell(self, settled: Mapping[str, _Settled]) -> dict[str, dict[str, float]]:
         """Lets every rank take up what each made of its layers; returns the facts by layer."""
         layers = list(self._adapter.layers)
-        told = self._ranks.gather({name: layer.facts for name, layer in settled.items()})
+        gathered = self._ranks.all_gather_object({name: layer.facts for name, layer in settled.items()})
         kept = share_matrices(self._ranks, layers, {name: layer.kept for name, layer in settled.items()})
         rests = {name: layer.rest for name, layer in settled.items() if layer.rest is not None}
         self.remainders = self._host.keep(share_matrices(self._ranks, layers, rests))
         for name, factors in kept.items():
             for key, matrix in zip(self._keys(name), factors, strict=True):
                 self.tensors[key].copy_(matrix.view_as(self.tensors[key]))
-        facts = {name: each for of_rank in told for name, each in of_rank.items()}
+        facts = {name: each for of_rank in gathered for name, each in of_rank.items()}
         return {name: facts[name] for name in layers}
 
     def _keys(self, name: str) -> tuple[str, str]:

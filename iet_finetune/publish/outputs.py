@@ -68,12 +68,12 @@ def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | N
         sign = None
         if ranks.is_main:
             sign = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial")).name
-        name = Path(ranks.gather(sign)[0]).name
+        name = Path(ranks.all_gather_object(sign)[0]).name
         if not (folder / name).exists():
             raise UserError(
                 f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they share."
             )
-        ranks.meet()
+        ranks.barrier()
     return lock
 
 

@@ -154,7 +154,7 @@ def _schedule(config: Config, shard_sizes: tuple[int, ...]) -> Schedule:
 
 def _check_same_everywhere(ranks: Ranks, values: dict[str, Any]) -> None:
     """Raises a `UserError` that names what the ranks do not agree on: each machine may have its own files."""
-    first, *others = ranks.gather(values)
+    first, *others = ranks.all_gather_object(values)
     for rank, other in enumerate(others, start=1):
         for name, value in first.items():
             if other[name] != value:

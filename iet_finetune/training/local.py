@@ -94,7 +94,7 @@ class LocalTraining:
         size = self._config.training.train_batch_size
         batches = micro_batches(
             shard,
-            Visits(steps, size, self._group.share_of),
+            Visits(steps, size, self._group.local_slice),
             num_workers=self._config.data.dataloader_num_workers,
             pin_memory=self._device.type == "cuda",
         )
@@ -115,10 +115,10 @@ class LocalTraining:
         for positions, batch in batches:
             last = positions.stop == step.stop
             # A group averages its gradients once a step, with the last micro-batch.
-            apart = contextlib.nullcontext() if last else self._group.apart(self._family.network)
+            apart = contextlib.nullcontext() if last else self._group.no_sync(self._family.network)
             with apart, failure_explained() if self._config.training.compile else contextlib.nullcontext():
                 judged.append(
-                    self._backward(clone, batch.to(self._device), len(self._group.share_of(positions)), samples)
+                    self._backward(clone, batch.to(self._device), len(self._group.local_slice(positions)), samples)
                 )
         own = Judged(*(torch.cat(part) for part in zip(*judged, strict=True)))
         everyone = self._of_group(own, [len(positions) for positions in step.micro_batches(size)])
@@ -155,7 +155,7 @@ class LocalTraining:
         packed = torch.zeros(len(own), longest, dtype=torch.float64, device=self._device)
         for row, values in zip(packed, own, strict=True):
             row[: len(values)] = values
-        gathered = self._group.gather(packed).transpose(0, 1).reshape(len(own), -1)
+        gathered = self._group.all_gather(packed).transpose(0, 1).reshape(len(own), -1)
         begins = shares.cumsum(dim=1) - shares + torch.arange(self._group.size)[:, None] * longest
         order = [
             place

@@ -97,8 +97,8 @@ class Reporter:
     def _round_line(self, drift: float) -> dict[str, Any]:
         clones = self._parts.ensemble.clones
         own = [(clone.shard, clone.drift, clone.meter.read().numbers) for clone in self._parts.ensemble.own]
-        told = sorted(facts for rank in self._parts.ranks.gather(own) for facts in rank)
-        sums = [RoundSums(*numbers) for _, _, numbers in told]
+        gathered = sorted(facts for rank in self._parts.ranks.all_gather_object(own) for facts in rank)
+        sums = [RoundSums(*numbers) for _, _, numbers in gathered]
         total = sums[0]
         for other in sums[1:]:
             total = total.combined(other)
@@ -110,7 +110,7 @@ class Reporter:
             "skip_rate_by_noise_level": total.skip_rate_by_level,
             "merge_drift": drift,
             **self._parts.ensemble.facts_of_merge,
-            "clone_drift": [drift for _, drift, _ in told],
+            "clone_drift": [drift for _, drift, _ in gathered],
             "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
             "shard_skip_rate": [shard.skip_rate for shard in sums],
             "lr": [self._parts.courses[clone.shard](max(clone.step - 1, 0)) for clone in clones],

@@ -57,7 +57,7 @@ class Trainer:
         self.ranks = Ranks.join(config.training.ddp_timeout)
         self._lock: FolderLock | None = None
         try:
-            with self.ranks.one_voice():
+            with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 self._prepare(accelerator, resume)
         except BaseException:
@@ -67,7 +67,7 @@ class Trainer:
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
-            with self.ranks.one_voice():
+            with self.ranks.report_errors_once():
                 self.train_rounds()
                 self.finish()
                 self.ranks.leave()
@@ -205,15 +205,15 @@ class Trainer:
         path = self.store.save(step, pieces, facts, keep_older=keep_older, needed=needed)
         if self.parts.placement.group_size > 1:
             # The others of a group must not wait in a collective for the one that writes.
-            self.ranks.meet()
+            self.ranks.barrier()
         return path
 
     def finish(self) -> None:
         """Saves the pipeline, the ledger and the model card, and pushes them if asked to: rank 0 alone."""
-        self.ranks.meet()
+        self.ranks.barrier()
         if self.ranks.is_main:
             self._finish()
-        self.ranks.meet()
+        self.ranks.barrier()
 
     def _finish(self) -> None:
         self._gather_clones()
@@ -274,13 +274,13 @@ class Trainer:
             self._take_up(checkpoint)
         if self.ranks.is_main:
             self._prepare_folder(checkpoint)
-        self.ranks.meet()
+        self.ranks.barrier()
         self.reporter = Reporter(self.config, self.parts, same_pictures)
 
     def _checkpoint(self, resume: str | None) -> Checkpoint | None:
         """The checkpoint to go on from, which rank 0 looks for and all open."""
         found = self.store.find(resume) if resume is not None and self.ranks.is_main else None
-        path = self.ranks.gather(str(found.path) if found is not None else None)[0]
+        path = self.ranks.all_gather_object(str(found.path) if found is not None else None)[0]
         return found if found is not None or path is None else self.store.open(Path(path))
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:

@@ -553,7 +553,7 @@ ON_RANKS = """
     except UserError as error:
         dist.barrier()
         kept = [str(path) for path in Path(good.model.cache_dir).rglob("*.safetensors")]
-        print(json.dumps([error.speaker, str(error), kept]), file=stdout, flush=True)
+        print(json.dumps([error.printed_here, str(error), kept]), file=stdout, flush=True)
     dist.barrier()
     Trainer(good).train()
 """
@@ -578,7 +578,7 @@ def on_ranks(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 
 def test_an_image_that_a_rank_cannot_read_ends_all_with_its_line_and_what_was_encoded_is_kept(on_ranks):
     folder, ended = on_ranks
-    (first,), (second,) = (rank.told for rank in ended)
+    (first,), (second,) = (rank.output for rank in ended)
     assert [first[0], second[0]] == [False, True], "one of them says it: that whose share the image is in"
     assert first[1] == second[1]
     assert first[1].startswith(f"`{folder / 'mixed' / '010.png'}` cannot be decoded: ")

@@ -255,8 +255,8 @@ FILL = """
     try:
         filling.complete(source, ranks)
     finally:
-        tell(source.encoded)
-    tell(source.values())
+        emit(source.encoded)
+    emit(source.values())
 """
 
 
@@ -273,8 +273,8 @@ def caches(*folders: Path) -> dict[int, dict[str, str]]:
 def assert_good(ended: list[Ended], count: int) -> list[list[int]]:
     """What each rank encoded, after a check that all have all rows."""
     assert [(end.code, end.said) for end in ended] == [(0, [])] * len(ended), ended
-    assert all(end.told[1] == list(range(count)) for end in ended)
-    return [end.told[0] for end in ended]
+    assert all(end.output[1] == list(range(count)) for end in ended)
+    return [end.output[0] for end in ended]
 
 
 def test_ranks_that_see_the_same_folder_share_the_work(tmp_path):
@@ -313,9 +313,9 @@ def test_an_error_on_one_rank_ends_all_with_its_line_and_each_keeps_what_it_had_
     ended = run_ranks(body(400, BAD_ON_ONE_RANK), 2, timeout=10, environments=caches(tmp_path, tmp_path))
     assert [end.code for end in ended] == [2, 2], ended
     assert [end.said for end in ended] == [["error: `006.png` cannot be decoded."], []], ended
-    assert ended[0].told[0] == [0, 1, 2, 3]
-    assert 0 < len(ended[1].told[0]) < 200, "the other rank does not go on to the end of its share"
-    assert kept(Numbers(tmp_path, 400)) == {*ended[0].told[0], *ended[1].told[0]}
+    assert ended[0].output[0] == [0, 1, 2, 3]
+    assert 0 < len(ended[1].output[0]) < 200, "the other rank does not go on to the end of its share"
+    assert kept(Numbers(tmp_path, 400)) == {*ended[0].output[0], *ended[1].output[0]}
 
 
 KILLED = """

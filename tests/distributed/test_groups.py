@@ -1,4 +1,4 @@
-"""The ranks of a run meet, exchange what they say they do, and end together with one voice."""
+"""Barriers, collectives and groups of ranks; one error for all ranks when one of them fails or dies."""
 
 import re
 import signal
@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from ranks import Ended, run_ranks, started, wait, wait_until_told
+from ranks import Ended, run_ranks, started, wait, wait_for_output
 
 from iet_finetune.distributed.groups import Group, Placement, Ranks
-from iet_finetune.distributed.placement import share_sizes
+from iet_finetune.distributed.placement import split_sizes
 from iet_finetune.errors import UserError
 
 TIMEOUT = 3.0
@@ -30,7 +30,7 @@ def placements(draw):
 
 
 @given(placements())
-def test_every_shard_is_trained_by_one_group_and_the_groups_use_every_rank_alike(placement):
+def test_every_shard_is_trained_by_one_group_and_the_groups_load_the_ranks_evenly(placement):
     trained = {shard: [] for shard in range(placement.num_shards)}
     for rank in range(placement.num_ranks):
         for shard in placement.shards_of(rank):
@@ -44,7 +44,7 @@ def test_every_shard_is_trained_by_one_group_and_the_groups_use_every_rank_alike
 
 
 @given(placements(), st.data())
-def test_waves_go_through_the_shards_in_order_and_use_no_rank_twice(placement, data):
+def test_waves_cover_the_shards_in_order_and_use_no_rank_twice(placement, data):
     first = data.draw(st.integers(0, placement.num_shards))
     waves = list(placement.waves(first))
     assert sum(waves, []) == list(range(first, placement.num_shards))
@@ -83,34 +83,34 @@ def test_a_refusal_names_the_nearest_choices_and_each_is_accepted(num_shards, nu
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
-def test_the_shares_of_a_micro_batch_are_even_and_in_order_the_whole(count, size):
+def test_the_slices_of_a_micro_batch_are_even_and_form_the_whole_in_order(count, size):
     members = [Group(size, member) for member in range(size)]
     for positions in (range(count), list("abcdefgh" * 5)[:count]):
-        shares = [list(group.share_of(positions)) for group in members]
-        assert sum(shares, []) == list(positions)
-        assert [len(share) for share in shares] == members[0].sizes(count) == share_sizes(count, size)
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        slices = [list(group.local_slice(positions)) for group in members]
+        assert sum(slices, []) == list(positions)
+        assert [len(each) for each in slices] == members[0].sizes(count) == split_sizes(count, size)
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
-def test_a_share_is_of_the_kind_of_the_whole():
-    assert Group(3, 1).share_of(range(5, 12)) == range(8, 10)
-    assert Group(3, 2).share_of(np.arange(7)).tolist() == [5, 6]
+def test_a_slice_has_the_type_of_the_whole():
+    assert Group(3, 1).local_slice(range(5, 12)) == range(8, 10)
+    assert Group(3, 2).local_slice(np.arange(7)).tolist() == [5, 6]
 
 
-def test_a_rank_alone_gets_back_what_it_gives():
+def test_a_single_rank_gets_back_what_it_passes():
     ranks, tensor = Ranks.alone(), torch.arange(3.0)
     assert (ranks.rank, ranks.size, ranks.local_rank, ranks.is_main) == (0, 1, 0, True)
-    assert ranks.exchange(tensor) is tensor
-    assert ranks.share(tensor) is tensor
+    assert ranks.all_to_all(tensor) is tensor
+    assert ranks.all_gather(tensor) is tensor
     ranks.broadcast(tensor, 0)
     assert tensor.tolist() == [0, 1, 2]
-    assert ranks.gather({"a": (0.1, None)}) == [{"a": [0.1, None]}]
-    assert ranks.last_to("write")
+    assert ranks.all_gather_object({"a": (0.1, None)}) == [{"a": [0.1, None]}]
+    assert ranks.is_last_to("write")
     group, module = ranks.group(Placement.plan(3, 1)), torch.nn.Linear(1, 1)
     assert group.wrap(module) is module
-    assert group.gather(torch.ones(2, 3)).shape == (1, 2, 3)
+    assert group.all_gather(torch.ones(2, 3)).shape == (1, 2, 3)
     ranks.check()
-    ranks.meet()
+    ranks.barrier()
     ranks.leave()
 
 
@@ -120,35 +120,35 @@ def test_a_process_without_torch_distributed_joins_as_the_only_rank():
 
 
 @pytest.mark.parametrize("error", [UserError("a line"), ValueError("a bug"), KeyboardInterrupt()], ids=type)
-def test_a_rank_alone_raises_what_was_raised(error):
-    with pytest.raises(type(error)) as caught, Ranks.alone().one_voice():
+def test_a_single_rank_raises_the_error_unchanged(error):
+    with pytest.raises(type(error)) as caught, Ranks.alone().report_errors_once():
         raise error
     assert caught.value is error
-    assert getattr(error, "speaker", None) is None
+    assert getattr(error, "printed_here", None) is None
 
 
 GOOD = """
     random = torch.Generator().manual_seed(ranks.rank)
     parts = torch.randn(ranks.size * 5, generator=random)
-    tell(ranks.local_rank)
-    tell(ranks.gather([0.1 + ranks.rank, 1e-310, "ä"]))
-    tell(ranks.exchange(parts).tolist())
-    ranks.meet()
-    tell(ranks.exchange(parts.double(), met=True).tolist())
-    tell(ranks.share(parts[:3]).tolist())
+    emit(ranks.local_rank)
+    emit(ranks.all_gather_object([0.1 + ranks.rank, 1e-310, "ä"]))
+    emit(ranks.all_to_all(parts).tolist())
+    ranks.barrier()
+    emit(ranks.all_to_all(parts.double(), barrier=False).tolist())
+    emit(ranks.all_gather(parts[:3]).tolist())
     number = torch.tensor([ranks.rank])
     ranks.broadcast(number, ranks.size - 1)
-    tell(number.item())
+    emit(number.item())
     if ranks.is_main:
         time.sleep(0.5)
-    came = time.monotonic()
-    ranks.meet()
-    tell([came, time.monotonic()])
+    arrived = time.monotonic()
+    ranks.barrier()
+    emit([arrived, time.monotonic()])
     with ranks.first_on_machine():
         begin = time.monotonic()
         time.sleep(0.2 if ranks.local_rank == 0 else 0)
-        tell([begin, time.monotonic()])
-    tell(ranks.gather(ranks.last_to("write")))
+        emit([begin, time.monotonic()])
+    emit(ranks.all_gather_object(ranks.is_last_to("write")))
 
     placement = Placement.plan(max(ranks.size // 2, 1), ranks.size)
     group = ranks.group(placement)
@@ -158,39 +158,39 @@ GOOD = """
     network = group.wrap(module)
     module.own += ranks.rank
     inputs = torch.arange(6.0).view(2, 3) * (ranks.rank + 1) ** 2
-    with group.apart(network):
+    with group.no_sync(network):
         network(inputs[:1]).sum().backward()
     apart = module.weight.grad.tolist()
     network(inputs[1:]).sum().backward()
     weights = module.weight.detach()
-    tell([group.size, group.member, apart, module.weight.grad.tolist(), group.gather(weights).tolist()])
-    tell(module.own.item())
+    emit([group.size, group.member, apart, module.weight.grad.tolist(), group.all_gather(weights).tolist()])
+    emit(module.own.item())
 
     if ranks.rank == 1:
         time.sleep(0.3)
     ranks.leave()
     ranks.leave()
     again = Ranks.join(TIMEOUT)
-    tell(again.gather(ranks.rank))
+    emit(again.all_gather_object(ranks.rank))
     again.leave()
 """
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def good(request):
-    """Two or four ranks that did everything once; the four on two machines, as their launcher says."""
+    """Two or four ranks that ran everything once; the four on two machines, according to their launcher."""
     machines = {rank: {"LOCAL_RANK": str(rank % 2)} for rank in range(4)} if request.param == 4 else {}
     ended = run_ranks(GOOD, request.param, environments=machines)
     assert [(end.code, end.stderr) for end in ended] == [(0, "")] * request.param
-    return dict(enumerate(zip(*(end.told for end in ended), strict=True)))
+    return dict(enumerate(zip(*(end.output for end in ended), strict=True)))
 
 
 def parts_of(rank, size):
-    """What rank `rank` gives to the exchange."""
+    """What rank `rank` passes to `all_to_all`."""
     return torch.randn(size * 5, generator=torch.Generator().manual_seed(rank)).tolist()
 
 
-def test_a_rank_knows_its_place_on_its_machine_with_a_launcher_that_says_it_and_without(good):
+def test_a_rank_knows_its_local_rank_with_and_without_the_launcher_setting_it(good):
     assert good[0] == ((0, 1) if len(good[0]) == 2 else (0, 1, 0, 1))
 
 
@@ -200,13 +200,13 @@ def test_gathered_values_come_by_rank_with_exact_floats(good):
 
 
 @pytest.mark.parametrize("place", [2, 3], ids=["float32", "float64"])
-def test_an_exchange_brings_each_rank_its_part_from_every_rank(good, place):
+def test_all_to_all_brings_each_rank_its_part_from_every_rank(good, place):
     size = len(good[place])
     for rank, received in enumerate(good[place]):
         assert received == [parts_of(source, size)[rank * 5 + i] for source in range(size) for i in range(5)]
 
 
-def test_shared_tensors_come_one_after_the_other_by_rank(good):
+def test_all_gather_concatenates_the_tensors_by_rank(good):
     size = len(good[4])
     assert list(good[4]) == [[x for rank in range(size) for x in parts_of(rank, size)[:3]]] * size
 
@@ -215,18 +215,18 @@ def test_a_broadcast_overwrites_with_the_source(good):
     assert set(good[5]) == {len(good[5]) - 1}
 
 
-def test_a_meeting_lasts_until_the_slowest_has_come(good):
-    came, went = zip(*good[6], strict=True)
-    assert max(came) <= min(went)
+def test_a_barrier_waits_for_the_slowest_rank(good):
+    arrived, left = zip(*good[6], strict=True)
+    assert max(arrived) <= min(left)
 
 
-def test_the_first_rank_of_every_machine_is_through_before_the_others_begin(good):
+def test_the_first_rank_of_every_machine_finishes_before_the_others_begin(good):
     first = [end for rank, (_, end) in enumerate(good[7]) if rank % 2 == 0]
     assert max(first) <= min(begin for rank, (begin, _) in enumerate(good[7]) if rank % 2)
 
 
 def test_exactly_one_rank_is_the_last(good):
-    assert all(sorted(told) == [False] * (len(told) - 1) + [True] for told in good[8])
+    assert all(sorted(last) == [False] * (len(last) - 1) + [True] for last in good[8])
 
 
 def test_gradients_are_averaged_over_the_group_alone_at_the_last_micro_batch(good):
@@ -244,7 +244,7 @@ def test_a_group_starts_from_the_weights_of_its_first_member_and_gathers_by_memb
         assert gathered == [torch.nn.Linear(3, 1).weight.tolist()] * 2
 
 
-def test_a_forward_leaves_the_buffers_of_each_member_alone(good):
+def test_a_forward_does_not_change_the_buffers_of_a_member(good):
     assert list(good[10]) == list(range(len(good[10])))
 
 
@@ -253,23 +253,23 @@ def test_ranks_that_have_left_can_join_again(good):
 
 
 def survivors_of(ended: list[Ended], victim: int) -> list[Ended]:
-    """The others, after a check that they ended by themselves in time."""
-    (died,) = ended[victim].told
+    """Returns the others after checking that they ended by themselves in time."""
+    (died,) = ended[victim].output
     others = [end for rank, end in enumerate(ended) if rank != victim]
     assert all(end.at < died + TIMEOUT + SLACK for end in others)
     assert all(end.code in (1, 2) for end in others), [(end.code, end.stderr) for end in others]
     return others
 
 
-# One waits in a meeting, one trains, and one has entered a collective (it cannot be interrupted from Python).
+# One waits at a barrier, one trains, and one is inside a collective, which Python cannot interrupt.
 WAYS_TO_WAIT = """
     if ranks.rank == {victim}:
         time.sleep(0.3)
         die(signal.{how})
     if ranks.rank == {stuck}:
         dist.recv(torch.ones(1), src={victim})
-    if ranks.is_main or ranks.rank == {meets}:
-        ranks.meet()
+    if ranks.is_main or ranks.rank == {waits}:
+        ranks.barrier()
     while True:
         time.sleep(0.01)
         ranks.check()
@@ -277,16 +277,16 @@ WAYS_TO_WAIT = """
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_when_a_rank_dies_or_freezes_all_others_end_and_one_says_which(how):
-    body = WAYS_TO_WAIT.format(victim=1, stuck=3, meets=0, how=how)
+def test_when_a_rank_dies_or_freezes_all_others_end_and_one_names_it(how):
+    body = WAYS_TO_WAIT.format(victim=1, stuck=3, waits=0, how=how)
     others = survivors_of(run_ranks(body, 4, TIMEOUT, frozen=1 if how == "SIGSTOP" else None), victim=1)
     (line,) = [line for end in others for line in end.said]
     assert re.search(r"error: rank 1 has not answered for \d s: .*`--ddp_timeout 3`.*_checkpoint latest`", line)
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_when_the_rank_that_keeps_the_store_dies_or_freezes_all_others_end_and_one_says_so(how):
-    body = WAYS_TO_WAIT.format(victim=0, stuck=3, meets=1, how=how)
+def test_when_the_rank_that_hosts_the_store_dies_or_freezes_all_others_end_and_one_says_so(how):
+    body = WAYS_TO_WAIT.format(victim=0, stuck=3, waits=1, how=how)
     others = survivors_of(run_ranks(body, 4, TIMEOUT, frozen=0 if how == "SIGSTOP" else None), victim=0)
     (line,) = [line for end in others for line in end.said]
     assert re.search(r"error: lost contact with rank 0 .*`--ddp_timeout 3`.*_checkpoint latest`", line)
@@ -296,23 +296,23 @@ def test_ranks_that_die_together_are_named_together():
     body = """
     if ranks.rank in (1, 2):
         die(signal.SIGKILL)
-    ranks.meet()
+    ranks.barrier()
 """
     ended = run_ranks(body, 4, TIMEOUT)
     (line,) = [line for end in ended for line in end.said]
     assert "ranks 1, 2 have not answered" in line
 
 
-def test_a_job_that_was_suspended_as_a_whole_goes_on():
+def test_a_job_that_was_suspended_as_a_whole_continues():
     body = """
-    tell("ready")
+    emit("ready")
     end = time.monotonic() + 1.7 * TIMEOUT
     while time.monotonic() < end:
         time.sleep(0.01)
         ranks.check()
 """
     with started(body, 2, TIMEOUT) as running:
-        wait_until_told(running, 1)
+        wait_for_output(running, 1)
         for what, seconds in ((signal.SIGSTOP, TIMEOUT), (signal.SIGCONT, 0)):
             for rank in running:
                 rank.send(what)
@@ -321,32 +321,32 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on():
     assert [(end.code, end.said) for end in ended] == [(0, []), (0, [])]
 
 
-def test_an_error_of_one_rank_ends_all_and_that_rank_says_it():
+def test_an_error_of_one_rank_ends_all_and_that_rank_prints_it():
     body = """
     if ranks.rank == 1:
         raise UserError("`--data x` is wrong.")
     if ranks.rank == 2:
         time.sleep(100)  # it never looks
     if ranks.is_main:
-        ranks.meet()
+        ranks.barrier()
     while True:
         ranks.check()
 """
     ended = run_ranks(body, 4, TIMEOUT)
     assert [end.code for end in ended] == [2, 2, 1, 2]
     assert [end.said for end in ended] == [[], ["error: `--data x` is wrong."], [], []]
-    assert [end.told for end in ended] == [["`--data x` is wrong."], [], [], ["`--data x` is wrong."]]
+    assert [end.output for end in ended] == [["`--data x` is wrong."], [], [], ["`--data x` is wrong."]]
 
 
-def test_an_error_that_all_ranks_meet_is_said_by_one():
+def test_an_error_on_all_ranks_is_printed_by_one():
     ended = run_ranks("    raise UserError(f'{ranks.rank} sees it.')", 3)
-    (speaker,) = [rank for rank, end in enumerate(ended) if end.said]
-    assert ended[speaker].said == [f"error: {speaker} sees it."]
-    assert [end.told for rank, end in enumerate(ended) if rank != speaker] == [[f"{speaker} sees it."]] * 2
+    (printed,) = [rank for rank, end in enumerate(ended) if end.said]
+    assert ended[printed].said == [f"error: {printed} sees it."]
+    assert [end.output for rank, end in enumerate(ended) if rank != printed] == [[f"{printed} sees it."]] * 2
     assert {end.code for end in ended} == {2}
 
 
-def test_a_bug_keeps_its_traceback_and_the_others_learn_of_it():
+def test_a_bug_keeps_its_traceback_and_is_reported_to_the_others():
     body = """
     with ranks.first_on_machine():
         if ranks.is_main:
@@ -356,7 +356,7 @@ def test_a_bug_keeps_its_traceback_and_the_others_learn_of_it():
     assert first.code == 1
     assert re.search(r"(?s)Traceback .*in work\n.*ValueError: two\n.*lines\n$", first.stderr)
     assert (second.code, second.said) == (2, [])
-    assert second.told == ["rank 0 ended with ValueError: two"]
+    assert second.output == ["rank 0 ended with ValueError: two"]
 
 
 def test_a_collective_that_fails_because_another_rank_had_an_error_ends_with_that_error():
@@ -366,7 +366,7 @@ def test_a_collective_that_fails_because_another_rank_had_an_error_ends_with_tha
     dist.recv(torch.ones(1), src=1)
 """
     first, second = run_ranks(body, 2)
-    assert (first.code, first.told, first.said) == (2, ["no space."], [])
+    assert (first.code, first.output, first.said) == (2, ["no space."], [])
     assert (second.code, second.said) == (2, ["error: no space."])
 
 
@@ -374,7 +374,7 @@ def test_an_interrupt_passes_unchanged_and_is_not_reported():
     body = """
     if ranks.rank == 1:
         raise KeyboardInterrupt
-    ranks.meet()
+    ranks.barrier()
 """
     first, second = run_ranks(body, 2, TIMEOUT)
     assert "KeyboardInterrupt" in second.stderr.splitlines()[-1]

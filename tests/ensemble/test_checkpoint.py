@@ -23,11 +23,11 @@ class OneOfTwo(Ranks):
         super().__init__(rank, 2)
         self._said = said
 
-    def last_to(self, what: str) -> bool:
+    def is_last_to(self, what: str) -> bool:
         self._said[what] += 1
         return self._said[what] == 2
 
-    def gather(self, value: str) -> list[str]:
+    def all_gather_object(self, value: str) -> list[str]:
         return ["of rank 0"] * 2
 
 

@@ -172,20 +172,20 @@ for round_ in range(2):
         if round_ == 1 and wave[-1] < 4:
             store.save(wave[-1], merger.pieces("round 1", f"after {wave[-1]}"), {"total": merger.total})
     moved = merger.merge()
-tell([digest(merger.tensors), moved])
+emit([digest(merger.tensors), moved])
 """
 
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
-    """Number of ranks -> (the folder of its checkpoints, what its ranks told)."""
+    """Number of ranks -> (the folder of its checkpoints, what its ranks emitted)."""
     runs = {}
     for size in (1, 2, 4):
         folder = tmp_path_factory.mktemp(f"on{size}")
         body = RANKS.replace("TESTS", str(Path(__file__).parents[1])).replace("FOLDER", str(folder))
         ended = run_ranks(body, size)
         assert [rank.code for rank in ended] == [0] * size, [rank.stderr for rank in ended]
-        runs[size] = (folder, [rank.told[0] for rank in ended])
+        runs[size] = (folder, [rank.output[0] for rank in ended])
     return runs
 
 
@@ -202,7 +202,7 @@ def test_every_rank_of_any_number_ends_with_the_same_bits(on_ranks, size):
 
 @pytest.mark.parametrize(("written_by", "step"), [(1, 1), (2, 1), (2, 3), (4, 3)])
 def test_what_several_ranks_saved_is_taken_up_by_one(on_ranks, written_by, step):
-    folder, told = on_ranks[written_by]
+    folder, output = on_ranks[written_by]
     found = CheckpointStore(folder).find(f"checkpoint-{step}")
     assert found is not None
     merger = alone(tensors(0), outer=(0.7, 0.9))
@@ -210,4 +210,4 @@ def test_what_several_ranks_saved_is_taken_up_by_one(on_ranks, written_by, step)
     for shard in range(step + 1, 5):
         merger.collect(tensors(6 + shard), [WEIGHTS[shard]])
     merger.merge()
-    assert digest(merger.tensors) == told[0][0]
+    assert digest(merger.tensors) == output[0][0]

@@ -70,46 +70,46 @@ from pathlib import Path
 from iet_finetune.ensemble.checkpoint import CheckpointStore
 from lora.test_ranks import ONE_LAYER, play
 
-tell(play(ranks, store=CheckpointStore(Path("FOLDER"), None, ranks)))
-tell(play(ranks, layers=ONE_LAYER))
+emit(play(ranks, store=CheckpointStore(Path("FOLDER"), None, ranks)))
+emit(play(ranks, layers=ONE_LAYER))
 for step in STEPS:
     found = CheckpointStore(Path("OTHERS")).find(f"checkpoint-{step}")
-    tell(play(ranks, divmod(step, 10), found))
+    emit(play(ranks, divmod(step, 10), found))
 """
 
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
-    """Number of ranks -> (the folder of its checkpoints, what its ranks told); what one rank made."""
+    """Number of ranks -> (the folder of its checkpoints, what its ranks emitted); what one rank made."""
     folders = {size: tmp_path_factory.mktemp(f"on{size}") for size in (1, 2, 3)}
     expected = play(Ranks.alone(), store=CheckpointStore(folders[1]))
-    told = {}
+    output = {}
     for size, steps in ((2, (3, 11)), (3, (2, 14))):
         body = RANKS.replace("TESTS", str(Path(__file__).parents[1])).replace("FOLDER", str(folders[size]))
         body = body.replace("OTHERS", str(folders[size - 1])).replace("STEPS", str(steps))
         ended = run_ranks(body, size)
         assert [rank.code for rank in ended] == [0] * size, [rank.stderr for rank in ended]
-        told[size] = [rank.told for rank in ended]
-    return folders, told, expected
+        output[size] = [rank.output for rank in ended]
+    return folders, output, expected
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_of_any_number_ends_every_round_with_the_same_bits(on_ranks, size):
-    _, told, expected = on_ranks
-    assert [of_rank[0] for of_rank in told[size]] == [expected] * size
+    _, output, expected = on_ranks
+    assert [of_rank[0] for of_rank in output[size]] == [expected] * size
     assert len({digest for said in expected for digest in said[:2]}) == 8
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_with_fewer_layers_than_ranks_some_have_nothing_to_merge(on_ranks, size):
-    _, told, _ = on_ranks
-    assert [of_rank[1] for of_rank in told[size]] == [play(Ranks.alone(), layers=ONE_LAYER)] * size
+    _, output, _ = on_ranks
+    assert [of_rank[1] for of_rank in output[size]] == [play(Ranks.alone(), layers=ONE_LAYER)] * size
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_other_ranks_saved_in_the_middle_of_a_round_goes_on_to_the_same_bits(on_ranks, size):
-    _, told, expected = on_ranks
-    for of_rank in told[size]:
+    _, output, expected = on_ranks
+    for of_rank in output[size]:
         assert of_rank[2:] == [expected, expected[1:]]
 
 
