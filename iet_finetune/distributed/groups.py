@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .coordination import Coordinator
 from .placement import Placement as Placement
-from .placement import split_sizes
+from .placement import gathered_places, split_sizes
 from .watchdog import Watchdog
 
 S = TypeVar("S", bound=Sequence[Any])
@@ -47,6 +47,21 @@ class Group:
         gathered = values.new_empty((self.size * len(values), *values.shape[1:]))
         _all_gather(gathered, values.contiguous(), group=self._process_group)
         return gathered.view(self.size, *values.shape)
+
+    def all_gather_samples(self, values: Tensor, batches: Sequence[int]) -> Tensor:
+        """The values of all samples of several micro-batches, in the order in which one rank alone would have them.
+
+        Args:
+            values: (n, own), of this member's slices (see `local_slice`) of every micro-batch, one after the other.
+            batches: samples in each whole micro-batch.
+
+        Returns:
+            (n, sum(batches)).
+        """
+        width, places = gathered_places(batches, self.size)
+        padded = nn.functional.pad(values, (0, width - values.shape[1]))
+        gathered = self.all_gather(padded).transpose(0, 1).reshape(len(values), -1)
+        return gathered[:, torch.tensor(places, device=values.device)]
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Wraps the module so that every backward averages gradients over the group; a group of one returns it as is.

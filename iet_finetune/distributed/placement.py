@@ -1,6 +1,6 @@
 """Which ranks train which shard: arithmetic only, no communication."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -90,3 +90,28 @@ def nearest_num_shards(num_shards: int, num_ranks: int) -> tuple[int, int]:
 def split_sizes(count: int, size: int) -> list[int]:
     """Splits `count` items over `size` members as evenly as possible; the first members take one more."""
     return [count // size + (member < count % size) for member in range(size)]
+
+
+def gathered_places(batches: Sequence[int], size: int) -> tuple[int, list[int]]:
+    """Where the samples of several micro-batches are after an all_gather of what each member has of them.
+
+    A member sends its slices (see `split_sizes`) of all micro-batches one after the other, padded to the same width.
+
+    Args:
+        batches: samples in each micro-batch.
+        size: how many members split each of them.
+
+    Returns:
+        width: samples each member sends.
+        places: for each sample, in the order of the micro-batches, its index in the `size * width` gathered ones.
+    """
+    split = [split_sizes(samples, size) for samples in batches]
+    # The first member never has fewer than another.
+    width = sum(sizes[0] for sizes in split)
+    begins = [member * width for member in range(size)]
+    places: list[int] = []
+    for sizes in split:
+        for member, count in enumerate(sizes):
+            places += range(begins[member], begins[member] + count)
+            begins[member] += count
+    return width, places

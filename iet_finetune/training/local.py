@@ -141,29 +141,10 @@ class LocalTraining:
         clone.meter.record(step.number, loss, levels, keep, broken)
 
     def _of_group(self, own: Judged, batches: list[int]) -> Judged:
-        """What all ranks of the group judged, in the order in which one rank alone would have had the samples.
-
-        Args:
-            own: this rank's share of every micro-batch, one after the other.
-            batches: samples of each micro-batch.
-        """
+        """What all ranks of the group judged, in the order in which one rank alone would have had the samples."""
         if self._group.size == 1:
             return own
-        # (ranks, micro-batches); one sample more where a share is longer than another, so that all send as much.
-        shares = torch.tensor([self._group.sizes(samples) for samples in batches]).T
-        longest = int(shares.sum(dim=1).max())
-        packed = torch.zeros(len(own), longest, dtype=torch.float64, device=self._device)
-        for row, values in zip(packed, own, strict=True):
-            row[: len(values)] = values
-        gathered = self._group.all_gather(packed).transpose(0, 1).reshape(len(own), -1)
-        begins = shares.cumsum(dim=1) - shares + torch.arange(self._group.size)[:, None] * longest
-        order = [
-            place
-            for batch in range(len(batches))
-            for rank in range(self._group.size)
-            for place in range(int(begins[rank, batch]), int(begins[rank, batch] + shares[rank, batch]))
-        ]
-        values = gathered[:, torch.tensor(order, device=self._device)]
+        values = self._group.all_gather_samples(torch.stack([part.to(torch.float64) for part in own]), batches)
         return Judged(*(row.to(part.dtype) for row, part in zip(values, own, strict=True)))
 
     def _backward(self, clone: Clone, batch: MicroBatch, mine: int, samples: int) -> Judged:

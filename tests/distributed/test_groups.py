@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ranks import Ended, run_ranks, started, wait, wait_for_output
 
 from iet_finetune.distributed.groups import Group, Placement, Ranks
-from iet_finetune.distributed.placement import split_sizes
+from iet_finetune.distributed.placement import gathered_places, split_sizes
 from iet_finetune.errors import UserError
 
 TIMEOUT = 3.0
@@ -90,6 +90,18 @@ def test_the_slices_of_a_micro_batch_are_even_and_form_the_whole_in_order(count,
         assert sum(slices, []) == list(positions)
         assert [len(each) for each in slices] == members[0].sizes(count) == split_sizes(count, size)
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 6))
+def test_gathered_samples_are_put_into_the_order_of_the_micro_batches(batches, size):
+    members = [Group(size, member) for member in range(size)]
+    numbers = iter(range(sum(batches)))
+    whole = [[next(numbers) for _ in range(samples)] for samples in batches]
+    sent = [[number for batch in whole for number in member.local_slice(batch)] for member in members]
+    width, places = gathered_places(batches, size)
+    assert width == max(map(len, sent))
+    gathered = [number for values in sent for number in values + [None] * (width - len(values))]
+    assert [gathered[place] for place in places] == sum(whole, [])
 
 
 def test_a_slice_has_the_type_of_the_whole():
