@@ -16,7 +16,10 @@ from running import MB, ROOT, describe_machine, finish, print_table
 
 from iet_finetune.config.config import Config
 from iet_finetune.distributed.groups import Ranks
-from iet_finetune.training.assembly import Parts, build_parts, start_accelerator
+from iet_finetune.training.assembly import Run, assemble
+from iet_finetune.training.data import Data
+from iet_finetune.training.model import Model
+from iet_finetune.training.starting import start_accelerator
 
 # Of full fine-tuning's time.
 MOST_TIME = 1.0
@@ -32,21 +35,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parts_of(folder: Path, recipe: str, batch: int) -> Parts:
+def assembled(folder: Path, recipe: str, batch: int) -> tuple[Data, Model, Run]:
     """Everything that trains a demo with its own settings, on one shard."""
     argv = ["--config", str(ROOT / f"configs/{recipe}.yaml"), "--output_dir", str(folder), "--report_to", "none"]
     paths = {"pretrained_model_name_or_path": ROOT / "demo/pipeline", "train_data_dir": ROOT / "demo/data/finetune"}
     settings = Config.from_command_line(argv).to_flags() | {name: str(path) for name, path in paths.items()}
     config = Config.from_flags(**settings | {"num_shards": 1, "train_batch_size": batch})
-    return build_parts(config, start_accelerator(config), Ranks.alone())
+    return assemble(config, start_accelerator(config), Ranks.alone())
 
 
-def steps_of(parts: Parts, count: int) -> Iterator[object]:
+def steps_of(data: Data, run: Run, count: int) -> Iterator[object]:
     """Yields before the first and after every step of the only clone."""
-    clone = parts.ensemble.checkout([0])
+    clone = run.ensemble.checkout([0])
     assert clone is not None
     yield None
-    yield from parts.local.run(clone, parts.shards[0], parts.schedule.steps(0, 0, count), parts.courses[0])
+    yield from run.local.run(clone, data.shards[0], data.schedule.steps(0, 0, count), run.learning_rates[0])
 
 
 def main(argv: list[str]) -> int:
@@ -58,8 +61,8 @@ def main(argv: list[str]) -> int:
     seconds: dict[str, list[float]] = {"full": [], "LoRA": []}
     with tempfile.TemporaryDirectory() as folder:
         recipes = {"full": "demo", "LoRA": "demo_lora"}
-        parts = {name: parts_of(Path(folder), recipe, args.batch) for name, recipe in recipes.items()}
-        running = {name: steps_of(each, args.steps + WARM_UP) for name, each in parts.items()}
+        runs = {name: assembled(Path(folder), recipe, args.batch) for name, recipe in recipes.items()}
+        running = {name: steps_of(data, run, args.steps + WARM_UP) for name, (data, _, run) in runs.items()}
         for steps in running.values():
             next(steps)
         for _ in range(args.steps + WARM_UP):
@@ -76,9 +79,9 @@ def main(argv: list[str]) -> int:
         {
             "trained": name,
             "ms a step": 1000 * measured[name],
-            "MB trained": sum(tensor.nbytes for tensor in parts[name].trainable.parameters.values()) / MB,
+            "MB trained": sum(tensor.nbytes for tensor in model.trainable.parameters.values()) / MB,
         }
-        for name in parts
+        for name, (_, model, _) in runs.items()
     ]
     print_table(rows)
     checks = [

@@ -117,7 +117,7 @@ def timed(function: Callable[..., Any], spent: dict[str, float], part: str) -> C
 @contextlib.contextmanager
 def parts_timed(trainer: Trainer, spent: dict[str, float]) -> Iterator[None]:
     """Adds up the seconds of a step's parts while it trains; none of them lies within another."""
-    local, family, ensemble = trainer.parts.local, trainer.parts.family, trainer.ensemble
+    local, family, ensemble = trainer.run.local, trainer.model.family, trainer.ensemble
     places = [
         (local, "_encode", "encode images and captions"),
         (family, "predict", "denoise, forward"),

@@ -9,7 +9,9 @@ from ..config.config import Config
 from ..ensemble.clone import Clone
 from ..ensemble.meter import RoundSums
 from . import validation
-from .assembly import Parts
+from .assembly import Run
+from .data import Data
+from .model import Model
 from .tracking import Progress, Trackers, append_line, cut_back, read_lines
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
@@ -27,29 +29,30 @@ class Reporter:
 
     Args:
         config: the run's settings.
-        parts: what it works with; read, and for pictures the merged weights are put into the live denoiser.
+        data, model, run: what it works with; read, and for pictures the merged weights are put into the live denoiser.
         same_pictures: whether the pictures that are there were drawn with the present settings.
     """
 
-    def __init__(self, config: Config, parts: Parts, same_pictures: bool) -> None:
+    def __init__(self, config: Config, data: Data, model: Model, run: Run, same_pictures: bool) -> None:
         self._config = config
-        self._parts = parts
+        self._model = model
+        self._run = run
         self._output = config.output_path
-        self._speaks = parts.ranks.is_main
+        self._speaks = run.ranks.is_main
         if self._speaks:
             for name in (METRICS, TIMINGS):
-                cut_back(self._output / name, parts.ensemble.round)
+                cut_back(self._output / name, run.ensemble.round)
             # Pictures of rounds that are done again, or all if they were drawn in another way.
-            validation.forget_rounds(self._output, parts.ensemble.round if same_pictures else -1)
-        self._trackers = Trackers(parts.accelerator, config.logging.tracker_project_name, config.to_flags())
-        self._step = parts.ensemble.step
-        self._progress = Progress(sum(parts.schedule.total_steps), self._step, silent=not self._speaks)
+            validation.forget_rounds(self._output, run.ensemble.round if same_pictures else -1)
+        self._trackers = Trackers(run.accelerator, config.logging.tracker_project_name, config.to_flags())
+        self._step = run.ensemble.step
+        self._progress = Progress(sum(data.schedule.total_steps), self._step, silent=not self._speaks)
         self._round_began = time.perf_counter()
         self._last = RoundSums.nothing()
         self._closed = False
-        remaining = parts.schedule.remaining_rounds(parts.ensemble.steps)
+        remaining = data.schedule.remaining_rounds(run.ensemble.steps)
         # All steps may be done and the merge not.
-        self._rounds = parts.ensemble.round + max(remaining, int(parts.ensemble.in_midst_of_round))
+        self._rounds = run.ensemble.round + max(remaining, int(run.ensemble.in_midst_of_round))
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -69,16 +72,16 @@ class Reporter:
         """Reads the device once and tells what came since the last time; returns the clone's sums of the round."""
         sums = clone.meter.read()
         since, self._last = sums.combined(self._last, -1), sums
-        ensemble = self._parts.ensemble
+        ensemble = self._run.ensemble
         place = f"round {ensemble.round + 1}/{self._rounds} shard {clone.shard + 1}/{len(ensemble.clones)}"
         self._progress.describe(place, since.loss, since.skip_rate)
-        rate = self._parts.courses[clone.shard](clone.step - 1)
+        rate = self._run.learning_rates[clone.shard](clone.step - 1)
         self._trackers.log({"loss": since.loss, "skip_rate": since.skip_rate, "lr": rate}, self._step)
         return sums
 
     def round(self, drift: float) -> None:
         """A round is merged: its line of metrics; the clones' meters start again. Every rank takes part."""
-        ensemble = self._parts.ensemble
+        ensemble = self._run.ensemble
         line = self._round_line(drift)
         for clone in ensemble.clones:
             clone.meter.clear()
@@ -95,25 +98,25 @@ class Reporter:
         self._round_began = now
 
     def _round_line(self, drift: float) -> dict[str, Any]:
-        clones = self._parts.ensemble.clones
-        own = [(clone.shard, clone.drift, clone.meter.read().numbers) for clone in self._parts.ensemble.own]
-        gathered = sorted(facts for rank in self._parts.ranks.all_gather_object(own) for facts in rank)
-        sums = [RoundSums(*numbers) for _, _, numbers in gathered]
+        clones = self._run.ensemble.clones
+        own = [(clone.shard, clone.drift, clone.meter.read().numbers) for clone in self._run.ensemble.own]
+        told = sorted(facts for rank in self._run.ranks.all_gather_object(own) for facts in rank)
+        sums = [RoundSums(*numbers) for _, _, numbers in told]
         total = sums[0]
         for other in sums[1:]:
             total = total.combined(other)
         return {
-            "round": self._parts.ensemble.round,
-            "step": self._parts.ensemble.step,
+            "round": self._run.ensemble.round,
+            "step": self._run.ensemble.step,
             "loss": total.loss,
             "skip_rate": total.skip_rate,
             "skip_rate_by_noise_level": total.skip_rate_by_level,
             "merge_drift": drift,
-            **self._parts.ensemble.facts_of_merge,
-            "clone_drift": [drift for _, drift, _ in gathered],
+            **self._run.ensemble.facts_of_merge,
+            "clone_drift": [drift for _, drift, _ in told],
             "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
             "shard_skip_rate": [shard.skip_rate for shard in sums],
-            "lr": [self._parts.courses[clone.shard](max(clone.step - 1, 0)) for clone in clones],
+            "lr": [self._run.learning_rates[clone.shard](max(clone.step - 1, 0)) for clone in clones],
         }
 
     def draw_base(self) -> None:
@@ -122,22 +125,22 @@ class Reporter:
 
     def draw_round(self) -> None:
         """Pictures from the merged denoiser of the round just done, when they are due."""
-        round_ = self._parts.ensemble.round
+        round_ = self._run.ensemble.round
         if self._speaks and (round_ % self._config.validation.validation_rounds == 0 or round_ == self._rounds):
-            self._parts.ensemble.load_result()
+            self._run.ensemble.load_result()
             self._draw(round_)
 
     def _draw(self, round_: int) -> None:
         settings, path = self._config.validation, validation.round_file(self._output, round_)
-        prompts = list(self._parts.family.prompts(settings))
+        prompts = list(self._model.family.prompts(settings))
         if not self._speaks or not prompts or path.exists():
             return
         rows = validation.draw_images(
-            self._parts.family, settings, self._config.training.seed, self._config.data.resolution
+            self._model.family, settings, self._config.training.seed, self._config.data.resolution
         )
         validation.save_picture(validation.grid(rows, prompts), path)
         flat = [(picture, prompt) for row, prompt in zip(rows, prompts, strict=True) for picture in row]
-        self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], self._parts.ensemble.step)
+        self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], self._run.ensemble.step)
 
     def before_after(self) -> Path | None:
         """The picture that shows the first drawing beside the last; None if nothing was drawn."""

@@ -28,8 +28,9 @@ from ..publish import outputs
 from ..publish.card import CardFacts, base_license, write_model_card
 from ..publish.hub import check_push, push
 from ..publish.result import Result
-from .assembly import build_parts, start_accelerator
+from .assembly import assemble
 from .reporting import Reporter, warn
+from .starting import start_accelerator
 
 
 class Trainer:
@@ -75,7 +76,7 @@ class Trainer:
             self.reporter.close()
             self._release()
         # Not now: there may be another run in the same processes. And not after an error: ranks may be gone.
-        atexit.register(self.parts.accelerator.state.destroy_process_group)
+        atexit.register(self.run.accelerator.state.destroy_process_group)
         return self.output
 
     def _release(self) -> None:
@@ -135,7 +136,7 @@ class Trainer:
                 self.stop_if_broken(clone, clone.meter.read())
                 self.save_checkpoint(total)
         if clone is not None:
-            self.parts.local.park(clone)
+            self.run.local.park(clone)
         if clone is not None and taken:
             self.stop_if_broken(clone, self.reporter.log(clone))
         for later in (place for place in due if place > taken):
@@ -147,8 +148,8 @@ class Trainer:
             return
         self.reporter.begin_clone(clone)
         steps = self.schedule.steps(clone.shard, clone.step, stop)
-        shard, course = self.parts.shards[clone.shard], self.parts.courses[clone.shard]
-        yield from self.parts.local.run(clone, shard, steps, course)
+        shard, rates = self.data.shards[clone.shard], self.run.learning_rates[clone.shard]
+        yield from self.run.local.run(clone, shard, steps, rates)
 
     def stop_if_broken(self, clone: Clone, sums: RoundSums) -> None:
         """Ends a run whose loss or gradient was not finite, with good weights saved.
@@ -193,17 +194,17 @@ class Trainer:
             the checkpoint's folder, which is there once all ranks have written their parts.
         """
         if self.ensemble.live is not None:
-            self.parts.local.park(self.ensemble.live)
+            self.run.local.park(self.ensemble.live)
         facts = {
             "position": self.ensemble.position(),
-            "identity": self.parts.identity,
+            "identity": self.run.identity,
             "settings": self._settings(),
             "pictures": self._pictures(),
             "environment": environment(),
         }
         pieces, needed = self.ensemble.pieces(), self.ensemble.needed
         path = self.store.save(step, pieces, facts, keep_older=keep_older, needed=needed)
-        if self.parts.placement.group_size > 1:
+        if self.run.placement.group_size > 1:
             # The others of a group must not wait in a collective for the one that writes.
             self.ranks.barrier()
         return path
@@ -219,18 +220,17 @@ class Trainer:
         self._gather_clones()
         self.ensemble.load_result()
         result = Result(
-            self.parts.family,
-            self.parts.adapter,
-            self.parts.source,
-            self.parts.images.classes is not None,
-            self.parts.accelerator,
+            self.model.family,
+            self.model.adapter,
+            self.model.source,
+            self.data.images.classes is not None,
+            self.run.accelerator,
             self.config,
         )
         with outputs.audit_of_other_weights_removed(self.output):
             outputs.publish(self.output, result.save)
-        parts, clones = self.parts, self.ensemble.clones
-        ledgers = [clone.ledger for clone in clones]
-        write_ledger(self.output / LEDGER, parts.images, parts.heldout, parts.indices, ledgers)
+        data, ledgers = self.data, [clone.ledger for clone in self.ensemble.clones]
+        write_ledger(self.output / LEDGER, data.images, data.heldout, data.indices, ledgers)
         picture = self.reporter.before_after()
         write_model_card(self.output, self._card_facts(picture, result))
         self.reporter.close()
@@ -242,13 +242,13 @@ class Trainer:
 
     def _audit(self) -> None:
         """Measures what was saved, loaded as a user loads it, and puts the figures into the card."""
-        self.parts.family.pipeline.to("cpu")
+        self.model.family.pipeline.to("cpu")
         self.ensemble.release()
         # Packages that only an audit needs are imported where there is one.
         from ..publish.audited import audit_model
 
         try:
-            print(audit_model(self.output, self.parts.accelerator.device), flush=True)
+            print(audit_model(self.output, self.run.accelerator.device), flush=True)
         except UserError as error:
             raise UserError(
                 f"{error} The finished pipeline is saved in `{self.output}`; audit it with: "
@@ -267,15 +267,15 @@ class Trainer:
             check_audit(self.config)
         self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
         checkpoint = self._checkpoint(resume)
-        self.parts = build_parts(self.config, accelerator, self.ranks)
-        self.ensemble, self.schedule = self.parts.ensemble, self.parts.schedule
+        self.data, self.model, self.run = assemble(self.config, accelerator, self.ranks)
+        self.ensemble, self.schedule = self.run.ensemble, self.data.schedule
         same_pictures = checkpoint is not None and checkpoint.manifest["pictures"] == self._pictures()
         if checkpoint is not None:
             self._take_up(checkpoint)
         if self.ranks.is_main:
             self._prepare_folder(checkpoint)
         self.ranks.barrier()
-        self.reporter = Reporter(self.config, self.parts, same_pictures)
+        self.reporter = Reporter(self.config, self.data, self.model, self.run, same_pictures)
 
     def _checkpoint(self, resume: str | None) -> Checkpoint | None:
         """The checkpoint to go on from, which rank 0 looks for and all open."""
@@ -285,7 +285,7 @@ class Trainer:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         self._check_space()
-        if idle := self.parts.placement.idle():
+        if idle := self.run.placement.idle():
             warn(
                 f"`--num_shards {len(self.ensemble.clones)}` on {self.ranks.size} ranks: "
                 f"{', '.join(f'rank {rank}' for rank in idle)} will have nothing to do in the last part of every round"
@@ -298,7 +298,7 @@ class Trainer:
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.manifest
-        check_identity(saved["identity"], self.parts.identity, str(checkpoint.path))
+        check_identity(saved["identity"], self.run.identity, str(checkpoint.path))
         changed = differences(saved["settings"], self._settings())
         for line in changed + differences(saved["environment"], environment()):
             if self.ranks.is_main:
@@ -311,7 +311,7 @@ class Trainer:
             )
 
     def _settings(self) -> dict[str, Any]:
-        return free_settings(self.config, self.parts.accelerator.mixed_precision)
+        return free_settings(self.config, self.run.accelerator.mixed_precision)
 
     def _pictures(self) -> dict[str, Any]:
         settings = self.config.validation
@@ -326,11 +326,11 @@ class Trainer:
         merged = averages + (2 if ensemble.optimizer_across_rounds == "average" else 0)
         sums = 2 * merged if clones > 1 else 0
         adapted = 0
-        if self.parts.adapter is not None and self.config.merges_exactly and clones > 1:
+        if self.model.adapter is not None and self.config.merges_exactly and clones > 1:
             sums = 2 * (merged - averages) + clones * averages
-            adapted = averages * self.parts.adapter.nbytes
+            adapted = averages * self.model.adapter.nbytes
         velocity = 1 if ensemble.outer_momentum else 0
-        components = self.parts.family.pipeline.components.values()
+        components = self.model.family.pipeline.components.values()
         models = [component for component in components if isinstance(component, torch.nn.Module)]
         pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
         # A checkpoint in the middle of a round: the round's start, its sums in float64, live clones, and moments; for
@@ -341,20 +341,20 @@ class Trainer:
     def _card_facts(self, picture: Path | None, result: Result) -> CardFacts:
         return CardFacts(
             base_model=self.config.model.pretrained_model_name_or_path,
-            base_license=base_license(self.parts.source.folder) if self.parts.source.folder is not None else None,
-            pipeline_class=self.parts.source.class_name,
+            base_license=base_license(self.model.source.folder) if self.model.source.folder is not None else None,
+            pipeline_class=self.model.source.class_name,
             flags=self.config.to_flags(),
-            num_images=len(self.parts.images),
-            num_distinct_images=len(self.parts.images) - self.parts.images.num_duplicates,
-            num_heldout=len(self.parts.heldout),
+            num_images=len(self.data.images),
+            num_distinct_images=len(self.data.images) - self.data.images.num_duplicates,
+            num_heldout=len(self.data.heldout),
             rounds=self.ensemble.round,
             steps=self.ensemble.step,
             skip_rates=tuple(line["skip_rate"] for line in self.reporter.lines),
             sample_grid=picture.relative_to(self.output).as_posix() if picture is not None else None,
             versions=environment()["versions"],
             lora_export=result.words,
-            class_names=self.parts.images.class_names,
-            absent=self.parts.source.absent,
+            class_names=self.data.images.class_names,
+            absent=self.model.source.absent,
         )
 
     def _print_summary(self, picture: Path | None, result: Result) -> None:

@@ -36,7 +36,10 @@ from iet_finetune.data.transforms import ImageTransform
 from iet_finetune.distributed.groups import Ranks
 from iet_finetune.families import FAMILIES
 from iet_finetune.families.stable_diffusion import StableDiffusion
-from iet_finetune.training.assembly import Parts, build_parts, start_accelerator
+from iet_finetune.training.assembly import Run, assemble
+from iet_finetune.training.data import Data
+from iet_finetune.training.model import Model
+from iet_finetune.training.starting import start_accelerator
 
 MB = 1_000_000
 LATEST = {"resume_from_checkpoint": "latest"}
@@ -118,10 +121,10 @@ def train(settings: Config) -> dict[str, Tensor]:
     return weights(Trainer(settings).train())
 
 
-def built(settings: Config) -> Parts:
-    """The parts of the run, for which everything has been encoded that is to be cached."""
+def built(settings: Config) -> tuple[Data, Model, Run]:
+    """What the run works with, for which everything has been encoded that is to be cached."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    return build_parts(settings, start_accelerator(settings), Ranks.alone())
+    return assemble(settings, start_accelerator(settings), Ranks.alone())
 
 
 def rows_of(path: Path) -> int:
@@ -204,8 +207,8 @@ def test_training_with_the_cache_reads_and_encodes_nothing(world, tmp_path):
     settings = config(world, tmp_path / "out", train_data_dir=str(tmp_path / "mixed"), caption_dropout=0.2, **FLIPS)
     trainer = Trainer(settings)
     shutil.rmtree(tmp_path / "mixed")
-    del trainer.parts.family.pipeline.vae.encoder
-    trainer.parts.family.encode_captions = None
+    del trainer.model.family.pipeline.vae.encoder
+    trainer.model.family.encode_captions = None
     run_until(trainer, 4)
 
 
@@ -213,9 +216,9 @@ def test_training_with_the_cache_reads_and_encodes_nothing(world, tmp_path):
 def test_what_the_cache_gives_at_every_visit_is_what_the_picture_is_encoded_to(world, tmp_path, base):
     text = {} if base == "pixels" else {"caption_dropout": 0.2}
     flags = {**FLIPS, **text, "data": "mixed", "train_batch_size": 3, "noise_offset": 0.1}
-    cached = built(config(world, tmp_path / "out", base, **flags))
-    plain = built(config(world, tmp_path / "out", base, cache_latents=False, **flags))
-    family, chunk = plain.family, at_once(tmp_path / "cache")
+    cached, *_ = built(config(world, tmp_path / "out", base, **flags))
+    plain, model, _ = built(config(world, tmp_path / "out", base, cache_latents=False, **flags))
+    family, chunk = model.family, at_once(tmp_path / "cache")
     for ours, theirs in zip(cached.shards, plain.shards, strict=True):
         visits = [Visit(pass_, position) for pass_ in range(4) for position in range(len(theirs))]
         expected, given = [theirs[visit] for visit in visits], [ours[visit] for visit in visits]
@@ -255,8 +258,8 @@ def in_chunks(size: int, encode: Callable[[Any], tuple[Tensor, ...]], items: Any
 
 def test_a_mirrored_image_is_encoded_and_not_its_latent_mirrored(world, tmp_path):
     settings = config(world, tmp_path / "out", data="mixed", train_batch_size=1, **FLIPS)
-    parts = built(settings)
-    family, images = parts.family, parts.images
+    data, model, _ = built(settings)
+    family, images = model.family, data.images
     transform = ImageTransform(RESOLUTION, center_crop=False, interpolation="lanczos", seed=settings.training.seed)
     encoded = encode_data(settings, family, images, transform, Ranks.alone(), torch.device("cpu"))
     for index in range(len(images)):
@@ -401,13 +404,13 @@ def test_with_several_threads_too_the_cache_gives_what_the_picture_is_encoded_to
     flags = {"data": "mixed", "resolution": 64, "train_batch_size": batch, "num_shards": 1}
     torch.set_num_threads(threads)
     try:
-        cached = built(config(world, tmp_path / "out", **flags))
-        plain = built(config(world, tmp_path / "out", cache_latents=False, **flags))
+        cached, *_ = built(config(world, tmp_path / "out", **flags))
+        plain, _, run = built(config(world, tmp_path / "out", cache_latents=False, **flags))
         visits = [Visit(0, position) for position in range(batch)]
         pixels = torch.stack([plain.shards[0][visit].pixel_values for visit in visits])
         means = torch.stack([cached.shards[0][visit].encoded.mean for visit in visits])
         # As `LocalTraining` encodes a micro-batch.
-        assert torch.equal(means, plain.local._encoder.images(pixels)[0])
+        assert torch.equal(means, run.local._encoder.images(pixels)[0])
     finally:
         torch.set_num_threads(1)
 
@@ -709,7 +712,7 @@ def test_encoders_of_captions_are_lent_after_those_of_images_and_none_where_noth
     settings = config(world, tmp_path / "out", "sdxl")
     transform = ImageTransform(RESOLUTION, center_crop=False, interpolation="lanczos", seed=0)
     for expected in (["vae", "vae", *["text_encoder", "text_encoder_2"] * 2], []):
-        parts = built(config(world, tmp_path / "out", "sdxl", cache_latents=False))
-        journeys = travelling(parts.family, ("vae", "text_encoder", "text_encoder_2"))
-        encode_data(settings, parts.family, parts.images, transform, Ranks.alone(), torch.device("cpu"))
+        data, model, _ = built(config(world, tmp_path / "out", "sdxl", cache_latents=False))
+        journeys = travelling(model.family, ("vae", "text_encoder", "text_encoder_2"))
+        encode_data(settings, model.family, data.images, transform, Ranks.alone(), torch.device("cpu"))
         assert [name for name, _ in journeys] == expected

@@ -127,7 +127,7 @@ def test_the_loss_bank_is_indexed_by_the_noise_level(tmp_path, bins):
     world = build_world(tmp_path, "sd3")
     flags = {"agc_bins": bins, "num_shards": 1, "validation_prompts": []}
     trainer = Trainer(config(world, tmp_path / "out", **flags))
-    ours, predict, drawn = trainer.parts.family, trainer.parts.family.predict, []
+    ours, predict, drawn = trainer.model.family, trainer.model.family.predict, []
     ours.predict = lambda noisy, timesteps, conditions: (
         drawn.extend(timesteps.tolist()) or predict(noisy, timesteps, conditions)
     )

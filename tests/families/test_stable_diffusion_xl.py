@@ -140,7 +140,7 @@ def test_size_and_crop_are_those_of_what_the_unet_sees(tmp_path, center_crop):
     flags = {"num_shards": 1, "random_flip": True, "center_crop": center_crop, "image_interpolation_mode": "nearest"}
     flags["cache_latents"] = False
     trainer = Trainer(config(tmp_path, tmp_path / "out", **flags))
-    (shard,), ours = trainer.parts.shards, trainer.parts.family
+    (shard,), ours = trainer.data.shards, trainer.model.family
     flips = set()
     for pass_ in range(6):
         for position in range(4):
@@ -162,7 +162,7 @@ def test_the_stored_size_is_told_of_a_picture_that_is_resized(tmp_path):
     marked(tmp_path / "data", [(3 * RESOLUTION, 7 * RESOLUTION)] * 2)
     flags = {"num_shards": 1, "image_interpolation_mode": "nearest", "cache_latents": False}
     trainer = Trainer(config(tmp_path, tmp_path / "out", **flags))
-    (shard,), ours = trainer.parts.shards, trainer.parts.family
+    (shard,), ours = trainer.data.shards, trainer.model.family
     for position in range(2):
         sample = shard[Visit(0, position)]
         told = ours.details(sample.sizes[None], torch.zeros(1, dtype=torch.int64))["time_ids"][0].tolist()
@@ -179,7 +179,7 @@ def test_a_training_step_is_told_what_belongs_to_its_images(tmp_path):
     marked(tmp_path / "data", shapes)
     flags = {"validation_prompts": [], "random_flip": True, "cache_latents": False}
     trainer = Trainer(config(tmp_path, tmp_path / "out", **flags))
-    ours, seen = trainer.parts.family, []
+    ours, seen = trainer.model.family, []
     encode, predict = ours.encode_images, ours.predict
 
     def encode_images(pixels):

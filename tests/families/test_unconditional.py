@@ -249,7 +249,7 @@ def test_a_model_of_one_channel_sees_grey(world):
 def test_every_image_is_trained_with_its_own_class(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "out", "pretrained by class", random_flip=False))
     told = []
-    family, predict = trainer.parts.family, trainer.parts.family.predict
+    family, predict = trainer.model.family, trainer.model.family.predict
     family.latents = lambda mean, std, noise: told.append([mean]) or mean
     family.predict = lambda noisy, timesteps, conditions: (
         told[-1].append(conditions["class_labels"]) or predict(noisy, timesteps, conditions)

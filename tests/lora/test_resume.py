@@ -67,7 +67,7 @@ def test_a_run_that_breaks_is_set_back_and_goes_on_to_the_same_files(world, tmp_
 
     def poison(total: int, samples: int) -> None:
         if trainer.ensemble.step == 13:
-            trainer.parts.family.objective.alphas_cumprod.fill_(float("nan"))
+            trainer.model.family.objective.alphas_cumprod.fill_(float("nan"))
 
     trainer.reporter.step = poison
     with pytest.raises(UserError, match="not finite in round 2, shard 1 of 3, step 6"):

@@ -135,7 +135,7 @@ def test_the_device_holds_one_base_and_one_adapter_whatever_the_number_of_clones
     expected = {name: parameter.shape for name, parameter in pipeline.unet.named_parameters()}
     seen = []
     trainer = Trainer(config(world, tmp_path / "out", num_shards=4, num_train_epochs=4, use_ema=True))
-    denoiser = trainer.parts.family.denoiser
+    denoiser = trainer.model.family.denoiser
 
     def step(total: int, samples: int) -> None:
         seen.append({name: parameter.shape for name, parameter in denoiser.named_parameters()})

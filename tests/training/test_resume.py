@@ -203,7 +203,7 @@ def test_a_run_that_breaks_leaves_good_weights_and_can_go_on(world, tmp_path, br
 
     def poison(total: int, samples: int) -> None:
         if trainer.ensemble.step == broken:
-            trainer.parts.family.objective.alphas_cumprod.fill_(float("nan"))
+            trainer.model.family.objective.alphas_cumprod.fill_(float("nan"))
 
     trainer.reporter.step = poison
     with pytest.raises(UserError, match=f"not finite in {place}") as error:
@@ -309,7 +309,7 @@ def test_the_room_on_the_disk_that_is_asked_for_is_what_a_checkpoint_takes(world
     monkeypatch.setattr(outputs, "check_space", lambda folder, needed: asked.append(needed))
     trainer = Trainer(config(world, tmp_path / "out", optimizer_across_rounds=moments, outer_momentum=0.9))
     run_until(trainer, 18)
-    models = [part for part in trainer.parts.family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    models = [part for part in trainer.model.family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
     pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
     # In the midst of the second round: one clone is done, one is live.
     checkpoint = tmp_path / "out" / "checkpoint-18"

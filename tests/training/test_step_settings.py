@@ -87,7 +87,7 @@ def test_the_weights_of_a_run_with_channels_last_lie_so_from_merge_to_merge(worl
     trainer = Trainer(config(world, tmp_path / "out", channels_last=True))
     trainer.train_rounds()
     last = {"memory_format": torch.channels_last}
-    for tensors in (trainer.parts.trainable.tensors, trainer.ensemble.denoiser, trainer.ensemble.average):
+    for tensors in (trainer.model.trainable.tensors, trainer.ensemble.denoiser, trainer.ensemble.average):
         kernels = [tensor for tensor in tensors.values() if tensor.dim() == 4 and min(tensor.shape[1:3]) > 1]
         assert kernels
         assert all(kernel.is_contiguous(**last) for kernel in kernels)

@@ -234,23 +234,23 @@ def test_validation_draws_the_same_noise_before_and_after(world, tmp_path):
 
 def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "out", use_ema=True))
-    ensemble, local = trainer.ensemble, trainer.parts.local
+    ensemble, local = trainer.ensemble, trainer.run.local
     clone = ensemble.checkout([0])
     steps = list(trainer.schedule.steps(0, 0, 3))
-    run = local.run(clone, trainer.parts.shards[0], steps, trainer.parts.courses[0])
+    run = local.run(clone, trainer.data.shards[0], steps, trainer.run.learning_rates[0])
     next(run)
-    before = {name: tensor.clone() for name, tensor in trainer.parts.trainable.tensors.items()}
+    before = {name: tensor.clone() for name, tensor in trainer.model.trainable.tensors.items()}
     average = {name: tensor.clone() for name, tensor in ensemble._ema.tensors.items()}
     moments = {i: {k: v.clone() for k, v in s.items()} for i, s in ensemble._optimizer.state_dict()["state"].items()}
     bank = clone.agc.bank.clone()
     clone.agc.bank.fill_(1e9)
     next(run)
     clone.agc.bank.copy_(bank)
-    trainer.parts.family.objective.alphas_cumprod.fill_(float("nan"))
+    trainer.model.family.objective.alphas_cumprod.fill_(float("nan"))
     next(run)
     assert clone.step == 3
     assert clone.meter.read().broken_step == 2
-    assert_equal(before, trainer.parts.trainable.tensors)
+    assert_equal(before, trainer.model.trainable.tensors)
     assert_equal(average, ensemble._ema.tensors)
     for i, state in ensemble._optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[i][name]) for name, value in state.items())
@@ -263,8 +263,8 @@ def test_moments_that_are_kept_lie_in_one_block_for_each_clone_from_round_to_rou
     for _ in range(2):
         for shard in range(3):
             clone = ensemble.checkout([shard])
-            for _ in trainer.parts.local.run(
-                clone, trainer.parts.shards[shard], list(trainer.schedule.steps(shard, 0, 1)), lambda step: 1e-3
+            for _ in trainer.run.local.run(
+                clone, trainer.data.shards[shard], list(trainer.schedule.steps(shard, 0, 1)), lambda step: 1e-3
             ):
                 pass
             ensemble.collect([shard])

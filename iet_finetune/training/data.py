@@ -1,0 +1,122 @@
+"""The images of a run: loaded, split into shards, scheduled, and made ready to be read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..cache.caching import encode_data
+from ..config.config import Config
+from ..config.settings import DEFAULT_MERGE_EPOCHS
+from ..data.dataset import TrainingImages, load_images
+from ..data.loader import Shard
+from ..data.transforms import ImageTransform
+from ..distributed.groups import Ranks
+from ..errors import UserError
+from ..families import Family
+from ..method.schedule import Schedule
+from ..method.sharding import shard_indices
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the clones learn from, and when.
+
+    Attributes:
+        images, heldout: the training images, and those kept out.
+        indices: which images are in each shard.
+        shards: the same as what a data loader reads.
+        schedule: when each clone steps and when the clones are merged.
+    """
+
+    images: TrainingImages
+    heldout: TrainingImages
+    indices: tuple[np.ndarray, ...]
+    shards: list[Shard]
+    schedule: Schedule
+
+
+def find_images(config: Config, needs_captions: bool) -> tuple[TrainingImages, TrainingImages]:
+    """The training images and those held out.
+
+    Raises:
+        UserError: they cannot be read, or there are too few for the shards.
+    """
+    images, heldout = load_images(
+        config.data,
+        cache_dir=config.model.cache_dir,
+        seed=config.training.seed,
+        shard_by_column=config.ensemble.shard_by_column,
+        needs_captions=needs_captions,
+    )
+    _check_enough(config.ensemble.num_shards, len(images))
+    return images, heldout
+
+
+def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
+    """Which images are in each shard, and the schedule that follows from the shards' sizes."""
+    indices = shard_indices(len(images), config.ensemble.num_shards, config.training.seed, images.shard_labels)
+    return indices, _schedule(config, tuple(len(part) for part in indices))
+
+
+def _check_enough(num_shards: int, images: int) -> None:
+    if images < num_shards:
+        raise UserError(
+            f"`--num_shards {num_shards}` needs at least {num_shards} images, but there are {images}. "
+            "Lower `--num_shards` or add images."
+        )
+
+
+def _schedule(config: Config, shard_sizes: tuple[int, ...]) -> Schedule:
+    training, ensemble = config.training, config.ensemble
+    return Schedule.plan(
+        shard_sizes,
+        training.train_batch_size * training.gradient_accumulation_steps,
+        num_train_epochs=training.num_train_epochs,
+        max_train_steps=training.max_train_steps,
+        merge_every_epochs=ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS,
+        merge_every_steps=ensemble.merge_every_steps,
+    )
+
+
+def read_shards(
+    config: Config,
+    family: Family,
+    images: TrainingImages,
+    indices: tuple[np.ndarray, ...],
+    latent_shape: tuple[int, int, int],
+    ranks: Ranks,
+    device: torch.device,
+) -> list[Shard]:
+    """What the clones read; encodes the data if it is to be cached, while nothing else is on the device.
+
+    Args:
+        latent_shape: (C, H, W) of an image's latent.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    transform = ImageTransform(
+        config.data.resolution,
+        center_crop=config.data.center_crop,
+        interpolation=config.data.image_interpolation_mode,
+        seed=config.training.seed,
+    )
+    encoded = None
+    if config.data.cache_latents:
+        family.freeze()
+        encoded = encode_data(config, family, images, transform, ranks, device)
+    return [
+        Shard(
+            images,
+            part,
+            transform,
+            config.data,
+            number=number,
+            seed=config.training.seed,
+            latent_shape=latent_shape,
+            noise_offset=config.training.noise_offset,
+            encoded=encoded,
+        )
+        for number, part in enumerate(indices)
+    ]

@@ -1,0 +1,96 @@
+"""The pipeline of a run: loaded, checked against the settings, and made ready to be trained."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from ..config.config import Config
+from ..data.dataset import TrainingImages
+from ..distributed.groups import Group
+from ..ensemble.trainable import Trainable
+from ..errors import UserError
+from ..families import Family, PipelineSource, load_family
+from ..lora.adapters import Adapter, add_adapter
+from .compiling import compile_denoiser
+
+# What autocast multiplies in, by the name of the mixed precision.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The pipeline and what of it is trained.
+
+    Attributes:
+        source: where the pipeline came from.
+        family: the pipeline, behind what is particular to its kind.
+        adapter: the LoRA layers of the denoiser, or None if all of it is trained.
+        trainable: the tensors that are trained, live on the device.
+    """
+
+    source: PipelineSource
+    family: Family
+    adapter: Adapter | None
+    trainable: Trainable
+
+
+def load_model(source: PipelineSource, config: Config, images: TrainingImages) -> Family:
+    """Loads the pipeline onto the host.
+
+    Raises:
+        UserError: it cannot be loaded, or takes neither these images nor these settings.
+    """
+    family = load_family(source, config)
+    family.take_classes(images.class_names, max(images.classes or (0,)))
+    _check_validation(config, family)
+    _check_export(config, family)
+    return family
+
+
+def prepare_model(
+    source: PipelineSource, family: Family, config: Config, accelerator: Accelerator, group: Group
+) -> Model:
+    """Puts onto the device what training needs of the pipeline, with an adapter or compiled if the settings say so."""
+    adapter = _prepare_denoiser(config, family, accelerator, group)
+    return Model(source, family, adapter, Trainable(family.denoiser, buffers=adapter is None))
+
+
+def _check_validation(config: Config, family: Family) -> None:
+    steps = config.validation.validation_inference_steps
+    if family.prompts(config.validation) and steps > len(family.objective):
+        raise UserError(
+            f"`--validation_inference_steps {steps}` is more than the {len(family.objective)} steps of the pipeline's "
+            "noise schedule: lower it."
+        )
+
+
+def _check_export(config: Config, family: Family) -> None:
+    form = config.adapter.lora_export
+    if form not in (None, "fuse") and not family.loads_lora:
+        raise UserError(
+            f"`--lora_export {form}`: a {type(family.pipeline).__name__} loads no LoRA files: choose `fuse`, or leave "
+            "it out."
+        )
+
+
+def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, group: Group) -> Adapter | None:
+    # What is cached is not encoded again: the encoders stay on the host.
+    family.place(accelerator.device, encoders=not config.data.cache_latents)
+    adapter = None
+    if config.adapter.use_lora:
+        adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
+        # What is rounded must be read again to be saved, and random weights were never stored.
+        if accelerator.mixed_precision in HALF and config.model.model_config is None:
+            adapter.round_frozen(HALF[accelerator.mixed_precision])
+    if config.training.gradient_checkpointing:
+        family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()
+    if config.training.channels_last:
+        family.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
+    family.denoiser.train()
+    # Evaluation mode gives placement and autocast without DistributedDataParallel, which would average clones.
+    accelerator.prepare_model(family.denoiser, evaluation_mode=True)
+    if config.training.compile:
+        compile_denoiser(family.denoiser)
+    family.network = group.wrap(family.denoiser)
+    return adapter

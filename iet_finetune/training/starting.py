@@ -1,0 +1,54 @@
+"""Starts Accelerate: the device, precision, process group and trackers of this rank."""
+
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+
+from ..config.config import Config
+from ..errors import UserError, one_line
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Accelerate for this rank, with the trackers that are asked for.
+
+    Raises:
+        UserError: a tracker that is not installed, a precision the device has not, an engine that splits models, or
+            other ranks that do not come.
+    """
+    report_to = config.logging.report_to
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    if report_to not in ("none", "all", *available):
+        raise UserError(f"`--report_to {report_to}` needs a package: `pip install {report_to}`.")
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=1,
+            mixed_precision=config.training.mixed_precision,
+            log_with=None if report_to == "none" else report_to,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.training.ddp_timeout))],
+            project_config=ProjectConfiguration(
+                project_dir=str(config.output_path), logging_dir=str(config.output_path / config.logging.logging_dir)
+            ),
+        )
+    except ValueError as error:
+        precision = config.training.mixed_precision
+        raise UserError(f"Accelerate cannot run with `--mixed_precision {precision}`: {one_line(error)}") from None
+    except torch.distributed.DistError as error:
+        timeout, reason = config.training.ddp_timeout, one_line(error).rstrip(".")
+        raise UserError(
+            f"the ranks did not come together within `--ddp_timeout {timeout}` ({reason}): look for an error of "
+            "another rank, and whether all machines were started and reach the first one."
+        ) from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate itself, whose own configuration may ask for it, would train in fp32 without a word.
+        raise UserError("`--mixed_precision fp16` needs a GPU: use `--mixed_precision bf16` or `no` on a CPU.")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"Accelerate's configuration asks for {accelerator.distributed_type.value}, and each rank must hold a "
+            "whole clone: launch with `--config_file configs/accelerate/several_gpus.yaml`, or `--multi_gpu`."
+        )
+    if config.training.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
