@@ -59,7 +59,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["iet_finetune", "iet_finetune.*"]),
-    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml", "audit/report/*.jinja"]},
+    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml", "audit/report/*.jinja", "publish/*.jinja"]},
     install_requires=REQUIRED,
     extras_require={"audit": AUDIT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["iet-finetune = iet_finetune.cli:main"]},

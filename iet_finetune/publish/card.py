@@ -1,28 +1,31 @@
 """The model card: what was trained, on what, how, how to load it, and what was not measured."""
 
+import hashlib
 import json
-import re
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed in __all__
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from ..config.registry import REGISTRIES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
+from ..errors import UserError, one_line
 from ..files import LORA_NAME, written_beside
-from .audit_section import HEADING, audit_section, results
+from .audit_section import audit_section, results
+from .upload_list import AUDIT_NAME, CARD_NAME, GRID_TITLE, public_flags
 
-CARD_NAME = "README.md"
-AUDIT_NAME, AUDIT_FORMAT = "audit/audit.json", "iet_finetune.audit"
-GRID_TITLE = "Sample grid"
-LIMITS = "## Limits"
+# What the card says, without paths and secrets, and a digest of the card that was written from it; never uploaded.
+FACTS_NAME = "card.json"
+AUDIT_FORMAT = "iet_finetune.audit"
 # The card is written before the repository's id is known; the push puts the id in this name's place.
 THIS_REPOSITORY = '"this-repository"'
-PAPER = "[arXiv 2407.15328](https://arxiv.org/abs/2407.15328)"
 MERGES = {
     "exact": "the mean of their updates",
     "average": "the mean of each matrix (FedIT)",
@@ -45,11 +48,11 @@ class CardFacts:
     rounds: int  # merges done
     steps: int  # steps of all clones together
     skip_rates: tuple[float, ...]  # fraction of samples skipped, by round
-    sample_grid: str | None  # picture, relative to the output folder
+    sample_grid: str | None  # image, relative to the output folder
     versions: dict[str, str]  # package: version
     lora_export: str | None = None  # what became of the adapter, in words; None: the whole denoiser was trained
     class_names: tuple[str, ...] | None = None  # of the classes by number; None: the model takes no classes
-    absent: tuple[str, ...] = ()  # components that the pipeline does without, and that loading must be told are None
+    absent: tuple[str, ...] = ()  # components that the pipeline does without, and that loading must be given as None
 
 
 def base_license(source_folder: Path) -> str | None:
@@ -85,244 +88,147 @@ def name_fault(name: str) -> str | None:
 
 
 def write_model_card(output_dir: Path, facts: CardFacts) -> Path:
-    """Write `output_dir/README.md`, replacing the one that is there, and return its path.
+    """Write `output_dir/README.md` and the facts it is made from, and return its path; a card that was edited stays.
 
     Whether the pipeline is a LoRA file and whether an audit was made is read from `output_dir`. A base pipeline or a
     data set that is not a Hub id is not named: a local path never reaches the card.
 
     Raises:
         ValueError: `facts.sample_grid` is not a file inside `output_dir`.
+        UserError: the facts of an earlier card are damaged.
     """
     output_dir = Path(output_dir)
     if facts.sample_grid is not None and not (output_dir / facts.sample_grid).is_file():
         raise ValueError(f"sample_grid {facts.sample_grid!r} is not a file in {output_dir}")
-    is_lora = (output_dir / LORA_NAME).is_file()
-    sections = [
-        _introduction(facts),
-        _loading(facts, is_lora),
-        _samples(facts),
-        _recipe(facts),
-        _data(facts),
-        _skipping(facts),
-        _limits(audited=(output_dir / AUDIT_NAME).is_file()),
-        _license(facts),
-        _versions(facts),
-    ]
-    text = f"---\n{_metadata(facts, is_lora).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
-    path = output_dir / CARD_NAME
-    with written_beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-    show_audit(output_dir)
-    return path
+    _write(output_dir, _public(facts, is_lora=(output_dir / LORA_NAME).is_file()))
+    return output_dir / CARD_NAME
 
 
 def show_audit(output_dir: Path) -> None:
-    """Puts what `audit/audit.json` says, if it is there, into the card that is there, in the place of what it said.
+    """Write the card anew from the facts stored beside it, with what `audit/audit.json` says if there is one.
 
-    Nothing else of the card is changed.
+    Raises:
+        UserError: the stored facts are damaged.
     """
-    path, file = output_dir / CARD_NAME, output_dir / AUDIT_NAME
-    if not path.is_file() or not file.is_file():
-        return
-    audit = json.loads(file.read_text(encoding="utf-8"))
-    if audit.get("format") != AUDIT_FORMAT:
-        return
-    card = ModelCard.load(path)
-    data, datasets = card.data, card.data.get("datasets")
-    data.model_name = output_dir.resolve().name
-    data.eval_results = results(audit, data.get("pipeline_tag"), datasets[0] if datasets else None)
-    sections = [part for part in re.split(r"^(?=## )", card.text, flags=re.MULTILINE) if not part.startswith(HEADING)]
-    limits = next((i for i, part in enumerate(sections) if part.startswith(LIMITS)), len(sections))
-    sections[limits : limits + 1] = [f"{audit_section(audit)}\n\n", f"{_limits(audited=True)}\n\n"]
-    text = f"---\n{data.to_yaml()}\n---\n\n{''.join(sections).strip()}\n"
-    with written_beside(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    if stored := _stored(output_dir):
+        _write(output_dir, stored["facts"])
+    elif (output_dir / CARD_NAME).is_file():
+        _warn(f"`{output_dir / CARD_NAME}` is left as it is: {FACTS_NAME}, from which it was written, is missing.")
 
 
-def _metadata(facts: CardFacts, is_lora: bool) -> ModelCardData:
-    task = _task(facts)
+def _stored(output_dir: Path) -> dict[str, Any]:
+    """The content of `card.json`; empty if it is not there."""
+    file = output_dir / FACTS_NAME
+    if not file.is_file():
+        return {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return {"facts": dict(stored["facts"]), "written": str(stored["written"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"`{file}` is damaged: {one_line(error)}. Remove it, and resume the run to write it."
+        ) from None
+
+
+def _write(output_dir: Path, facts: dict[str, Any]) -> None:
+    path, written = output_dir / CARD_NAME, _stored(output_dir).get("written")
+    text = _render(output_dir, facts)
+    # After a kill between the two files the card may be the new one already.
+    edited = path.is_file() and _digest(path.read_text(encoding="utf-8")) not in (written, _digest(text))
+    if edited:
+        _warn(f"`{path}` was edited and is left as it is: remove it, and resume or audit, to have it written anew.")
+    else:
+        with written_beside(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    record = {"facts": facts, "written": written if edited else _digest(text)}
+    with written_beside(output_dir / FACTS_NAME) as partial:
+        partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _public(facts: CardFacts, is_lora: bool) -> dict[str, Any]:
+    """The facts in JSON's types: without flags that are not public, and names only where they are Hub ids."""
+    base, dataset = (name if is_hub_id(name) else None for name in (facts.base_model, facts.flags.get("dataset_name")))
+    flags = public_flags(facts.flags, [base, dataset])
+    changed = {"base_model": base, "dataset": dataset, "flags": flags, "rules": _rules(flags)}
+    return asdict(facts) | changed | {"from_scratch": facts.base_model is None, "is_lora": is_lora}
+
+
+def _rules(flags: dict[str, Any]) -> dict[str, Any]:
+    """The chosen rules from outside the package by kind, and their flags by name."""
+    rules: dict[str, Any] = {}
+    for registry in REGISTRIES:
+        entry = registry.entries.get(flags.get(registry.flag, ""))
+        if entry is not None and not isinstance(entry.rule, str):
+            own = fields(entry.config) if entry.config is not None else ()
+            rules |= {registry.kind: entry.name} | {each.name: flags[each.name] for each in own if each.name in flags}
+    return rules
+
+
+def _render(output_dir: Path, facts: dict[str, Any]) -> str:
+    audit = _audit(output_dir / AUDIT_NAME)
+    names = facts["class_names"] or ()
+    return _template().render(
+        facts=facts,
+        metadata=_metadata(output_dir, facts, audit).to_yaml(),
+        task=_task(facts),
+        repository=THIS_REPOSITORY,
+        without="".join(f", {name}=None" for name in facts["absent"]),
+        numbered=all(name == str(number) for number, name in enumerate(names)),
+        grid_title=GRID_TITLE,
+        default_merge_epochs=DEFAULT_MERGE_EPOCHS,
+        merges=MERGES,
+        audit=audit_section(audit) if audit is not None else None,
+        audited=AUDIT_NAME if (output_dir / AUDIT_NAME).is_file() else None,
+    )
+
+
+@cache
+def _template() -> Template:
+    # Not escaped: it is Markdown.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)
+    return environment.get_template("card.md.jinja")
+
+
+def _audit(file: Path) -> dict[str, Any] | None:
+    audit = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return audit if audit.get("format") == AUDIT_FORMAT else None
+
+
+def _metadata(output_dir: Path, facts: dict[str, Any], audit: dict[str, Any] | None) -> ModelCardData:
+    task, dataset = _task(facts), facts["dataset"]
     tags = [task, "diffusers", "iet-agc", "memorization"]
-    if facts.pipeline_class.startswith("StableDiffusion"):
+    if facts["pipeline_class"].startswith("StableDiffusion"):
         tags.append("stable-diffusion")
-    if is_lora:
+    if facts["is_lora"]:
         tags.append("lora")
-    dataset = facts.flags.get("dataset_name")
     return ModelCardData(
-        base_model=facts.base_model if is_hub_id(facts.base_model) else None,
-        datasets=[str(dataset)] if is_hub_id(dataset) else None,
+        base_model=facts["base_model"],
+        datasets=[dataset] if dataset else None,
+        eval_results=results(audit, task, dataset) if audit is not None else None,
         library_name="diffusers",
-        license=facts.base_license,
+        license=facts["base_license"],
+        model_name=output_dir.resolve().name if audit is not None else None,
         pipeline_tag=task,
         tags=[tag for tag in tags if tag is not None],
     )
 
 
-def _task(facts: CardFacts) -> str | None:
-    if facts.pipeline_class.startswith("DiT") or facts.class_names is not None:
+def _task(facts: dict[str, Any]) -> str | None:
+    if facts["pipeline_class"].startswith("DiT") or facts["class_names"] is not None:
         return None  # class labels go in, and the Hub has no name for that task
-    return "unconditional-image-generation" if facts.pipeline_class.startswith(UNCONDITIONAL) else "text-to-image"
-
-
-def _introduction(facts: CardFacts) -> str:
-    base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
-    source = base if is_hub_id(facts.base_model) else "a local pipeline"
-    began = "Trained from scratch" if facts.base_model is None else f"Fine-tuned from {source}"
-    shards, threshold = facts.flags["num_shards"], facts.flags["agc_threshold"]
-    trained = "LoRA adapter" if facts.flags["use_lora"] else "denoiser"
-    ensemble = (
-        f"The data was split into {shards} shards; in each round every shard trained its own clone of the {trained}, "
-        f"and the clones were averaged into the {trained} of the next round."
-        if shards > 1
-        else "The data was not split (one shard), so no clones were averaged."
-    )
-    control = (
-        f"A sample whose loss was below {threshold:g} of the moving average for its timestep was skipped."
-        if threshold > 0
-        else "Anti-gradient control was off: no sample was skipped."
-    )
-    return (
-        f"# {facts.pipeline_class} {'trained' if facts.base_model is None else 'fine-tuned'} with IET-AGC\n\n"
-        f"{began} with IET-AGC (iterative ensemble training with anti-gradient control, {PAPER}), "
-        f"meant to keep a diffusion model from memorizing single training images. {ensemble} {control}"
-    )
-
-
-def _loading(facts: CardFacts, is_lora: bool) -> str:
-    base = json.dumps(facts.base_model) if is_hub_id(facts.base_model) else '"the-base-pipeline"'
-    lines = ["from diffusers import DiffusionPipeline", ""]
-    without = "".join(f", {name}=None" for name in facts.absent)
-    if facts.class_names is not None:
-        lines = ["from iet_finetune import ClassConditionalPipeline", ""]
-        lines.append(f"pipeline = ClassConditionalPipeline.from_pretrained({THIS_REPOSITORY})")
-        lines.append("image = pipeline(class_labels=[0]).images[0]")
-    elif is_lora:
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base}{without})")
-        lines.append(f"pipeline.load_lora_weights({THIS_REPOSITORY})")
-    else:
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({THIS_REPOSITORY}{without})")
-    if _task(facts) == "text-to-image":
-        prompts = facts.flags.get("validation_prompts") or ["a photo"]
-        lines.append(f"image = pipeline({json.dumps(prompts[0], ensure_ascii=False)}).images[0]")
-    elif _task(facts) is not None:
-        lines.append("image = pipeline().images[0]")
-    return "## How to load it\n\n```python\n" + "\n".join(lines) + "\n```" + _classes(facts)
-
-
-def _classes(facts: CardFacts) -> str:
-    names = facts.class_names or ()
-    if all(name == str(number) for number, name in enumerate(names)):
-        return f"\n\nClasses: 0 to {len(names) - 1}." if names else ""
-    told = ", ".join(f"{number} {' '.join(name.split())}" for number, name in enumerate(names))
-    return f"\n\nClasses: {told}."
-
-
-def _samples(facts: CardFacts) -> str:
-    if facts.sample_grid is None:
-        return ""
-    prompts = "\n".join(
-        f"- `` {' '.join(prompt.split())} ``" for prompt in facts.flags.get("validation_prompts") or []
-    )
-    return f"## Samples\n\n![{GRID_TITLE}]({quote(facts.sample_grid)})\n\n{prompts}".rstrip()
-
-
-def _recipe(facts: CardFacts) -> str:
-    return "## Recipe\n\n" + _table(("setting", "value"), _recipe_rows(facts))
-
-
-def _recipe_rows(facts: CardFacts) -> list[tuple[str, object]]:
-    flags = facts.flags
-    merge_steps, threshold = flags["merge_every_steps"], flags["agc_threshold"]
-    passes = flags["merge_every_epochs"] or DEFAULT_MERGE_EPOCHS
-    batch, accumulation = flags["train_batch_size"], flags["gradient_accumulation_steps"]
-    # diffusers' plain "constant" has no warm-up, whatever the flag says.
-    warm_up = "" if flags["lr_scheduler"] == "constant" else f", {flags['lr_warmup_steps']} warm-up steps"
-    rows: list[tuple[str, object]] = [
-        ("shards (K)", f"{flags['num_shards']} ({flags['shard_strategy']})"),
-        ("local training between merges", f"{merge_steps} steps" if merge_steps else f"{passes} passes"),
-        ("merges", facts.rounds),
-        *_adapter_rows(facts),
-        ("weight of a clone in the merge", flags["merge_weighting"]),
-        ("optimizer moments at a merge", flags["optimizer_across_rounds"]),
-        ("AGC threshold", f"{threshold:g}" if threshold else "0 (off)"),
-        ("AGC decay (d)", f"{flags['agc_decay']:g}"),
-        ("steps of all clones together", facts.steps),
-        ("learning rate", f"{flags['learning_rate']:g}" + (f" x {batch * accumulation}" if flags["scale_lr"] else "")),
-        ("learning rate schedule", flags["lr_scheduler"] + warm_up),
-        ("AdamW", f"beta {flags['adam_beta1']:g} and {flags['adam_beta2']:g}, decay {flags['adam_weight_decay']:g}"),
-        ("images in a clone's step", f"{batch} x {accumulation} = {batch * accumulation}"),
-        ("moving average of the weights", f"up to {flags['ema_max_decay']:g}" if flags["use_ema"] else "no"),
-        ("mixed precision", flags["mixed_precision"] or "Accelerate's setting"),
-        ("resolution", flags["resolution"]),
-        ("mirrored at random", "yes" if flags["random_flip"] else "no"),
-        ("captions dropped", f"{flags['caption_dropout']:g}"),
-        ("min-SNR gamma", "off" if flags["snr_gamma"] is None else f"{flags['snr_gamma']:g}"),
-        ("noise offset", f"{flags['noise_offset']:g}"),
-        ("seed", flags["seed"]),
-    ]
-    return rows
-
-
-def _adapter_rows(facts: CardFacts) -> list[tuple[str, object]]:
-    flags = facts.flags
-    if not flags["use_lora"]:
-        return []
-    alpha = flags["rank"] if flags["lora_alpha"] is None else flags["lora_alpha"]
-    scaling = ", scaled as in rsLoRA" if flags["use_rslora"] else ""
-    return [
-        ("LoRA", f"rank {flags['rank']}, alpha {alpha}{scaling}, dropout {flags['lora_dropout']:g}"),
-        ("layers with an adapter", flags["lora_layers"] or "attention projections"),
-        ("merge of adapters", MERGES[flags["lora_merge"]]),
-        ("saved as", facts.lora_export),
-    ]
-
-
-def _data(facts: CardFacts) -> str:
-    dataset = facts.flags.get("dataset_name")
-    source = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if is_hub_id(dataset) else "a local data set"
-    return (
-        f"## Data\n\nTrained on {facts.num_images} images ({facts.num_distinct_images} distinct) from {source}. "
-        f"{facts.num_heldout} images were held out of training."
-    )
-
-
-def _skipping(facts: CardFacts) -> str:
-    if facts.flags["agc_threshold"] == 0 or not facts.skip_rates:
-        return ""
-    rows = [(number, f"{100 * rate:.2f} %") for number, rate in enumerate(facts.skip_rates, start=1)]
-    return "## Samples skipped by anti-gradient control\n\n" + _table(("round", "skipped"), rows)
-
-
-def _limits(audited: bool) -> str:
-    measured = (
-        f"What was measured of this pipeline's memorization is in [{AUDIT_NAME}]({AUDIT_NAME}); anything else was not."
-        if audited
-        else "Memorization of this pipeline: not measured."
-    )
-    return (
-        f"{LIMITS}\n\n"
-        f"{measured} Less measured extraction is no guarantee that a training image cannot be extracted: only "
-        "differential privacy gives one, and this training is not differentially private. What the base model "
-        "gets wrong, this one may get wrong too."
-    )
-
-
-def _license(facts: CardFacts) -> str:
-    if facts.base_model is None:
-        said = "This card sets none: the weights began at random, and whoever trained them may choose one."
-    elif facts.base_license is None:
-        said = (
-            "The base model's licence could not be read, so this card sets none. Look it up before you use or share "
-            "the weights."
-        )
-    else:
-        said = f"That of the base model: {facts.base_license}."
-    return f"## License\n\n{said}"
-
-
-def _versions(facts: CardFacts) -> str:
-    return "## Versions\n\n" + ", ".join(f"{package} {version}" for package, version in facts.versions.items())
-
-
-def _table(header: tuple[str, str], rows: list[tuple[Any, Any]]) -> str:
-    lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
-    return "\n".join(lines + [f"| {left} | {right} |" for left, right in rows])
+    return "unconditional-image-generation" if facts["pipeline_class"].startswith(UNCONDITIONAL) else "text-to-image"

@@ -26,8 +26,8 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 
 from ..config.settings import HubConfig
 from ..errors import UserError, one_line
-from .card import CARD_NAME, THIS_REPOSITORY, CardFacts, base_license, name_fault, write_model_card
-from .upload_list import INDEX_NAME, OWN_FILES, Files, component_names, upload_list
+from .card import THIS_REPOSITORY, CardFacts, base_license, name_fault, write_model_card
+from .upload_list import CARD_NAME, INDEX_NAME, OWN_FILES, Files, component_names, upload_list
 
 __all__ = ["CardFacts", "base_license", "push", "write_model_card"]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,13 +14,14 @@ from ..audit.report.report import LOCAL_BEGINS, LOCAL_ENDS
 from ..config.config import SECRET_FLAGS, all_flags
 from ..errors import UserError, one_line
 from ..files import LORA_NAME
-from .card import AUDIT_NAME, CARD_NAME, GRID_TITLE
 
 Files = dict[str, Path | bytes]
 
+CARD_NAME = "README.md"
+GRID_TITLE = "Sample grid"
 INDEX_NAME = "model_index.json"
 CONFIG_NAME = "training_config.yaml"
-REPORT_NAME = "audit/report.html"
+AUDIT_NAME, REPORT_NAME = "audit/audit.json", "audit/report.html"
 OWN_FILES = (INDEX_NAME, LORA_NAME, CARD_NAME, CONFIG_NAME, AUDIT_NAME, REPORT_NAME)
 COMPONENT_SUFFIXES = (".json", ".safetensors")
 TOKENIZER_FILES = ("merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")
@@ -155,13 +157,21 @@ def _public_config(path: Path, card: ModelCard) -> bytes:
         raise UserError(f"`{path}` must hold `key: value` lines, not a {type(values).__name__}.")
     # The card was written where a relative folder could be told from a Hub id, so what it names is public.
     public = [*_listed(card.data.get("base_model")), *_listed(card.data.get("datasets"))]
+    return yaml.safe_dump(public_flags(values, public), sort_keys=False, allow_unicode=True).encode()
+
+
+def public_flags(values: Mapping[str, Any], public: Collection[Any]) -> dict[str, Any]:
+    """The flags among `values`, in the order of `--help`, that may leave this machine.
+
+    Args:
+        public: ids on the Hub; a base pipeline or data set that is not among them is a folder, and left out.
+    """
     hidden = {name for name in NAMED_FLAGS if values.get(name) not in public} | set(LOCAL_FLAGS)
-    kept = {
+    return {
         name: values[name]
         for name, spec in all_flags().items()
         if name in values and name not in hidden and spec.scope in ("public", None) and not _is_path(values[name])
     }
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -166,6 +166,7 @@ def test_the_fused_pipeline_is_the_base_but_for_the_layers_that_were_adapted(wor
 def test_a_run_that_saved_a_lora_file_left_no_pipeline(outputs):
     assert sorted(path.name for path in (outputs / "alone").iterdir() if not path.name.startswith("checkpoint")) == [
         "README.md",
+        "card.json",
         "ledger.parquet",
         "metrics.jsonl",
         LORA,

@@ -1,13 +1,19 @@
 """Promises of the model card: it says what was done and measured, and nothing else."""
 
+import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from audit_samples import sample_audit
 from cards import facts, with_flags
 from huggingface_hub import ModelCard
 
-from iet_finetune.publish.card import base_license, write_model_card
+from iet_finetune.config.flags import flag
+from iet_finetune.config.registry import SKIP_RULES, register_skip_rule
+from iet_finetune.errors import UserError
+from iet_finetune.publish.card import base_license, show_audit, write_model_card
 
 
 def test_the_card_states_the_recipe_and_the_data(tmp_path: Path):
@@ -77,6 +83,86 @@ def test_the_card_says_that_nothing_was_measured_until_there_is_an_audit(tmp_pat
     text = write_model_card(tmp_path, facts()).read_text()
     assert "not measured." not in text
     assert "[audit/audit.json](audit/audit.json)" in text
+
+
+def test_a_later_audit_gives_the_card_that_an_audited_run_has(tmp_path: Path):
+    made = with_flags(facts(), dataset_name="somebody/cats")
+    plain = write_model_card(tmp_path, made).read_text()
+    (tmp_path / "audit").mkdir()
+    (tmp_path / "audit/audit.json").write_text(json.dumps(sample_audit()))
+    show_audit(tmp_path)
+    audited = (tmp_path / "README.md").read_text()
+    assert audited.index("## Audit") < audited.index("## Limits")
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results
+    assert audited == write_model_card(tmp_path, made).read_text()
+    (tmp_path / "audit/audit.json").unlink()
+    show_audit(tmp_path)
+    assert (tmp_path / "README.md").read_text() == plain
+
+
+def test_a_card_that_was_edited_is_left_alone_until_it_is_removed(tmp_path: Path, capsys):
+    path = write_model_card(tmp_path, facts())
+    path.write_text(edited := path.read_text() + "Drawn by me.\n")
+    for _ in range(2):
+        write_model_card(tmp_path, facts(steps=48))
+        show_audit(tmp_path)
+        assert path.read_text() == edited
+    assert set(capsys.readouterr().err.splitlines()) == {
+        f"warning: `{path}` was edited and is left as it is: remove it, and resume or audit, to have it written anew."
+    }
+    path.unlink()
+    show_audit(tmp_path)
+    assert "| steps of all clones together | 48 |" in path.read_text()
+    write_model_card(tmp_path, facts(steps=72))
+    assert "| steps of all clones together | 72 |" in path.read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_kill_between_card_and_facts_does_not_make_the_card_an_edited_one(tmp_path: Path, capsys):
+    path = write_model_card(tmp_path, facts())
+    old = (tmp_path / "card.json").read_bytes()
+    write_model_card(tmp_path, facts(steps=48))
+    (tmp_path / "card.json").write_bytes(old)
+    write_model_card(tmp_path, facts(steps=48))
+    write_model_card(tmp_path, facts(steps=72))
+    assert "| steps of all clones together | 72 |" in path.read_text()
+    assert capsys.readouterr().err == ""
+
+
+def test_facts_that_are_missing_or_damaged_are_named_and_the_card_stays(tmp_path: Path, capsys):
+    path = write_model_card(tmp_path, facts())
+    text = path.read_text()
+    (tmp_path / "card.json").write_text('{"facts": 1')
+    with pytest.raises(UserError, match=r"card\.json` is damaged"):
+        show_audit(tmp_path)
+    (tmp_path / "card.json").unlink()
+    show_audit(tmp_path)
+    assert capsys.readouterr().err.startswith(f"warning: `{path}` is left as it is: card.json")
+    assert path.read_text() == text
+
+
+def test_the_stored_facts_name_nothing_of_this_machine(tmp_path: Path):
+    local = with_flags(facts(base_model="./base"), dataset_name="./cats", train_data_dir="here", hub_token="hf_x")
+    write_model_card(tmp_path, with_flags(local, output_dir=str(tmp_path)))
+    stored = json.loads((tmp_path / "card.json").read_text())["facts"]
+    text = json.dumps(stored)
+    for name in ("./base", "./cats", "here", "hf_x", str(tmp_path)):
+        assert f'"{name}"' not in text
+    assert stored["flags"]["seed"] == 0
+
+
+def test_a_rule_from_outside_is_in_the_card_with_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SKIP_RULES, "entries", dict(SKIP_RULES.entries))
+
+    @dataclass(frozen=True)
+    class Settings:
+        reference_share: float = flag(0.75, "Skip below this share.", resume="fixed", scope="public")
+
+    register_skip_rule("reference", Settings)(object)
+    text = write_model_card(tmp_path, with_flags(facts(), skip_rule="reference", reference_share=0.75)).read_text()
+    assert "Samples were skipped by the rule `reference`." in text
+    assert "| skip rule | reference |\n| reference_share | 0.75 |" in text
+    assert "AGC threshold" not in text
 
 
 def test_the_card_claims_no_part_of_the_method_that_was_off(tmp_path: Path):

@@ -23,7 +23,7 @@ from tiny import save_tiny_sd
 from iet_finetune.cli.push_command import push_command
 from iet_finetune.config.config import Config
 from iet_finetune.errors import UserError
-from iet_finetune.publish.hub import write_model_card
+from iet_finetune.publish.card import write_model_card
 from iet_finetune.publish.upload_list import upload_list
 
 pytestmark = pytest.mark.timeout(120)
@@ -37,10 +37,11 @@ import json, sys, time
 pauses = []
 time.sleep = pauses.append
 import iet_finetune.publish.hub as hub
+from iet_finetune.cli.push_command import push_command
 from iet_finetune.errors import UserError
 hub.SILENCE = 1.0
 try:
-    said, code = hub.push_command(sys.argv[1:]), 0
+    said, code = push_command(sys.argv[1:]), 0
 except UserError as error:
     said, code = str(error), 2
 print(json.dumps({"said": said, "pauses": pauses}))
