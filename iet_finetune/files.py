@@ -22,7 +22,7 @@ def partial_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Yields a path to write a file to, which is moved to `path` if the block ends well and removed if not."""
+    """Yields a path to write a file to; it is moved to `path` if the block succeeds and removed if not."""
     partial = partial_name(path)
     with removed_on_error(partial):
         yield partial
@@ -31,7 +31,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def removed_on_error(partial: Path) -> Iterator[None]:
-    """Leaves nothing half-written behind: the file or folder is removed where the block does not end well."""
+    """Removes the file or folder if the block fails."""
     try:
         yield
     except BaseException:
@@ -41,7 +41,7 @@ def removed_on_error(partial: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_folder(folder: Path) -> Iterator[None]:
-    """Makes room for a folder of the same name: the old one is moved aside, and removed once the new one stands."""
+    """Moves a folder aside while the block creates its replacement, then removes it."""
     aside = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         folder.rename(aside)
@@ -57,7 +57,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what interrupted writes left in a folder, after putting back what they had moved aside."""
+    """Removes what interrupted writes left in a folder, and restores what they had moved aside."""
     for aside in list(folder.glob(".*.replaced")):
         original = folder / aside.name.removeprefix(".").removesuffix(".replaced")
         if original.exists():
@@ -76,7 +76,7 @@ def to_disk(path: Path) -> None:
 
 @contextlib.contextmanager
 def no_space_named(target: Path) -> Iterator[None]:
-    """Turns a full disk, in whatever words a library reports it, into the one clear line."""
+    """Reports a full disk as one clear error, whichever library noticed it."""
     try:
         yield
     except Exception as error:
@@ -90,13 +90,13 @@ def no_space_named(target: Path) -> Iterator[None]:
 
 
 def gigabytes(size: int, rounded: Callable[[float], int]) -> str:
-    """A size in words; `rounded` is `math.ceil` for what is needed and `math.floor` for what is there."""
-    # What is needed is rounded up and what is free is rounded down, so that the two differ in print as well.
+    """Formats a size; `rounded` is `math.ceil` for required and `math.floor` for available bytes."""
+    # Rounded apart, so that the two also differ in print.
     return f"{rounded(size / 1e7) / 100:.2f} GB"
 
 
 def make_writable(folder: Path) -> None:
-    """Makes the output folder, if it is not there; raises a `UserError` if it cannot be written."""
+    """Creates the output folder if needed; raises a `UserError` if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -133,7 +133,7 @@ class FolderLock:
             self._file.unlink(missing_ok=True)  # a file system without locks: nothing to hold
 
     def release(self) -> None:
-        """Lets another run have the folder, and removes the lock file."""
+        """Removes the lock file and lets another run use the folder."""
         if self._lock.is_locked:
             # While held: a waiter that then locks the removed file notices and retries. Windows removes it itself.
             with contextlib.suppress(PermissionError):

@@ -1,4 +1,4 @@
-"""The command `merge`: LoRA adapters or whole denoisers, trained elsewhere, become one by the method's own merge."""
+"""The command `merge`: merges LoRA adapters or whole denoisers trained elsewhere, as the method merges its clones."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ _LARGEST = 1e15  # whole numbers up to here are exact in float64, and no sum of 
 
 
 def merge_command(argv: list[str]) -> str:
-    """What `iet-finetune merge` does with the arguments after that word; returns the line that says how it went.
+    """Runs `iet-finetune merge` with the arguments after that word; returns the line to print.
 
     Arguments, paths and kinds are checked before torch is imported; OUTPUT is complete or absent.
 
@@ -152,7 +152,7 @@ def _output(given: str | None, models: Sequence[Path]) -> Path:
 
 
 def _publish(output: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` fill a folder beside its place and moves it there as a whole."""
+    """Calls `save` with a folder beside `output`, then moves it into place as a whole."""
     partial = partial_name(output)
     shutil.rmtree(partial, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from ..publish.hub import push
 
 
 def push_command(argv: list[str]) -> str:
-    """What `iet-finetune push OUTPUT [flags]` does: `push`, with the arguments after the word `push`.
+    """Runs `iet-finetune push OUTPUT [flags]` with the arguments after the word `push`; returns the URL.
 
     Raises:
         UserError: wrong arguments, or what `push` raises.

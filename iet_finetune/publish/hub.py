@@ -1,12 +1,11 @@
-"""Publishing: one commit that brings a finished run to the Hub, or one line that says how to try again."""
+"""Pushes a finished run to the Hub in one commit, or says in one line how to try again."""
 
 import json
 import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,16 +25,14 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 
 from ..config.settings import HubConfig
 from ..errors import UserError, one_line
-from .card import THIS_REPOSITORY, CardFacts, base_license, name_fault, write_model_card
+from .card import THIS_REPOSITORY, name_fault
 from .upload_list import CARD_NAME, INDEX_NAME, OWN_FILES, Files, component_names, upload_list
-
-__all__ = ["CardFacts", "base_license", "push", "write_model_card"]
 
 Result = TypeVar("Result")
 
 PAUSES = (1, 2, 4, 8)  # seconds before a request is sent again
 SILENCE = 300.0  # seconds without a byte from the server after which a request has failed
-PASSING = (408, 429, 500, 502, 503, 504)  # answers that may be different next time
+PASSING = (408, 429, 500, 502, 503, 504)  # transient failures
 
 
 def push(output_dir: Path, hub: HubConfig) -> str:
@@ -62,7 +59,7 @@ def push(output_dir: Path, hub: HubConfig) -> str:
 
 
 def check_push(output_dir: Path, hub: HubConfig) -> str:
-    """The token with which `push` will upload; asks nothing of the network, so that training need not come first.
+    """Returns the token that `push` will use; needs no network, so that it can be checked before training.
 
     Raises:
         UserError: no token, a name that the Hub does not take, or `HF_HUB_OFFLINE`.
@@ -98,7 +95,7 @@ def _publish(output_dir: Path, files: Files, hub: HubConfig, token: str) -> str:
 
 
 def _patiently(call: Callable[[], Result]) -> Result:
-    """`call()`, again after each of `PAUSES` while it fails in passing; the client does not do that for these."""
+    """Retries `call` after each of `PAUSES` while it fails transiently; the client does not retry these requests."""
     for pause in PAUSES:
         try:
             return call()
@@ -110,22 +107,13 @@ def _patiently(call: Callable[[], Result]) -> Result:
 
 
 def _commit(api: HfApi, repo_id: str, files: Files) -> None:
+    # By hand: `upload_folder` leaves out, in silence, what a .gitignore in the repository names, and with Xet makes
+    # several commits of one that the Hub refuses for a while, so that a failed push may leave half a pipeline there.
     # Planned anew on each call: if an earlier commit arrived and only its answer was lost, nothing is left to do.
     additions = [CommitOperationAdd(path, content) for path, content in files.items()]
-    with _retried_by_the_client():
-        deletions = [CommitOperationDelete(path) for path in _stale(api, repo_id, files)]
-        # An empty .gitignore, so that one in the repository cannot leave out weights in silence.
-        api.preupload_lfs_files(repo_id, additions, gitignore_content="")
+    deletions = [CommitOperationDelete(path) for path in _stale(api, repo_id, files)]
+    api.preupload_lfs_files(repo_id, additions, gitignore_content="")
     api.create_commit(repo_id, [*additions, *deletions], commit_message="Upload a pipeline fine-tuned with IET-AGC")
-
-
-@contextmanager
-def _retried_by_the_client() -> Iterator[None]:
-    # The client sends these requests six times over 23 seconds; a RuntimeError is what its own uploads end in.
-    try:
-        yield
-    except HTTPError as error:
-        raise RuntimeError("Error while preparing the upload.") from error
 
 
 def _stale(api: HfApi, repo_id: str, files: Files) -> list[str]:
@@ -156,7 +144,7 @@ def _reason(error: Exception) -> str:
 
 
 def _command(output_dir: Path, hub: HubConfig) -> str:
-    """The line that pushes again; never with the token in it."""
+    """The command that pushes again, without the token."""
     name = "OWNER/NAME" if name_fault(_name(output_dir, hub)) else hub.hub_model_id
     words = ["iet-finetune", "push", str(output_dir)] + (["--hub_model_id", name] if name else [])
     switches = [name for name in ("hub_private_repo", "push_audit_images") if getattr(hub, name)]

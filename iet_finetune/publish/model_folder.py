@@ -51,7 +51,7 @@ def merge_pipelines(folders: Sequence[Path], weights: Sequence[float], output: P
 def merge_models(folders: Sequence[Path], weights: Sequence[float], output: Path) -> None:
     """Writes the weighted average of models, as `merge_state_dicts` gives it: bit for bit, in the first one's dtypes.
 
-    The files are cut as those of the first model are. One tensor of each model is in memory at a time.
+    Files are sharded as those of the first model. One tensor of each model is in memory at a time.
 
     Args:
         folders: each with a config.json and safetensors, sharded or not.
@@ -133,7 +133,7 @@ def _check_same_config(folders: Sequence[Path]) -> None:
                 f"`{folder}` is quantized, and its numbers cannot be averaged: merge the original weights."
             )
         for key in sorted(configs[0].keys() | config.keys()):
-            # What begins with _ says where a model came from, but for its class.
+            # Keys that begin with _ record a model's origin, except its class.
             noted = key.startswith("_") and key != "_class_name"
             if not noted and configs[0].get(key) != config.get(key):
                 ours, theirs = config.get(key), configs[0].get(key)

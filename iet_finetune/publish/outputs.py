@@ -1,4 +1,4 @@
-"""The output folder: whether it may be used, and how finished things get into it."""
+"""The output folder: checks that it may be used, and moves finished results into it."""
 
 import contextlib
 import hashlib
@@ -35,8 +35,8 @@ AUDIT_FILES = ("audit/audit.json", "audit/pairs.json", "audit/report.html")
 
 
 def claim(folder: Path, resuming: bool) -> FolderLock:
-    """Creates the output folder, makes sure that it can be written and holds nothing that would be mixed up, and
-    removes what an interrupted run of ours left half done.
+    """Creates and locks the output folder, checks that it is writable and holds nothing else, and removes the partial
+    files of an interrupted run.
 
     Raises:
         UserError: it is a file, cannot be written, is in use, is not empty although nothing is resumed, or holds
@@ -55,7 +55,7 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
 
 
 def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | None:
-    """`claim` on rank 0, for all; the others make sure that they see the same folder.
+    """Calls `claim` on rank 0; the other ranks check that they see the same folder.
 
     Returns:
         the lock on rank 0, None on the others.
@@ -90,7 +90,7 @@ def _check_content(folder: Path, resuming: bool) -> None:
 
 
 def make_logging_folder(folder: Path) -> None:
-    """Raises a `UserError` unless the trackers' folder is there or can be made."""
+    """Creates the trackers' folder if needed; raises a `UserError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,9 +109,9 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def publish(folder: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` make a folder with a pipeline or a LoRA file and moves what is in it to its place, the mark last.
+    """Calls `save` with a new folder for a pipeline or LoRA file and moves its contents into place, the mark last.
 
-    The mark of the other kind, from a shorter run in the same folder, goes, and with it that pipeline.
+    A result of the other kind, from a shorter run in the same folder, is removed.
 
     Raises:
         UserError: no space left on the device.
@@ -135,9 +135,9 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def audit_of_other_weights_removed(folder: Path) -> Iterator[None]:
-    """Removes the audit of the result in a folder if the weights become others inside; what was drawn stays.
+    """Removes the folder's audit if the block changes the weights; generated images stay.
 
-    Pictures and figures of the old weights that are kept beside it are not used for new ones.
+    Images and metrics of the old weights that are kept beside it are not used for the new ones.
     """
     before = _weights_digest(folder) if (folder / AUDIT_FILES[0]).exists() else None
     yield
@@ -156,7 +156,7 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _remove_pipeline(folder: Path) -> None:
-    """Its index goes aside first, so that it never seems complete with parts missing; who is killed goes on later."""
+    """Moves the index aside first: a partly removed pipeline never looks complete, and a killed removal resumes."""
     aside = folder / f".{INDEX}.removed"
     if (folder / INDEX).is_file():
         (folder / INDEX).replace(aside)

@@ -1,4 +1,4 @@
-"""What a run leaves: a whole pipeline or a LoRA file, in the precision that is wanted, and the line that loads it."""
+"""A run's result: a pipeline or a LoRA file in the requested precision, and the line that loads it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..lora.file import write_lora
 
 
 class Result:
-    """What is saved of the live denoiser, which holds the merged weights or their moving average.
+    """Saves the live denoiser, which holds the merged weights or their moving average.
 
     Args:
         family: the pipeline with the live denoiser.
@@ -44,11 +44,11 @@ class Result:
 
     @property
     def words(self) -> str | None:
-        """What became of the adapter; None if the whole denoiser was trained."""
+        """How the adapter was exported; None if the whole denoiser was trained."""
         return self._export.words if self._export is not None else None
 
     def save(self, folder: Path) -> None:
-        """Makes the folder and writes the pipeline or the LoRA file into it; to be called once."""
+        """Creates the folder and writes the pipeline or LoRA file into it; call it once."""
         if self._export is None or self._export.layers is None:
             self._save_pipeline(folder)
         else:
@@ -56,7 +56,7 @@ class Result:
             write_lora(folder / LORA_NAME, self._export.layers)
 
     def how_to_load(self, folder: Path) -> str:
-        """The expression that loads it from where it lies."""
+        """The expression that loads it from `folder`."""
         if self._export is not None and self._export.layers is not None:
             return f'pipeline.load_lora_weights("{folder}")'
         loader = "ClassConditionalPipeline" if self._by_class else "DiffusionPipeline"

@@ -155,7 +155,7 @@ def _public_config(path: Path, card: ModelCard) -> bytes:
         raise UserError(f"`{path}` cannot be read: {one_line(error)}.") from None
     if not isinstance(values, dict):
         raise UserError(f"`{path}` must hold `key: value` lines, not a {type(values).__name__}.")
-    # The card was written where a relative folder could be told from a Hub id, so what it names is public.
+    # The card was written where a relative folder could be distinguished from a Hub id, so what it names is public.
     public = [*_listed(card.data.get("base_model")), *_listed(card.data.get("datasets"))]
     return yaml.safe_dump(public_flags(values, public), sort_keys=False, allow_unicode=True).encode()
 

@@ -96,7 +96,7 @@ def nobody() -> str:
 
 @pytest.fixture(scope="module")
 def story(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Train and push; train on while the server is gone; push again as told."""
+    """Train and push; train on while the server is gone; push again with the command it printed."""
     folder = tmp_path_factory.mktemp("push")
     output = folder / "out"
     settings = {"push_to_hub": True, "hub_model_id": REPOSITORY, "report_to": "tensorboard"}

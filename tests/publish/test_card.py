@@ -216,12 +216,14 @@ def test_a_model_from_scratch_has_no_base_and_no_licence_of_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "listed"),
     [(("bag", "ankle  boot"), "Classes: 0 bag, 1 ankle boot."), (("0", "1", "2"), "Classes: 0 to 2.")],
 )
-def test_a_model_that_draws_by_class_is_loaded_by_what_can_and_names_its_classes(tmp_path: Path, names, told):
+def test_a_model_that_draws_by_class_names_its_classes_and_a_pipeline_class_that_loads_it(
+    tmp_path: Path, names, listed
+):
     text = write_model_card(tmp_path, facts(pipeline_class="DDPMPipeline", class_names=names)).read_text()
     assert "from iet_finetune import ClassConditionalPipeline" in text
     assert "pipeline(class_labels=[0])" in text
-    assert told in text
+    assert listed in text
     assert ModelCard.load(tmp_path / "README.md").data.get("pipeline_tag") is None

@@ -116,7 +116,7 @@ def fill_run(output: Path, data: Path) -> None:
         "audit/report.html": b"report",
         "unet/old.bin": b"pickle",
     }
-    secret |= {"audit/nearest.png": b"training image", "validation/round-1.png": b"picture", "unet/captions.txt": b"x"}
+    secret |= {"audit/nearest.png": b"training image", "validation/round-1.png": b"image", "unet/captions.txt": b"x"}
     for name, contents in secret.items():
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (output / name).write_bytes(b"SECRET " + contents)
@@ -381,7 +381,7 @@ def test_what_is_not_a_complete_run_is_not_pushed(copy: Path, spoil, says: str):
         push_command([str(copy)])
 
 
-def test_a_picture_outside_the_run_is_never_uploaded(copy: Path):
+def test_an_image_outside_the_run_is_never_uploaded(copy: Path):
     (copy.parent / "private.png").write_bytes(b"x")
     card = (copy / "README.md").read_text()
     (copy / "README.md").write_text(card.replace("validation/before_after.png", "../private.png"))
