@@ -49,6 +49,9 @@ TEST = [
 ]
 DEV = [*TEST, "mypy>=1.18", "ruff>=0.14", "types-PyYAML", "types-tqdm"]
 
+# What the report and the model card are made from.
+TEMPLATES = ("audit/report/*.jinja", "audit/report/*.yaml", "publish/*.jinja")
+
 setup(
     name="iet_finetune",
     version=version(),
@@ -59,7 +62,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["iet_finetune", "iet_finetune.*"]),
-    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml", "audit/report/*.jinja", "publish/*.jinja"]},
+    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml", *TEMPLATES]},
     install_requires=REQUIRED,
     extras_require={"audit": AUDIT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["iet-finetune = iet_finetune.cli:main"]},

@@ -195,7 +195,7 @@ def record(path: Path, parallel: int) -> None:
 
 
 # Keys of an audit that were renamed, and those that say when, where and with which version it was made.
-RENAMED = {"null": "baseline"}
+RENAMED = {"null": "baseline", "null_low": "baseline_low", "null_high": "baseline_high"}
 IGNORED = {"date", "command", "version", "versions", "iet_finetune", "model", "fingerprint", "training_fingerprint"}
 
 

@@ -8,27 +8,35 @@ from PIL import Image, ImageDraw
 
 from iet_finetune.audit.measures.findings import histogram
 from iet_finetune.audit.measures.metrics import rate
+from iet_finetune.audit.report.codec import encode
+from iet_finetune.audit.report.record import AuditRecord, ClosestPair
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'too' & {{ 7*7 }} \u202e\x00</td></table>"
 
 
-def figure(value: float, reach: float, null: float | None = None) -> dict[str, Any]:
+def even(value: float, reach: float, baseline: float | None = None) -> dict[str, Any]:
     """A metric of audit.json with an even interval."""
-    return {"value": value, "low": value - reach, "high": value + reach, "null": null}
+    return {"value": value, "low": value - reach, "high": value + reach, "baseline": baseline}
 
 
-def share(count: int, total: int, null: float | None = None) -> dict[str, Any]:
+def share(count: int, total: int, baseline: float | None = None) -> dict[str, Any]:
     """A rate of audit.json."""
-    return rate(count, total).against(null).to_json()
+    return rate(count, total).against(baseline).to_json()
 
 
-def sample_audit(**changes: Any) -> dict[str, Any]:
+def sample_audit(**changes: Any) -> AuditRecord:
+    """A complete audit; `changes` replace parts of its `audit.json`."""
+    return AuditRecord.from_json(sample_json(**changes))
+
+
+def sample_json(**changes: Any) -> dict[str, Any]:
     """A complete audit.json; `changes` replace its parts."""
     audit = {
         "format": "iet_finetune.audit",
-        "version": 1,
+        "version": 2,
         "model": "emoji-sd-iet",
         "pipeline_class": "StableDiffusionPipeline",
+        "fingerprint": "c0ffee0123456789",
         "reference": {"model": "emoji-sd", "fingerprint": "77aa10fe93b2c4d8"},
         "date": "2026-11-25",
         "versions": {"iet_finetune": "0.1.0", "torch": "2.13.0", "diffusers": "0.42.1", "transformers": "5.23.0"},
@@ -42,7 +50,6 @@ def sample_audit(**changes: Any) -> dict[str, Any]:
             "scheduler": "DDIMScheduler",
             "membership_draws": 8,
         },
-        "command": "iet-finetune audit --model emoji-sd-iet --train_data_dir emoji --holdout_data_dir emoji-heldout",
         "data": {
             "training_images": 580,
             "distinct": 300,
@@ -62,22 +69,22 @@ def sample_audit(**changes: Any) -> dict[str, Any]:
         ],
         "metrics": sample_metrics(),
         "by_noise_level": [
-            {"level": level, "mia_auc": figure(auc, 0.04, 0.5), "mia_ref_auc": figure(ref, 0.03, 0.5)}
+            {"level": level, "mia_auc": even(auc, 0.04, 0.5), "mia_ref_auc": even(ref, 0.03, 0.5)}
             for level, auc, ref in ((0.07, 0.61, 0.82), (0.1, 0.62, 0.84), (0.15, 0.58, 0.78), (0.25, 0.55, 0.69))
         ],
         "by_repeats": [
-            {"repeats": "1", "images": 280, "extracted": share(1, 280, 0.0), "mia_auc": figure(0.57, 0.04, 0.5)},
+            {"repeats": "1", "images": 280, "extracted": share(1, 280, 0.0), "mia_auc": even(0.57, 0.04, 0.5)},
             {
                 "repeats": "10 or more",
                 "images": 20,
                 "extracted": share(12, 20, 0.0),
-                "mia_auc": figure(0.94, 0.03, 0.5),
-                "mia_ref_auc": figure(0.98, 0.01, 0.5),
-                "prompt_memorization": figure(14.2, 1.1, 8.1),
+                "mia_auc": even(0.94, 0.03, 0.5),
+                "mia_ref_auc": even(0.98, 0.01, 0.5),
+                "prompt_memorization": even(14.2, 1.1, 8.1),
             },
         ],
         "not_measured": {"clip_score": "needs `--clip_model`"},
-        "warnings": ["the reference set of 300 images is small for MQ: it has a high null"],
+        "warnings": ["the reference set of 300 images is small for MQ: it has a high baseline"],
         "histograms": sample_histograms(),
     }
     return audit | changes
@@ -89,25 +96,25 @@ def sample_metrics() -> dict[str, dict[str, Any]]:
     return {
         "f_mem": share(23, 1000, 0.0),
         **{f"mq_{delta / 100:g}": share(delta, 1000, delta / 4000) for delta in range(15, 61, 5)},
-        f"similarity_mean_{slug}": figure(0.612, 0.008, 0.55),
-        f"similarity_p90_{slug}": figure(0.78, 0.012, 0.69),
-        f"similarity_p95_{slug}": figure(0.831, 0.015, 0.72),
+        f"similarity_mean_{slug}": even(0.612, 0.008, 0.55),
+        f"similarity_p90_{slug}": even(0.78, 0.012, 0.69),
+        f"similarity_p95_{slug}": even(0.831, 0.015, 0.72),
         f"similarity_above_0.5_{slug}": share(810, 1000, 0.7),
         "extracted": share(13, 300, 0.0),
         "extracted_x1": share(1, 280, 0.0),
         "extracted_x10_up": share(12, 20, 0.0),
-        "prompt_memorization": figure(9.4, 0.4, 8.1),
-        "prompt_memorization_auc": figure(0.66, 0.04, 0.5),
-        "mia_auc": figure(0.603, 0.041, 0.5),
+        "prompt_memorization": even(9.4, 0.4, 8.1),
+        "prompt_memorization_auc": even(0.66, 0.04, 0.5),
+        "mia_auc": even(0.603, 0.041, 0.5),
         "mia_tpr_at_1_fpr": share(14, 300, 0.01),
-        "mia_ref_auc": figure(0.842, 0.028, 0.5),
+        "mia_ref_auc": even(0.842, 0.028, 0.5),
         "mia_ref_tpr_at_1_fpr": share(88, 300, 0.01),
-        "heldout_loss": figure(0.0714, 0.0021, 0.0688),
-        f"kid_{slug}": figure(0.0123, 0.0031, 0.0008),
-        f"frechet_{slug}": figure(31.42, 2.2, 21.06),
+        "heldout_loss": even(0.0714, 0.0021, 0.0688),
+        f"kid_{slug}": even(0.0123, 0.0031, 0.0008),
+        f"frechet_{slug}": even(31.42, 2.2, 21.06),
         f"precision_{slug}": share(702, 1000, 0.81),
         f"recall_{slug}": share(171, 300, 0.77),
-        f"density_{slug}": figure(0.802, 0.05, 0.97),
+        f"density_{slug}": even(0.802, 0.05, 0.97),
         f"coverage_{slug}": share(204, 300, 0.9),
     }
 
@@ -118,39 +125,40 @@ def sample_histograms() -> dict[str, dict[str, list]]:
     ratio = np.concatenate([rng.beta(30, 5, 977), rng.uniform(0.05, 0.32, 23)])
     unit = np.linspace(0, 1, 51)
     scores = np.linspace(1.5, 4.5, 41)
-    return {
-        "ratio": histogram(unit, generated=ratio, null=rng.beta(30, 5, 300)),
-        "mq_ratio": histogram(unit, generated=rng.beta(9, 4, 1000), null=rng.beta(10, 4, 300)),
-        "similarity_effnet_lite0": histogram(unit, generated=rng.beta(12, 7, 1000), null=rng.beta(11, 8, 300)),
+    found = {
+        "ratio": histogram(unit, generated=ratio, baseline=rng.beta(30, 5, 300)),
+        "mq_ratio": histogram(unit, generated=rng.beta(9, 4, 1000), baseline=rng.beta(10, 4, 300)),
+        "similarity_effnet_lite0": histogram(unit, generated=rng.beta(12, 7, 1000), baseline=rng.beta(11, 8, 300)),
         "mia": histogram(scores, training=rng.normal(3.1, 0.4, 300), heldout=rng.normal(2.9, 0.4, 300)),
         "prompt": histogram(np.linspace(0, 20, 31), training=rng.gamma(20, 0.45, 300), heldout=rng.gamma(20, 0.4, 60)),
     }
+    return {name: encode(each) for name, each in found.items()}
 
 
-def sample_pairs(count: int = 14) -> list[dict[str, Any]]:
+def sample_pairs(count: int = 14) -> list[ClosestPair]:
     """Pairs of pairs.json; the second one's captions would be markup."""
     captions = ["a red heart with an arrow", HOSTILE, "grinning face", "a book " * 30]
     return [
-        {
-            "generated": f"samples/{number:06}.png",
-            "training_name": f"{number:03}.png",
-            "training_caption": captions[number % 4] if number != 5 else None,
-            "prompt": captions[number % 4] if number != 6 else None,
-            "flipped": number % 3 == 0,
-            "distance": 0.02 + 0.004 * number,
-            "ratio": 0.08 + 0.02 * number,
-            "repeats": 15 if number < 12 else 1,
-            "seen": 240 if number != 7 else None,
-            "skipped": 31 if number not in (7, 8) else None,
-            "similarity": {"effnet_lite0": 0.97 - 0.01 * number},
-        }
+        ClosestPair(
+            generated=f"samples/{number:06}.png",
+            training_name=f"{number:03}.png",
+            training_caption=captions[number % 4] if number != 5 else None,
+            prompt=captions[number % 4] if number != 6 else None,
+            flipped=number % 3 == 0,
+            distance=0.02 + 0.004 * number,
+            ratio=0.08 + 0.02 * number,
+            repeats=15 if number < 12 else 1,
+            seen=240 if number != 7 else None,
+            skipped=31 if number not in (7, 8) else None,
+            similarity={"effnet_lite0": 0.97 - 0.01 * number},
+        )
         for number in range(count)
     ]
 
 
-def sample_pictures(pair: dict[str, Any], side: int = 64) -> tuple[Image.Image, Image.Image]:
-    """Two pictures for a pair: a disc and nearly the same disc."""
-    number = int(pair["training_name"].split(".")[0])
+def sample_images(pair: ClosestPair, side: int = 64) -> tuple[Image.Image, Image.Image]:
+    """Two images for a pair: a disc and nearly the same disc."""
+    number = int(pair.training_name.split(".")[0])
     return _disc(number, side, 0.03), _disc(number, side, 0.0)
 
 

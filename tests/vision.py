@@ -1,4 +1,4 @@
-"""Small image models with random weights, saved as people save real ones, and pictures to show them."""
+"""Small image models with random weights, saved as people save real ones, and images to show them."""
 
 import json
 import warnings
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 
 
 def noise(count: int, size: int = 24, seed: int = 0) -> np.ndarray:
-    """Pictures (count, size, size, 3) uint8 of coloured noise."""
+    """Images (count, size, size, 3) uint8 of coloured noise."""
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
@@ -66,7 +66,7 @@ def _drawn(make: Any, seed: int) -> Any:
 
 
 def save_dinov2(folder: Path, seed: int = 0, mean: float = 0.5) -> Path:
-    """A DINOv2 for pictures of 28 pixels."""
+    """A DINOv2 for images of 28 pixels."""
     model = _drawn(lambda: Dinov2Model(Dinov2Config(image_size=28, patch_size=14, **SMALL)), seed)
     return save_model(model, folder, "BitImageProcessor", 28, mean)
 
@@ -79,7 +79,7 @@ def save_vit(folder: Path, with_pooler: bool) -> Path:
 
 
 def save_clip(folder: Path, seed: int = 0) -> Path:
-    """A CLIP for pictures of 28 pixels and captions of 12 tokens, with features of 8 dimensions."""
+    """A CLIP for images of 28 pixels and captions of 12 tokens, with features of 8 dimensions."""
     tokenizer = tiny_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=12, projection_dim=8, **ends, **SMALL)

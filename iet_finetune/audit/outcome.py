@@ -1,9 +1,10 @@
-"""What an audit leaves behind: `audit.json`, `pairs.json` and `report.html`."""
+"""The files of an audit: `audit.json`, `pairs.json` and `report.html`."""
 
 import datetime
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,87 +13,77 @@ from ..data.dataset import TrainingImages
 from ..environment import environment
 from ..files import written_beside
 from .inputs.images import digest
-from .inputs.seen import Seen, of_group
-from .inputs.subject import shown
+from .inputs.ledger import of_group
+from .inputs.pipelines import shown
 from .measure import Measured
 from .measures.memorization import closest_pairs, ratios
+from .report.record import AuditRecord, ClosestPair, DataCounts, FeatureSpace
 from .report.report import write_report
 
 AUDIT, PAIRS = "audit.json", "pairs.json"
-FORMAT, VERSION = "iet_finetune.audit", 1
-# What was set, without what names a folder of this machine.
+# Settings that name no folder of this machine.
 SETTINGS = (
     *("resolution", "center_crop", "image_interpolation_mode", "max_train_samples", "holdout_fraction", "seed"),
     *("membership_images", "membership_draws", "eval_batch_size"),
 )
 
 
-class Pair(NamedTuple):
-    """A generated image and the training image it is nearest to: their numbers, and what is said of them."""
-
-    generated: int
-    reference: int
-    facts: dict[str, Any]
-
-
-def write_outcome(folder: Path, measured: Measured, command: str) -> dict[str, Any]:
+def write_outcome(folder: Path, measured: Measured, command: str | None) -> AuditRecord:
     """Writes all files into the folder, the report last, and returns what is in `audit.json`.
 
-    `audit.json` may be shown to anybody: there are no captions, no names of files and no folders in it. The other two
-    hold training images, their captions, and what was typed.
+    `audit.json` may be published: it has no captions, no names of files and no folders. The other two hold training
+    images, their captions, and the command.
 
     Args:
         command: the line that repeats the audit.
     """
-    audit, pairs = _audit(measured), _pairs(measured, folder, measured.ledger)
-    _write_json(folder / AUDIT, audit)
-    _write_json(folder / PAIRS, [pair.facts for pair in pairs])
-    pictures = {pair.facts["generated"]: pair for pair in pairs}
+    audit, pairs = _record(measured), _pairs(measured, folder)
+    _write_json(folder / AUDIT, audit.to_json())
+    _write_json(folder / PAIRS, [asdict(pair) for pair in pairs.values()])
+    numbers = {pair.generated: number for number, pair in pairs.items()}
 
-    def picture(facts: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
-        pair = pictures[facts["generated"]]
-        ours = measured.generated.pixels.array[pair.generated]
-        theirs = measured.material.references.array[pair.reference]
+    def images_of(pair: ClosestPair) -> tuple[Image.Image, Image.Image]:
+        number = numbers[pair.generated]
+        ours = measured.generated.pixels.array[number]
+        theirs = measured.data.references.array[measured.nearest.index[number, 0]]
         return Image.fromarray(np.asarray(ours)), Image.fromarray(np.asarray(theirs))
 
-    write_report(folder, audit | {"command": command}, [pair.facts for pair in pairs], picture)
+    write_report(folder, audit, list(pairs.values()), images_of, command)
     return audit
 
 
-def _audit(measured: Measured) -> dict[str, Any]:
-    findings, material, flags = measured.findings, measured.material, measured.config.to_flags()
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **measured.subject,
-        "reference": measured.reference,
-        "date": datetime.date.today().isoformat(),
-        "versions": environment()["versions"],
-        "settings": {**{name: flags[name] for name in SETTINGS}, **_clip(measured), **measured.sampling},
-        "data": {
-            "training_images": len(material.training),
-            "distinct": len(material.references),
-            "exact_duplicates": material.exact,
-            "near_duplicates": material.near,
-            "heldout_images": len(material.heldout),
-            "generated_images": len(measured.generated.files),
-            "training_fingerprint": _contents(material.training),
-            "heldout_fingerprint": _contents(material.heldout),
-        },
-        "features": [
-            {"slug": each.slug, "title": each.title, "fingerprint": each.fingerprint} for each in measured.features
-        ],
-        "metrics": {name: metric.to_json() for name, metric in findings.metrics.items()},
-        "by_noise_level": measured.by_noise_level,
-        "by_repeats": measured.by_repeats,
-        "not_measured": findings.not_measured,
-        "warnings": findings.warnings,
-        "histograms": findings.histograms,
-    }
+def _record(measured: Measured) -> AuditRecord:
+    findings, data, flags = measured.findings, measured.data, measured.config.to_flags()
+    return AuditRecord(
+        model=measured.subject.model,
+        pipeline_class=measured.pipeline_class,
+        fingerprint=measured.subject.fingerprint,
+        reference=measured.reference,
+        date=datetime.date.today().isoformat(),
+        versions=environment()["versions"],
+        settings={**{name: flags[name] for name in SETTINGS}, **_clip(measured), **measured.sampling},
+        data=DataCounts(
+            training_images=len(data.training),
+            distinct=len(data.references),
+            exact_duplicates=data.exact,
+            near_duplicates=data.near,
+            heldout_images=len(data.heldout),
+            generated_images=len(measured.generated.files),
+            training_fingerprint=_contents(data.training),
+            heldout_fingerprint=_contents(data.heldout),
+        ),
+        features=tuple(FeatureSpace(each.slug, each.title, each.fingerprint) for each in measured.features),
+        metrics=findings.metrics,
+        by_noise_level=tuple(measured.by_noise_level),
+        by_repeats=tuple(measured.by_repeats),
+        not_measured=findings.not_measured,
+        warnings=tuple(findings.warnings),
+        histograms=findings.histograms,
+    )
 
 
 def _contents(images: TrainingImages) -> str:
-    """The same for the same images in any order."""
+    """A hash of the images in any order."""
     return digest(sorted(images.content_hashes))
 
 
@@ -101,29 +92,28 @@ def _clip(measured: Measured) -> dict[str, str]:
     return {} if name is None else {"clip_model": shown(name)}
 
 
-def _pairs(measured: Measured, folder: Path, ledger: Seen) -> list[Pair]:
-    nearest, material, generated = measured.nearest, measured.material, measured.generated
+def _pairs(measured: Measured, folder: Path) -> dict[int, ClosestPair]:
+    """The closest pairs by the number of the generated image, in the order in which they are shown."""
+    nearest, data, generated = measured.nearest, measured.data, measured.generated
     ratio = ratios(nearest) if nearest.distance.shape[1] > 1 else None
     values = generated.pixels.array[0].size
-    pairs = []
-    for number in closest_pairs(nearest):
-        reference = int(nearest.index[number, 0])
-        members = material.members[reference]
-        told = of_group(material.training, members, ledger)
-        facts = {
-            "generated": _relative(generated.files[number], folder),
-            "training_name": material.training.names[members[0]],
-            "training_caption": material.training.captions[members[0]][0],
-            "prompt": generated.prompts[number],
-            "flipped": bool(nearest.flipped[number, 0]),
-            "distance": float(np.sqrt(nearest.distance[number, 0] / values)),
-            "ratio": None if ratio is None else float(ratio[number]),
-            "repeats": len(members),
-            "seen": told[0] if told is not None else None,
-            "skipped": told[1] if told is not None else None,
-            "similarity": {slug: float(values[number]) for slug, values in measured.similarity.items()},
-        }
-        pairs.append(Pair(int(number), reference, facts))
+    pairs = {}
+    for number in map(int, closest_pairs(nearest)):
+        members = data.members[nearest.index[number, 0]]
+        seen, skipped = of_group(data.training, members, measured.ledger) or (None, None)
+        pairs[number] = ClosestPair(
+            generated=_relative(generated.files[number], folder),
+            training_name=data.training.names[members[0]],
+            training_caption=data.training.captions[members[0]][0],
+            prompt=generated.prompts[number],
+            flipped=bool(nearest.flipped[number, 0]),
+            distance=float(np.sqrt(nearest.distance[number, 0] / values)),
+            ratio=None if ratio is None else float(ratio[number]),
+            repeats=len(members),
+            seen=seen,
+            skipped=skipped,
+            similarity={slug: float(each[number]) for slug, each in measured.similarity.items()},
+        )
     return pairs
 
 

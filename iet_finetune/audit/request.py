@@ -1,8 +1,8 @@
-"""What is to be audited: from the flags, and from what a model's own folder tells of its run."""
+"""What is to be audited: from the flags, and from the `training_config.yaml` in the model's own folder."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,48 @@ import yaml
 from ..config.config import Config, flag_names
 from ..config.flags import read_yaml
 from ..config.settings import ModelConfig
+from ..ensemble.ledger import LEDGER
 from ..errors import UserError, one_line
 from ..files import LORA_NAME
 from .flags import OF_THE_RUN
-from .measure import Judged
 
 CONFIG_NAME = "training_config.yaml"
-
-
-# How a pipeline of the Hub is chosen; of a finished run it is its base's and not its own.
+# How a pipeline of the Hub is chosen; in a finished run these belong to its base.
 OF_LOADING = ("revision", "variant")
 
 
-def judge(given: Mapping[str, Any]) -> Judged:
-    """What is to be audited, from the flags, the file of `--config`, and what the model's own folder tells of its run.
+@dataclass(frozen=True)
+class AuditRequest:
+    """What is audited, and against what.
+
+    Attributes:
+        config: with `audit`, `data`, and how pipelines are loaded.
+        model: Hub id or folder of the pipeline, or of a LoRA file; None audits generated images alone.
+        reference: how the pipeline is loaded that calibrates membership inference; None goes without.
+        reference_is_asked: whether the user asked for that reference; an assumed one may be missing.
+        split_is_known: whether the model is known to have been trained without the fraction that is held out.
+        has_resolution: whether `--resolution` was given; otherwise it is that of the pipeline's images.
+        output: the folder of the audit and of the images that are drawn.
+        own: whether that folder belongs to this model alone.
+    """
+
+    config: Config
+    model: str | None
+    reference: ModelConfig | None
+    reference_is_asked: bool
+    split_is_known: bool
+    has_resolution: bool
+    output: Path
+    own: bool
+
+    @property
+    def ledger(self) -> Path | None:
+        """The ledger of the run, if the model was trained here."""
+        return None if self.model is None else Path(self.model) / LEDGER
+
+
+def read_request(given: Mapping[str, Any]) -> AuditRequest:
+    """Reads the flags, the file of `--config`, and the configuration of the run that trained the model.
 
     Args:
         given: raw values by flag, with `model`, and `config` if there is one.
@@ -37,7 +65,7 @@ def judge(given: Mapping[str, Any]) -> Judged:
     flags = {name: value for name, value in given.items() if name != "model"}
     config = Config.layered(flags, {name: of_run[name] for name in OF_THE_RUN if name in of_run})
     if config.audit.generated_dir is not None:
-        _refuse_of_drawing(given)
+        refuse_drawing(given)
     own = model is not None and os.path.isdir(model)
     if not own and "output_dir" not in given:
         raise UserError("`--output_dir` is missing: say where the audit is to be written.")
@@ -48,11 +76,11 @@ def judge(given: Mapping[str, Any]) -> Judged:
     loading = of_run if asked is None else {"cache_dir": config.model.cache_dir}
     if (Path(str(model)) / LORA_NAME).is_file():
         config = replace(config, model=_loaded_as(config.model, of_run, given))
-    return Judged(
+    return AuditRequest(
         config=replace(config, model=replace(config.model, model_config=None)),
         model=model,
         reference=_model(loading, asked or assumed),
-        reference_is_wish=asked is not None,
+        reference_is_asked=asked is not None,
         split_is_known=_is_split_of(config, of_run),
         has_resolution="resolution" in given or "resolution" in of_run or _in_file(given, "resolution"),
         output=output,
@@ -60,11 +88,12 @@ def judge(given: Mapping[str, Any]) -> Judged:
     )
 
 
-def _refuse_of_drawing(given: Mapping[str, Any]) -> None:
+def refuse_drawing(given: Mapping[str, Any]) -> None:
+    """Raises a `UserError` for a flag that says what to draw, where images are given."""
     for name in ("num_images", "prompts"):
         if name in given:
             raise UserError(
-                f"`--{name} {given[name]}` does nothing with `--generated_dir`, all of whose pictures are judged: "
+                f"`--{name} {given[name]}` does nothing with `--generated_dir`, all of whose images are audited: "
                 "leave it out."
             )
 
@@ -86,7 +115,7 @@ def _loaded_as(model: ModelConfig, of_run: Mapping[str, Any], given: Mapping[str
 
 
 def _is_split_of(config: Config, of_run: Mapping[str, Any]) -> bool:
-    """Whether the run, if there was one, drew the same share and so was trained without it."""
+    """Whether the run held out the same fraction."""
     flags = config.to_flags()
     return bool(of_run) and all(flags[name] == of_run.get(name) for name in ("holdout_fraction", "seed"))
 

@@ -1,32 +1,41 @@
-"""One audit, from its settings to its report: what the command and the end of a training run have in common."""
-
-from typing import Any
+"""One audit, from its settings to its report."""
 
 import torch
 
 from ..files import FolderLock, clean, make_writable
-from .measure import Judged, measure
+from .measure import measure
 from .outcome import write_outcome
+from .report.record import AuditRecord
+from .request import AuditRequest
+from .sources import AuditSources, find_sources
 
 
-def run_audit(judged: Judged, device: torch.device, command: str, silent: bool = False) -> dict[str, Any]:
-    """Audits into `judged.output`, which is held meanwhile, and returns what is in `audit.json`.
+def run_audit(
+    request: AuditRequest,
+    device: torch.device,
+    command: str | None,
+    silent: bool = False,
+    sources: AuditSources | None = None,
+) -> AuditRecord:
+    """Audits into `request.output`, which is locked meanwhile, and returns what is in `audit.json`.
 
-    What an interrupted audit computed there is used again.
+    What an interrupted audit computed there is reused.
 
     Args:
-        command: the line that repeats the audit, for the report.
+        command: the line that repeats the audit, for the report; None without one.
         silent: without progress bars.
+        sources: pipelines and images; None finds those of the request.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: the input is wrong; says how to fix it.
     """
-    folder = judged.output
+    folder = request.output
     make_writable(folder)
     lock = FolderLock(folder)
     try:
         for place in (folder, folder / "work"):
             clean(place)  # of what a killed audit left half done
-        return write_outcome(folder, measure(judged, device, silent), command)
+        measured = measure(request, sources or find_sources(request), device, silent)
+        return write_outcome(folder, measured, command)
     finally:
         lock.release()

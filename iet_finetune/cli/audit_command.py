@@ -1,4 +1,4 @@
-"""The command `audit`: measures one pipeline, or sets the audits of several side by side."""
+"""The command `audit`: measures one pipeline, or compares the audits of several."""
 
 import argparse
 import shlex
@@ -13,26 +13,26 @@ from ..errors import UserError, one_line
 
 FLAGS = (*OF_THE_RUN, "revision", "variant", "mixed_precision", "output_dir")
 # What means something else here than in training.
-TOLD = {
+HELP = {
     "pretrained_model_name_or_path": "Hub id or folder of the pipeline that a LoRA file is for.",
-    "resolution": "Side of the square images in pixels; that of training, else of the pipeline's own, if not given.",
+    "resolution": "Side of the square images in pixels; by default that of training, else that of the pipeline.",
     "dataset_split": "Split of the data set that was trained on. (default: train)",
     "max_train_samples": "The training was on a random subset of this many images.",
     "random_flip": "Makes no difference here: mirrored copies are always looked for.",
     "caption_dropout": "Makes no difference here.",
     "cache_latents": "Makes no difference here.",
     "dataloader_num_workers": "Makes no difference here.",
-    "output_dir": "Where the audit and its pictures are written; `audit` in the folder of the model if not given.",
-    "seed": "Seed of the pictures and of every other draw; that of training if not given.",
-    "mixed_precision": "Precision in which the pipeline works here; fp32 if not given.",
+    "output_dir": "Where the audit and its images are written; by default `audit` in the folder of the model.",
+    "seed": "Seed of the images and of every other draw; by default that of training.",
+    "mixed_precision": "Precision in which the pipeline runs; by default fp32.",
 }
 
 
 def audit_command(argv: list[str]) -> str:
-    """What `iet-finetune audit` does with the arguments after that word; returns what it has to say at the end.
+    """Runs `iet-finetune audit` with the arguments after that word; returns the text to print at the end.
 
     Raises:
-        UserError: whatever the user can mend.
+        UserError: the input is wrong; says how to fix it.
     """
     given = parse_arguments(_parser(), argv, ["config", "model", "compare", *FLAGS])
     if "compare" in given:
@@ -40,16 +40,16 @@ def audit_command(argv: list[str]) -> str:
     check_extra()
     from accelerate import PartialState
 
-    from ..audit.request import judge
+    from ..audit.request import read_request
     from ..publish.audited import audit_and_show
 
-    return audit_and_show(judge(given), PartialState().device, shlex.join([*PROGRAM.split(), *argv]))
+    return audit_and_show(read_request(given), PartialState().device, shlex.join([*PROGRAM.split(), *argv]))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = build_parser(
-        "Measure how much a pipeline repeats its training images, and how good its pictures are. What a folder that "
-        "was trained here says of its data need not be said again.",
+        "Measure how much a pipeline repeats its training images, and how good its images are. A model that was "
+        "trained here needs no flags about its data.",
         {
             title: group
             for title, group in flag_groups().items()
@@ -57,14 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         },
         PROGRAM,
         only=FLAGS,
-        told=TOLD,
+        told=HELP,
     )
     parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
     parser.add_argument(
         "--compare",
         nargs="+",
         metavar="FILE",
-        help="Instead, set several audit.json side by side; with `--output_dir` also as a page.",
+        help="Instead, compare several audit.json; with `--output_dir` also as a page.",
     )
     return parser
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import PIL.Image
 
@@ -16,7 +17,7 @@ from ..errors import UserError
 from .image_folder import find_files, read_image_folder
 from .images import check_image, decode_rgb
 from .samples import Columns, Samples, numbered
-from .table import read_named_dataset
+from .table import read_named_dataset, table_samples
 
 _HASH_BYTES = 16
 _THREADS = 8
@@ -98,6 +99,7 @@ def load_images(
     seed: int,
     shard_by_column: str | None = None,
     needs_captions: bool = True,
+    table: datasets.Dataset | None = None,
 ) -> tuple[TrainingImages, TrainingImages]:
     """The images to train on and those held out, from `--train_data_dir` or `--dataset_name`.
 
@@ -111,13 +113,16 @@ def load_images(
         seed: seed of both draws.
         shard_by_column: column whose values become `shard_labels`.
         needs_captions: if False the caption column is not read, and every caption is empty.
+        table: images in memory, instead of the source that `data` names.
 
     Raises:
         UserError: what is missing or wrong, by flag, column, file or row.
     """
     caption_column = data.caption_column if needs_captions else None
     columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
-    images = _hashed(_read_source(data, cache_dir, columns), columns)
+    images = _hashed(
+        _read_source(data, cache_dir, columns) if table is None else _of_table("train_images", table, columns), columns
+    )
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -142,6 +147,16 @@ def load_folder(flag: str, folder: str, data: DataConfig, *, captions: bool) -> 
     caption_column = data.caption_column if captions else None
     columns = Columns(data.image_column, caption_column, None, data.class_column)
     return _hashed(read_image_folder(source, find_files(folder), columns), columns)
+
+
+def load_table(name: str, table: datasets.Dataset, data: DataConfig, *, captions: bool) -> TrainingImages:
+    """All images of a table in memory, which errors call `name`; otherwise as `load_folder`."""
+    columns = Columns(data.image_column, data.caption_column if captions else None, None, data.class_column)
+    return _hashed(_of_table(name, table, columns), columns)
+
+
+def _of_table(name: str, table: datasets.Dataset, columns: Columns) -> Samples:
+    return table_samples(table, columns, name, f"`{name}`", folder=None)
 
 
 def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> Samples:

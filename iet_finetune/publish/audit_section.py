@@ -1,48 +1,34 @@
 """An audit in a model card: a table for people, and `model-index` results for the Hub."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from huggingface_hub import EvalResult
 
 from ..audit.report.catalogue import describe, in_order
+from ..audit.report.record import AuditRecord
+from ..audit.report.summary import main_rows
 from ..audit.report.verdict import verdict
 
 HEADING = "## Audit"
 
 
-def audit_section(audit: Mapping[str, Any]) -> str:
-    """The heading, the verdict, the table of figures with intervals and nulls, and the warnings of an audit.json."""
-    table = "\n".join(["| metric | value | 95 % interval | null |", "| --- | ---: | ---: | ---: |", *_rows(audit)])
-    data, words = audit["data"], verdict(audit)
+def audit_section(audit: AuditRecord) -> str:
+    """The heading, the verdict, the table of metrics with intervals and baselines, and the warnings."""
+    rows = [f"| {' | '.join(row)} |" for row in main_rows(audit)]
+    table = "\n".join(["| metric | value | 95 % interval | baseline |", "| --- | ---: | ---: | ---: |", *rows])
+    data, words = audit.data, verdict(audit)
     about = (
-        f"{data['generated_images']} generated images against {data['distinct']} distinct training images and "
-        f"{data['heldout_images']} held-out ones. The null is what real images that were not trained on score in the "
-        "same way (of quality: what the training images score)."
+        f"{data.generated_images} generated images against {data.distinct} distinct training images and "
+        f"{data.heldout_images} held-out ones. The baseline is the same measurement on real images that were not "
+        "trained on; for quality, on the training images."
     )
     findings = "\n".join(f"- {sentence.text}" for sentence in words.sentences)
     parts = [HEADING, words.headline, findings, about, table]
-    if audit["warnings"]:
-        parts += ["Warnings:", "\n".join(f"- {line}" for line in audit["warnings"])]
+    if audit.warnings:
+        parts += ["Warnings:", "\n".join(f"- {line}" for line in audit.warnings)]
     return "\n\n".join(parts)
 
 
-def _rows(audit: Mapping[str, Any]) -> Iterator[str]:
-    for name, figure in _shown(audit):
-        entry = describe(name)
-        null = "" if figure["null"] is None else entry.show(figure["null"])
-        interval = f"{entry.number(figure['low'])} to {entry.number(figure['high'])}"
-        yield f"| {entry.title} | {entry.show(figure['value'])} | {interval} | {null} |"
-
-
-def _shown(audit: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for name in in_order(audit["metrics"]):
-        if not describe(name).minor:
-            yield name, audit["metrics"][name]
-
-
-def results(audit: Mapping[str, Any], task: str | None, dataset: str | None) -> list[EvalResult]:
-    """The figures as the Hub takes them.
+def results(audit: AuditRecord, task: str | None, dataset: str | None) -> list[EvalResult]:
+    """The metrics as the Hub takes them.
 
     Args:
         task: the card's `pipeline_tag`.
@@ -55,7 +41,8 @@ def results(audit: Mapping[str, Any], task: str | None, dataset: str | None) -> 
             dataset_name=dataset or "training and held-out images",
             metric_type=name,
             metric_name=describe(name).title,
-            metric_value=figure["value"],
+            metric_value=audit.metrics[name].value,
         )
-        for name, figure in _shown(audit)
+        for name in in_order(audit.metrics)
+        if not describe(name).minor
     ]

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not listed in __all__
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from ..audit.report.record import FORMAT as AUDIT_FORMAT
+from ..audit.report.record import AuditRecord
 from ..config.registry import REGISTRIES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
 from ..errors import UserError, one_line
@@ -23,7 +25,6 @@ from .upload_list import AUDIT_NAME, CARD_NAME, GRID_TITLE, public_flags
 
 # What the card says, without paths and secrets, and a digest of the card that was written from it; never uploaded.
 FACTS_NAME = "card.json"
-AUDIT_FORMAT = "iet_finetune.audit"
 # The card is written before the repository's id is known; the push puts the id in this name's place.
 THIS_REPOSITORY = '"this-repository"'
 MERGES = {
@@ -204,12 +205,12 @@ def _template() -> Template:
     return environment.get_template("card.md.jinja")
 
 
-def _audit(file: Path) -> dict[str, Any] | None:
-    audit = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return audit if audit.get("format") == AUDIT_FORMAT else None
+def _audit(file: Path) -> AuditRecord | None:
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return AuditRecord.from_json(values, f"`{file}`") if values.get("format") == AUDIT_FORMAT else None
 
 
-def _metadata(output_dir: Path, facts: dict[str, Any], audit: dict[str, Any] | None) -> ModelCardData:
+def _metadata(output_dir: Path, facts: dict[str, Any], audit: AuditRecord | None) -> ModelCardData:
     task, dataset = _task(facts), facts["dataset"]
     tags = [task, "diffusers", "iet-agc", "memorization"]
     if facts["pipeline_class"].startswith("StableDiffusion"):

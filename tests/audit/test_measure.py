@@ -14,7 +14,7 @@ from tiny import save_images
 from iet_finetune import UserError
 
 SIZE = 16
-NULL = ("f_mem", "extracted", "similarity_mean_mosaic", "similarity_p95_mosaic", "similarity_above_0.5_mosaic")
+BASELINES = ("f_mem", "extracted", "similarity_mean_mosaic", "similarity_p95_mosaic", "similarity_above_0.5_mosaic")
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +43,23 @@ def copied(source: Path, target: Path, count: int, mirrored: bool = False) -> Pa
 def test_a_model_that_returns_training_images_is_found_out(world, tmp_path):
     audit = run_audit(tmp_path / "out", **settings(world, copied(world / "train", tmp_path / "made", 30)))
     metrics = audit["metrics"]
-    assert metrics["f_mem"] == metrics["f_mem"] | {"value": 1.0, "null": 0.0, "count": 30, "total": 30}
+    assert metrics["f_mem"] == metrics["f_mem"] | {"value": 1.0, "baseline": 0.0, "count": 30, "total": 30}
     assert metrics["mq_0.15"]["value"] == 1.0
-    assert metrics["extracted"] == metrics["extracted"] | {"value": 0.5, "null": 0.0, "count": 30, "total": 60}
+    assert metrics["extracted"] == metrics["extracted"] | {"value": 0.5, "baseline": 0.0, "count": 30, "total": 60}
     assert metrics["similarity_mean_mosaic"]["value"] == pytest.approx(1, abs=1e-5)
-    assert metrics["similarity_mean_mosaic"]["null"] < 0.99
+    assert metrics["similarity_mean_mosaic"]["baseline"] < 0.99
     pairs = json.loads((tmp_path / "out" / "pairs.json").read_text())
     assert len(pairs) == 30
     assert all(pair["distance"] == 0 and pair["ratio"] == 0 and not pair["flipped"] for pair in pairs)
     assert all(Path(pair["generated"]).name == Path(pair["training_name"]).name for pair in pairs)
 
 
-def test_a_model_that_returns_held_out_images_scores_the_null(world, tmp_path):
+def test_a_model_that_returns_held_out_images_scores_the_baseline(world, tmp_path):
     audit = run_audit(tmp_path / "out", **settings(world, copied(world / "held", tmp_path / "made", 24)))
     rates = [name for name in audit["metrics"] if name.startswith("mq_")]
     assert len(rates) == 10
-    for name in (*NULL, *rates):
-        assert audit["metrics"][name]["value"] == audit["metrics"][name]["null"], name
+    for name in (*BASELINES, *rates):
+        assert audit["metrics"][name]["value"] == audit["metrics"][name]["baseline"], name
     assert audit["metrics"]["frechet_mosaic"]["value"] == pytest.approx(0, abs=1e-6)
     assert audit["metrics"]["coverage_mosaic"]["value"] == 1.0
 
@@ -72,22 +72,22 @@ def test_mirrored_copies_are_found(world, tmp_path):
     assert all(pair["flipped"] for pair in json.loads((tmp_path / "out" / "pairs.json").read_text()))
 
 
-def test_exact_duplicates_in_the_training_images_change_no_figure_of_memorization(world, tmp_path):
+def test_exact_duplicates_in_the_training_images_change_no_metric_of_memorization(world, tmp_path):
     made = copied(world / "train", tmp_path / "made", 20)
     plain = run_audit(tmp_path / "plain", **settings(world, made))
     shutil.copytree(world / "train", tmp_path / "twice")
     rows = (tmp_path / "twice" / "metadata.jsonl").read_text().splitlines()
     for number in range(12):
-        picture = Image.open(tmp_path / "twice" / f"{number:03d}.png")
-        picture.save(tmp_path / "twice" / f"again-{number:03d}.png", compress_level=1)
+        image = Image.open(tmp_path / "twice" / f"{number:03d}.png")
+        image.save(tmp_path / "twice" / f"again-{number:03d}.png", compress_level=1)
         rows.append(rows[number].replace(f'"{number:03d}.png', f'"again-{number:03d}.png'))
     (tmp_path / "twice" / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     twice = run_audit(tmp_path / "out", **settings(world, made, train_data_dir=tmp_path / "twice"))
     assert twice["data"]["exact_duplicates"] == 12
     assert twice["data"]["distinct"] == plain["data"]["distinct"] == 60
-    for name, figure in plain["metrics"].items():
+    for name, metric in plain["metrics"].items():
         if not name.startswith("extracted_"):
-            assert twice["metrics"][name] == figure, name
+            assert twice["metrics"][name] == metric, name
     assert [row["repeats"] for row in twice["by_repeats"]] == ["1", "2-4"]
     assert twice["metrics"]["extracted_x2_4"]["value"] == 1.0
     repeats = {Path(pair["training_name"]).name: pair["repeats"] for pair in read_pairs(tmp_path / "out")}
@@ -108,7 +108,7 @@ def test_held_out_images_that_were_trained_on_are_left_out(world, tmp_path):
     audit = run_audit(tmp_path / "out", **settings(world, made, holdout_data_dir=tmp_path / "held"))
     assert audit["data"]["heldout_images"] == 22
     assert any(line.startswith("2 held-out images are training images") for line in audit["warnings"])
-    assert audit["metrics"]["f_mem"]["null"] == 0.0
+    assert audit["metrics"]["f_mem"]["baseline"] == 0.0
 
 
 def test_a_training_image_that_becomes_a_held_out_one_leaves_nothing_behind(world, tmp_path):
@@ -146,11 +146,11 @@ def test_with_generated_images_alone_what_needs_the_model_is_listed(world, tmp_p
         assert name not in audit["metrics"]
 
 
-def test_without_held_out_images_there_is_no_null_and_no_quality(world, tmp_path):
+def test_without_held_out_images_there_is_no_baseline_and_no_quality(world, tmp_path):
     flags = settings(world, copied(world / "train", tmp_path / "made", 8))
     del flags["holdout_data_dir"]
     audit = run_audit(tmp_path / "out", **flags)
-    assert audit["metrics"]["f_mem"]["null"] is None
+    assert audit["metrics"]["f_mem"]["baseline"] is None
     assert "needs held-out images" in audit["not_measured"]["frechet_mosaic"]
     assert not any(name.startswith("frechet") for name in audit["metrics"])
 

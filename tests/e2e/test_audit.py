@@ -45,9 +45,9 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(held: Path, **changes: Any) -> dict[str, Any]:
-    """Flags of an audit of a few small pictures."""
-    pictures = {"num_images": 5, "num_inference_steps": 2, "eval_batch_size": 4}
-    return {"holdout_data_dir": held / "held", "features": held / "mosaic.pt", **pictures, **changes}
+    """Flags of an audit of a few small images."""
+    images = {"num_images": 5, "num_inference_steps": 2, "eval_batch_size": 4}
+    return {"holdout_data_dir": held / "held", "features": held / "mosaic.pt", **images, **changes}
 
 
 def audit(output: Path, **settings: Any) -> dict[str, Any]:
@@ -74,9 +74,9 @@ def test_a_run_ends_with_an_audit_of_what_it_saved(audited):
     assert found["data"]["generated_images"] == 5
     assert set(found["metrics"]) >= {"f_mem", "frechet_mosaic", *OF_THE_MODEL, *OF_A_REFERENCE}
     assert found["not_measured"]["clip_score"] == "needs `--clip_model`"
-    for figure in found["metrics"].values():
-        assert figure.keys() >= {"value", "low", "high", "null"}
-        assert figure["low"] <= figure["value"] <= figure["high"]
+    for metric in found["metrics"].values():
+        assert metric.keys() >= {"value", "low", "high", "baseline"}
+        assert metric["low"] <= metric["value"] <= metric["high"]
     assert (audited / "audit" / "report.html").stat().st_size > 10_000
     pair = json.loads((audited / "audit" / "pairs.json").read_text())[0]
     # One pass: every image was seen once.
@@ -125,7 +125,7 @@ def test_a_run_is_pushed_with_its_audit_and_audited_from_the_hub(audited, world,
     ours, theirs = read_audit(tmp_path / "out"), read_audit(audited / "audit")
     assert ours["model"] == "user/cats"
     assert ours["fingerprint"] == theirs["fingerprint"]
-    assert ours["metrics"] == {name: figure for name, figure in theirs["metrics"].items() if "mia_ref" not in name}
+    assert ours["metrics"] == {name: metric for name, metric in theirs["metrics"].items() if "mia_ref" not in name}
 
 
 def test_the_command_repeats_the_audit_without_being_told_of_data_or_base(audited, tmp_path):
@@ -162,12 +162,12 @@ def test_pixels_are_drawn_with_the_scheduler_that_is_asked_for(held, tmp_path):
     unet = UNet2DModel(sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path / "ddpm")
     settings = small(held, model=tmp_path / "ddpm", train_data_dir=held / "held", holdout_data_dir=None, num_images=2)
-    pictures = []
+    images = []
     for name in ("DDIMScheduler", "DDPMScheduler"):
         found = audit(tmp_path / name, **settings, scheduler=name)
         assert found["settings"]["scheduler"] == name
-        pictures.append((tmp_path / name / "samples" / "000000.png").read_bytes())
-    assert pictures[0] != pictures[1]
+        images.append((tmp_path / name / "samples" / "000000.png").read_bytes())
+    assert images[0] != images[1]
 
 
 def test_the_reference_model_is_named(audited):
@@ -209,7 +209,7 @@ def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
     assert done.returncode == 0, done.stderr
     assert read_audit(output) == whole
     assert {name: (output / "samples" / name).stat().st_mtime_ns for name in drawn} == drawn
-    assert "figures: " in done.stdout
+    assert "metrics: " in done.stdout
 
 
 def test_an_adapter_is_audited_on_its_base(world, held, tmp_path):
@@ -259,7 +259,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such training images": ({"train_data_dir": "none"}, ["`--train_data_dir none` is not a folder"]),
     "no such held-out images": ({"holdout_data_dir": "none"}, ["`--holdout_data_dir none` is not a folder"]),
     "held-out images without captions": ({"holdout_data_dir": "bare"}, ["`--holdout_data_dir bare` has no captions"]),
-    "a number of given pictures": (
+    "a number of given images": (
         {"generated_dir": "bare"},
         ["`--num_images 5` does nothing with `--generated_dir`"],
     ),
@@ -274,7 +274,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such prompts": ({"prompts": "none.txt"}, ["`--prompts none.txt`", "no file"]),
     "an unknown scheduler": ({"scheduler": "DDIM"}, ["`--scheduler DDIM` is no scheduler"]),
     "too few draws": ({"membership_draws": 7}, ["`--membership_draws` must be at least 8, not 7"]),
-    "no pictures": ({"num_images": 0}, ["`--num_images` must be at least 1, not 0"]),
+    "no images": ({"num_images": 0}, ["`--num_images` must be at least 1, not 0"]),
     "a resolution that does not fit": ({"resolution": 13}, ["`--resolution 13` must be a multiple of"]),
     "an unknown flag": ({"num_image": 3}, ["unknown flag `--num_image`. Did you mean `--num_images`?"]),
     "a flag of training": ({"learning_rate": 0.1}, ["unknown flag `--learning_rate`"]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from audit_samples import sample_audit
+from audit_samples import sample_json
 from cards import facts, with_flags
 from huggingface_hub import ModelCard
 
@@ -89,7 +89,7 @@ def test_a_later_audit_gives_the_card_that_an_audited_run_has(tmp_path: Path):
     made = with_flags(facts(), dataset_name="somebody/cats")
     plain = write_model_card(tmp_path, made).read_text()
     (tmp_path / "audit").mkdir()
-    (tmp_path / "audit/audit.json").write_text(json.dumps(sample_audit()))
+    (tmp_path / "audit/audit.json").write_text(json.dumps(sample_json()))
     show_audit(tmp_path)
     audited = (tmp_path / "README.md").read_text()
     assert audited.index("## Audit") < audited.index("## Limits")

@@ -1,4 +1,4 @@
-"""Training images that are one picture: equal or mirrored pixels, and near copies of them."""
+"""Training images that show the same thing: equal or mirrored pixels, and near copies of them."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ MOST_BITS = 4
 # ... pixels in [0, 1] whose difference has at most this root mean square ...
 MOST_DIFFERENCE = 0.08
 # ... and parts of an 8 x 8 grid whose mean colours, in [0, 1], differ by so much at most. Compression and noise are
-# all over a picture, but clock faces with another hour, or faces with another mouth, differ in one place.
+# all over an image, but clock faces with another hour, or faces with another mouth, differ in one place.
 MOST_IN_A_PART = 0.06
-# Side of the grey picture whose cosine transform is hashed, and of the corner of low frequencies that is kept, as of
+# Side of the grey image whose cosine transform is hashed, and of the corner of low frequencies that is kept, as of
 # the grid.
 SIDE, LOW = 32, 8
-# A coefficient has to stand out by this much, of grey values from 0 to 255. About half of a symmetric picture's
+# A coefficient has to stand out by this much, of grey values from 0 to 255. About half of a symmetric image's
 # coefficients are 0, and so is their median: without this the least noise would throw those bits about.
 STANDS_OUT = 8.0
 # Bytes that are looked at together.
@@ -27,7 +27,7 @@ CHUNK = 32 * 10**6
 
 
 class Duplicates(NamedTuple):
-    """Which training images are one picture.
+    """Which training images show the same thing.
 
     Attributes:
         representative: (N,) int64, the index of the first image of the group that an image belongs to; its own where
@@ -52,7 +52,7 @@ class Duplicates(NamedTuple):
 
 
 def find_duplicates(images: np.ndarray, progress: Callable[[int], None] | None = None) -> Duplicates:
-    """Groups images that are one picture, each with the first image of its group, in the order of their indices.
+    """Groups images that show the same thing, each with the first image of its group, in the order of their indices.
 
     An image joins the first group whose first image has the same pixels, as they are or mirrored; or else the first
     one whose first image is a near copy of it or of its mirror image: by perceptual hash (the signs of the lowest
@@ -60,7 +60,7 @@ def find_duplicates(images: np.ndarray, progress: Callable[[int], None] | None =
 
     Args:
         images: (N, H, W, 3) uint8, may be a np.memmap; read in blocks.
-        progress: is told how many more images were read; the numbers add up to N.
+        progress: called with the number of further images that were read; the numbers add up to N.
     """
     first, hashes, parts = _read(images, progress)
     distinct = np.flatnonzero(first == np.arange(len(images)))

@@ -1,4 +1,4 @@
-"""Images as the audit compares them: squares of 8-bit pixels, training images as they were trained on."""
+"""Images as the audit compares them: squares of 8-bit pixels, cropped as in training."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def digest(texts: Sequence[str]) -> str:
 
 
 def training_transform(config: Config, center_crop: bool | None = None) -> ImageTransform:
-    """How the training images were resized and cropped, unless they are to be cropped in another way."""
+    """How training resized and cropped its images; `center_crop` overrides the setting."""
     return ImageTransform(
         config.data.resolution,
         center_crop=config.data.center_crop if center_crop is None else center_crop,
@@ -41,9 +41,9 @@ def training_transform(config: Config, center_crop: bool | None = None) -> Image
     )
 
 
-def as_pixels(transform: ImageTransform, picture: PIL.Image.Image, content: str, grey: bool) -> np.ndarray:
-    """(R, R, 3) uint8 of an RGB picture; grey in all channels if the model has but one."""
-    values = transform(picture, content, False).permute(1, 2, 0).numpy()
+def as_pixels(transform: ImageTransform, image: PIL.Image.Image, content: str, grey: bool) -> np.ndarray:
+    """(R, R, 3) uint8 of an RGB image; grey in all channels if the model has but one."""
+    values = transform(image, content, False).permute(1, 2, 0).numpy()
     pixels = np.rint((values + 1) * 127.5).astype(np.uint8)
     if grey:
         pixels = np.asarray(PIL.Image.fromarray(pixels).convert("L").convert("RGB"))
@@ -69,7 +69,7 @@ def image_array(
 
 
 def file_array(work: Work, name: str, files: Sequence[Path], transform: ImageTransform, grey: bool) -> Pixels:
-    """(N, R, R, 3) uint8 of picture files, mapped from a file.
+    """(N, R, R, 3) uint8 of image files, mapped from a file.
 
     Raises:
         UserError: one cannot be read.
@@ -77,8 +77,8 @@ def file_array(work: Work, name: str, files: Sequence[Path], transform: ImageTra
     hashes = [content_hash(read_file(str(file))) for file in files]
 
     def fill(row: np.ndarray, index: int) -> None:
-        picture = decode_rgb(read_file(str(files[index])), str(files[index]))
-        row[:] = as_pixels(transform, picture, hashes[index], grey)
+        image = decode_rgb(read_file(str(files[index])), str(files[index]))
+        row[:] = as_pixels(transform, image, hashes[index], grey)
 
     return _filled(work, name, hashes, transform, grey, fill)
 

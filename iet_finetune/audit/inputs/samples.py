@@ -1,4 +1,4 @@
-"""The pictures that are judged: drawn with fixed prompts and seeds, and kept, or generated elsewhere."""
+"""The generated images: drawn with fixed prompts and seeds, and kept."""
 
 import contextlib
 import json
@@ -18,20 +18,20 @@ from .subject import Subject
 from .work import Work
 
 SETTINGS = "settings.json"
-# What autocast multiplies in, by the name of the mixed precision.
+# The dtype of autocast by the name of the mixed precision.
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn: picture i from `prompts[i]`, or class `classes[i]`, and the noise of `seed + i`.
+    """What is drawn: image i from `prompts[i]`, or class `classes[i]`, and the noise of `seed + i`.
 
     Attributes:
         guidance: None leaves it to the pipeline.
         scheduler: its class.
         model: fingerprint of the pipeline.
         precision: `no`, `bf16` or `fp16`.
-        told: what else the pipeline is told, such as a length of prompts; see `Subject.told`.
+        options: see `Subject.options`.
     """
 
     prompts: tuple[str, ...]
@@ -44,22 +44,22 @@ class Plan:
     model: str
     precision: str
     batch: int
-    told: dict[str, Any]
+    options: dict[str, Any]
 
     def settings(self) -> dict[str, Any]:
-        """What decides a picture, whatever the number of pictures, in types of JSON."""
+        """Everything an image depends on, whatever the number of images, in types of JSON."""
         values = asdict(self)
-        told = values.pop("told")
-        return {name: value for name, value in values.items() if name not in ("prompts", "classes")} | told
+        options = values.pop("options")
+        return {name: value for name, value in values.items() if name not in ("prompts", "classes")} | options
 
 
 def plan_samples(config: Config, subject: Subject, training: TrainingImages, heldout: TrainingImages) -> Plan:
-    """The prompts (or classes) of all pictures, and how they are drawn.
+    """The prompts (or classes) of all images, and how they are drawn.
 
-    The distinct captions are taken in an order drawn by the seed, again and again until there are enough.
+    The distinct captions are shuffled by the seed and repeated until there are enough.
 
     Raises:
-        UserError: the prompts cannot be had.
+        UserError: there are no such prompts.
     """
     audit, size = config.audit, config.data.resolution
     prompts = _prompts(config, subject, training, heldout)
@@ -81,12 +81,12 @@ def plan_samples(config: Config, subject: Subject, training: TrainingImages, hel
         subject.fingerprint,
         config.training.mixed_precision or "no",
         audit.eval_batch_size,
-        subject.told,
+        subject.options,
     )
 
 
 def distinct_captions(images: TrainingImages) -> list[str]:
-    """Every caption once, in the order of the data."""
+    """The distinct captions, in the order of the data."""
     return list(dict.fromkeys(caption for captions in images.captions for caption in captions))
 
 
@@ -134,13 +134,13 @@ def _classes(config: Config, subject: Subject, training: TrainingImages, heldout
 
 
 def draw_samples(subject: Subject, plan: Plan, folder: Path, work: Work, *, own: bool) -> list[Path]:
-    """The files of the pictures, which are drawn unless they are there.
+    """Draws the images that are missing, and returns the files of all.
 
     Args:
-        own: whether the folder is that of the model alone; then pictures of what the model was before are removed.
+        own: whether the folder belongs to this model alone; then images of its earlier weights are removed.
 
     Raises:
-        UserError: the folder holds pictures that were drawn in another way.
+        UserError: the folder holds images that were drawn with other settings.
     """
     files = [folder / f"{number:06d}.png" for number in range(len(plan.prompts))]
     _claim(folder, plan, own)
@@ -149,7 +149,7 @@ def draw_samples(subject: Subject, plan: Plan, folder: Path, work: Work, *, own:
         for start in range(0, len(files), plan.batch):
             numbers = range(start, min(start + plan.batch, len(files)))
             missing = [number for number in numbers if not files[number].is_file()]
-            # All of a batch again: the last bits of a picture may depend on what it is drawn with.
+            # Draw the whole batch again: the last bits of an image may depend on its batch.
             if missing:
                 _draw(subject, plan, numbers, files)
                 advance(len(missing))
@@ -157,7 +157,7 @@ def draw_samples(subject: Subject, plan: Plan, folder: Path, work: Work, *, own:
 
 
 def _draw(subject: Subject, plan: Plan, numbers: range, files: list[Path]) -> None:
-    pictures = subject.draw(
+    images = subject.draw(
         [plan.prompts[number] for number in numbers],
         [plan.classes[number] for number in numbers],
         [torch.Generator().manual_seed(plan.seed + number) for number in numbers],
@@ -165,13 +165,13 @@ def _draw(subject: Subject, plan: Plan, numbers: range, files: list[Path]) -> No
         guidance=plan.guidance,
         size=plan.size,
     )
-    for number, picture in zip(numbers, pictures, strict=True):
+    for number, image in zip(numbers, images, strict=True):
         with written_beside(files[number]) as partial:
-            picture.save(partial, format="PNG")
+            image.save(partial, format="PNG")
 
 
 def _claim(folder: Path, plan: Plan, own: bool) -> None:
-    """Makes the folder, or makes sure that what is in it belongs to this plan."""
+    """Creates the folder, or checks that its images belong to this plan."""
     settings = plan.settings() | {"prompts": list(plan.prompts), "classes": list(plan.classes)}
     before = _read(file := folder / SETTINGS)
     if own and before and before.get("model") != plan.model:
@@ -183,7 +183,7 @@ def _claim(folder: Path, plan: Plan, own: bool) -> None:
         if not _goes_on(before.get(name), value):
             shown = "" if name in ("model", "prompts", "classes") else f" ({before.get(name)} then, {value} now)"
             raise UserError(
-                f"`{folder}` holds pictures of another {name}{shown}: choose another `--output_dir`, or remove them."
+                f"`{folder}` holds images of another {name}{shown}: choose another `--output_dir`, or remove them."
             )
     with written_beside(file) as partial:
         partial.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -195,13 +195,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"`{file}` is damaged: {one_line(error)}. Remove its folder, and the pictures in it."
-        ) from None
+        raise UserError(f"`{file}` is damaged: {one_line(error)}. Remove its folder, and the images in it.") from None
 
 
 def _goes_on(before: Any, now: Any) -> bool:
-    """Of lists, one may go on where the other ends: more pictures, or fewer, are asked for."""
+    """Whether two settings agree; of two lists, one may continue the other."""
     if isinstance(before, list) and isinstance(now, list):
         common = min(len(before), len(now))
         return before[:common] == now[:common]
@@ -210,7 +208,7 @@ def _goes_on(before: Any, now: Any) -> bool:
 
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Matrix products in half precision, if that is wanted."""
+    """Autocast to half precision, if asked for."""
     if precision not in _HALF:
         yield
         return

@@ -1,23 +1,17 @@
-"""The pipeline that is audited: found, loaded and put on the device, whoever trained it."""
+"""The audited pipeline on its device: what it takes, and how it draws."""
 
-import contextlib
 import inspect
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 from PIL import Image
 
-from ...config.config import Config
 from ...errors import UserError, one_line
-from ...families import FAMILIES, Family, PipelineSource, family_class, find_pipeline, load_pipeline
-from ...families.base import pipeline_fingerprint
+from ...families import Family
 from ...families.loading import quiet_loading
-from ...files import LORA_NAME
 
 
 @dataclass
@@ -47,7 +41,7 @@ class Subject:
 
     @property
     def is_grey(self) -> bool:
-        """Whether its pictures have one channel."""
+        """Whether its images have one channel."""
         settings = getattr(self.denoiser, "config", None)
         return getattr(self.pipeline, "vae", None) is None and getattr(settings, "in_channels", 3) == 1
 
@@ -63,7 +57,7 @@ class Subject:
 
     @property
     def native_resolution(self) -> int | None:
-        """The side of its pictures in pixels unless it is told another; None if it does not say."""
+        """The side of its images in pixels by default; None if it does not say."""
         size = getattr(self.pipeline, "default_sample_size", None)
         if size is None and self.denoiser is not None:
             size = getattr(self.denoiser.config, "sample_size", None)
@@ -78,16 +72,16 @@ class Subject:
         return float(parameter.default) if parameter is not None and _is_number(parameter.default) else None
 
     def call_options(self) -> dict[str, Any]:
-        """What the pipeline must be told to draw as it was trained."""
+        """Arguments of the pipeline's call that make it draw as it was trained."""
         return {} if self.family is None else self.family.call_options
 
     @property
-    def told(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Settings beside its weights and its scheduler that decide what it predicts, in types of JSON."""
-        told = dict(self.call_options())
+        options = dict(self.call_options())
         if self.family is not None and (guidance := self.family.config.training.guidance_scale) is not None:
-            told["guidance_scale"] = guidance
-        return told
+            options["guidance_scale"] = guidance
+        return options
 
     def draw(
         self,
@@ -99,7 +93,7 @@ class Subject:
         guidance: float | None,
         size: int,
     ) -> list[Image.Image]:
-        """One RGB picture a generator; of prompts and classes it takes what it knows.
+        """One RGB image a generator; of prompts and classes it takes what it knows.
 
         Raises:
             UserError: the pipeline cannot be called in this way.
@@ -125,7 +119,7 @@ class Subject:
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(
                 f"`--model {self.name}`: a {self.class_name} could not draw ({one_line(error).rstrip('.')}): draw "
-                "yourself, and give the pictures with `--generated_dir`."
+                "yourself, and give the images with `--generated_dir`."
             ) from None
         return [image.convert("RGB") for image in images]
 
@@ -150,104 +144,5 @@ class Subject:
         self.pipeline.scheduler = scheduler
 
 
-@dataclass(frozen=True)
-class Found:
-    """A pipeline that was found, before its weights are loaded.
-
-    Attributes:
-        name: Hub id or folder, as given.
-        flag: the flag that named it.
-        config: how it, or the base of its LoRA file, is loaded.
-        lora: the folder of its LoRA file, if it is one.
-    """
-
-    name: str
-    flag: str
-    config: Config
-    source: PipelineSource
-    lora: Path | None
-
-    @property
-    def needs_captions(self) -> bool:
-        """Whether the pipeline draws from text."""
-        if self.source.class_name in FAMILIES:
-            return family_class(self.source, self.config.model).needs_captions
-        kind = getattr(diffusers, self.source.class_name, None)
-        return kind is not None and "prompt" in inspect.signature(kind.__call__).parameters
-
-    def load(self, device: torch.device) -> Subject:
-        """The pipeline with its weights.
-
-        Raises:
-            UserError: it cannot be loaded; names the flag.
-        """
-        with self.blamed():
-            pipeline: Any = load_pipeline(self.source, self.config.model)
-            family = None
-            if self.source.class_name in FAMILIES:
-                family = family_class(self.source, self.config.model)(pipeline, self.config)
-        if self.lora is not None:
-            _add_lora(pipeline, self.lora, self.flag)
-        fingerprint = pipeline_fingerprint(pipeline)
-        if family is not None:
-            family.place(device)
-            family.denoiser.requires_grad_(False).eval()
-            # By DDIM, by class and without a safety checker, as while training.
-            pipeline = family.sampling_pipeline()
-        pipeline.set_progress_bar_config(disable=True)
-        return Subject(shown(self.name), self.source.class_name, family, pipeline.to(device), device, fingerprint)
-
-    @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """An error inside names the flag that the pipeline came from."""
-        trained = f"`--pretrained_model_name_or_path {self.config.model.pretrained_model_name_or_path}`"
-        try:
-            yield
-        except UserError as error:
-            if self.lora is not None:
-                raise
-            raise UserError(str(error).replace(trained, f"`--{self.flag} {self.name}`")) from None
-
-
-def find_subject(config: Config, name: str, flag: str) -> Found:
-    """Finds a pipeline on the Hub or in a folder, or a LoRA file with its base; loads no weights.
-
-    Args:
-        config: how it is loaded; `--pretrained_model_name_or_path` is the base of a LoRA file.
-        name: Hub id or folder.
-        flag: what errors call it, such as `model`.
-
-    Raises:
-        UserError: it is not there; names the flag.
-    """
-    folder = Path(name)
-    is_lora = (folder / LORA_NAME).is_file() and not (folder / "model_index.json").is_file()
-    base = config.model.pretrained_model_name_or_path if is_lora else name
-    if base is None:
-        raise UserError(
-            f"`--{flag} {name}` is a LoRA file: say with `--pretrained_model_name_or_path` which pipeline it is for."
-        )
-    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=base, model_config=None))
-    found = Found(name, flag, config, PipelineSource(None, "", {}, {}), folder if is_lora else None)
-    with found.blamed():
-        return replace(found, source=find_pipeline(config.model))
-
-
-def _add_lora(pipeline: Any, folder: Path, flag: str) -> None:
-    try:
-        with quiet_loading():
-            pipeline.load_lora_weights(str(folder))
-    except Exception as error:  # a pipeline that loads none, a damaged file, layers that are not there
-        raise UserError(
-            f"`--{flag} {folder}`: its LoRA file does not fit the base ({one_line(error).rstrip('.')}): give its "
-            "own with `--pretrained_model_name_or_path`."
-        ) from None
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def shown(name: str) -> str:
-    """A name without the folders of this machine."""
-    return os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name

@@ -1,4 +1,4 @@
-"""What an audit has computed so far, on disk: an interrupted one goes on from there, and nothing stale is used."""
+"""Intermediate results on disk, by what they were computed from: an interrupted audit resumes."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ _BLOCK = 512  # images that wait for their turn at once
 
 
 class Work:
-    """Arrays by name and by what they were computed from, in one folder.
+    """A cache of arrays in one folder, by name and by their inputs.
 
     Args:
-        folder: made when something is kept.
+        folder: created when something is stored.
         silent: shows no progress bars; they are shown on terminals only.
     """
 
@@ -41,13 +41,13 @@ class Work:
         compute: Callable[[range], np.ndarray],
         batch: int,
     ) -> np.ndarray:
-        """(total, ...) rows that `compute` makes from a range of their numbers, at most `batch` at a time.
+        """(total, ...) rows that `compute` returns for a range of row numbers, at most `batch` at a time.
 
-        What is there already is not computed again: rows of the same name, made from the same things.
+        Rows of the same name and inputs are not computed again.
 
         Args:
             name: also what the progress bar says.
-            made_from: everything that decides the rows, in types of JSON.
+            made_from: everything the rows depend on, in types of JSON.
         """
         path = self._path(name, {**made_from, "total": total})
         if path.is_file():
@@ -71,7 +71,7 @@ class Work:
     def array(
         self, name: str, made_from: Mapping[str, Any], make: Callable[[Callable[[int], None]], np.ndarray]
     ) -> np.ndarray:
-        """An array that is made in one go; `make` is given what to call with the number of things done."""
+        """An array computed at once; `make` receives a callback for its progress."""
         path = self._path(name, made_from)
         if not path.is_file():
             with self.progress(name, None) as advance:
@@ -81,7 +81,7 @@ class Work:
     def filled(
         self, name: str, made_from: Mapping[str, Any], shape: tuple[int, ...], fill: Callable[[np.ndarray, int], None]
     ) -> np.ndarray:
-        """A uint8 array too large for the memory, mapped from its file; `fill` puts row i into its place."""
+        """A memory-mapped uint8 array; `fill` writes row i in place."""
         path = self._path(name, {**made_from, "shape": list(shape)})
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Work:
 
     @contextmanager
     def progress(self, words: str, total: int | None, begun: int = 0) -> Iterator[Callable[[int], None]]:
-        """A progress bar on a terminal; yields what to call with the number of things that are done."""
+        """A progress bar on a terminal; yields the callback that advances it."""
         with tqdm(
             desc=words, total=total, initial=begun, disable=True if self._silent else None, dynamic_ncols=True
         ) as bar:
@@ -108,7 +108,7 @@ class Work:
             yield advance
 
     def _path(self, name: str, made_from: Mapping[str, Any]) -> Path:
-        # Another version of this package may compute the same thing in another way.
+        # Another version of this package may compute it differently.
         text = json.dumps({**made_from, "by": __version__}, sort_keys=True)
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return self._folder / f"{name.replace(' ', '-')}-{digest}.npy"

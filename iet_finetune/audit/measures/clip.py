@@ -1,4 +1,4 @@
-"""How well generated images fit their prompts, as CLIP sees it."""
+"""How well generated images match their prompts, by CLIP."""
 
 from collections.abc import Sequence
 
@@ -73,7 +73,7 @@ class ClipScorer:
         return scores.numpy()
 
     def _score(self, pairs: Sequence[tuple[np.ndarray, str]]) -> Tensor:
-        pictures = self._processor(images=[Image.fromarray(image) for image, _ in pairs], return_tensors="pt")
+        inputs = self._processor(images=[Image.fromarray(image) for image, _ in pairs], return_tensors="pt")
         texts = self._tokenizer(
             [caption for _, caption in pairs],
             padding="max_length",
@@ -81,7 +81,7 @@ class ClipScorer:
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         )
-        of_images = pooled(self._model.get_image_features(**pictures.to(self._device)))
+        of_images = pooled(self._model.get_image_features(**inputs.to(self._device)))
         of_texts = pooled(self._model.get_text_features(**texts.to(self._device)))
         return (100 * cosine_similarity(of_images.float(), of_texts.float())).clamp(min=0).cpu()
 
@@ -91,15 +91,19 @@ def load_clip(name: str, device: torch.device | str) -> ClipScorer:
     return ClipScorer(name, device)
 
 
-def clip_findings(generated_scores: np.ndarray, null_scores: np.ndarray | None, seed: int) -> Findings:
+def clip_findings(generated_scores: np.ndarray, baseline_scores: np.ndarray | None, seed: int) -> Findings:
     """`clip_score`, the mean over generated images and their prompts.
 
     Args:
         generated_scores: (G,) of `ClipScorer.score`.
-        null_scores: (H,) of held-out images with their own captions.
+        baseline_scores: (H,) of held-out images with their own captions.
         seed: of the bootstrap.
     """
     if len(generated_scores) == 0:
         return Findings(not_measured={"clip_score": "needs generated images with prompts, and there are none"})
-    null = None if null_scores is None or len(null_scores) == 0 else float(np.mean(null_scores, dtype=np.float64))
-    return Findings({"clip_score": mean(np.asarray(generated_scores, np.float64), seed).against(null)})
+    baseline = (
+        None
+        if baseline_scores is None or len(baseline_scores) == 0
+        else float(np.mean(baseline_scores, dtype=np.float64))
+    )
+    return Findings({"clip_score": mean(np.asarray(generated_scores, np.float64), seed).against(baseline)})

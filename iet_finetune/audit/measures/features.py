@@ -1,4 +1,4 @@
-"""What pictures are compared by besides their pixels: features from a network that never saw the data at hand."""
+"""Image features from pretrained networks that never saw the data at hand."""
 
 import hashlib
 import os

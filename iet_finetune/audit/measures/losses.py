@@ -1,6 +1,5 @@
 """Membership inference and the loss on held-out images: losses with the same draws of noise for all images."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from ...data.dataset import TrainingImages
 from ...errors import UserError
-from ..inputs.bench import NEEDS_HELDOUT, NEEDS_MODEL, Bench, choose
+from ..inputs.context import NEEDS_HELDOUT, NEEDS_MODEL, AuditContext, choose
 from ..inputs.images import Pixels, digest, training_transform
+from ..inputs.pipelines import SubjectSource
 from ..inputs.samples import autocast
 from ..inputs.subject import Subject
-from .findings import Findings
+from .findings import Findings, ModelIdentity, NoiseLevel
 from .membership import (
     Draws,
     calibrated_scores,
@@ -31,10 +31,10 @@ from .metrics import Metric
 
 @dataclass(frozen=True)
 class Chosen:
-    """Some of the images, with all that a denoiser may be told of them.
+    """Some of the images, with all that a denoiser is conditioned on.
 
     Attributes:
-        name: what the progress bar calls them.
+        name: for the progress bar.
         images: the chosen ones.
         pixels, places: of more images, and which of those are the chosen ones.
     """
@@ -48,19 +48,19 @@ class Chosen:
         return len(self.images)
 
 
-def losses(subject: Subject, bench: Bench, chosen: Chosen, draws: Draws) -> np.ndarray:
+def losses(subject: Subject, context: AuditContext, chosen: Chosen, draws: Draws) -> np.ndarray:
     """(N, J) fp32, the loss of each image at each draw.
 
     Raises:
-        UserError: an image cannot be read any more.
+        UserError: an image can no longer be read.
     """
     assert subject.family is not None
-    family, images, batch = subject.family, chosen.images, bench.batch
-    precision = bench.config.training.mixed_precision or "no"
-    transform = training_transform(bench.config)
+    family, images, batch = subject.family, chosen.images, context.batch
+    precision = context.config.training.mixed_precision or "no"
+    transform = training_transform(context.config)
 
     def compute(part: range) -> np.ndarray:
-        # Always as many at once: the bits of a loss may depend on how many are computed together.
+        # Always a full batch: the bits of a loss may depend on the batch size.
         numbers = [*part, *[part[-1]] * (batch - len(part))]
         sizes = [transform.place(images.load(i).size, images.content_hashes[i], False) for i in part]
         sizes += [sizes[-1]] * (batch - len(part))
@@ -80,13 +80,13 @@ def losses(subject: Subject, bench: Bench, chosen: Chosen, draws: Draws) -> np.n
     made_from: dict[str, Any] = {
         "model": subject.fingerprint,
         "images": digest([chosen.pixels.key, *map(str, chosen.places)]),
-        "told": images.fingerprint,
+        "described": images.fingerprint,
         "draws": digest([str(draws.timesteps.tolist()), str(draws.noise.double().sum().item())]),
         "precision": precision,
         "batch": batch,
-        **{f"told_{name}": value for name, value in subject.told.items()},
+        **{f"option_{name}": value for name, value in subject.options.items()},
     }
-    return bench.work.rows(f"losses of {chosen.name}", made_from, len(images), compute, batch)
+    return context.work.rows(f"losses of {chosen.name}", made_from, len(images), compute, batch)
 
 
 def as_values(pixels: np.ndarray) -> Tensor:
@@ -96,7 +96,7 @@ def as_values(pixels: np.ndarray) -> Tensor:
 
 
 def check_reference(subject: Subject, reference: Subject, resolution: int) -> None:
-    """Raises a `UserError` unless the two see images in the same way, so that their losses can be compared."""
+    """Raises a `UserError` unless both have the same latents and noise levels, so that losses can be compared."""
     assert subject.family is not None
     same = (
         reference.family is not None
@@ -114,79 +114,86 @@ OF_LOSSES = ("mia_auc", "mia_tpr_at_1_fpr", "mia_ref_auc", "mia_ref_tpr_at_1_fpr
 
 
 def measure_losses(
-    bench: Bench, subject: Subject | None, load_reference: Callable[[], Subject] | None
-) -> tuple[Findings, list[dict[str, Any]], dict[str, dict[str, Metric]]]:
+    context: AuditContext, subject: Subject | None, reference: SubjectSource | None
+) -> tuple[Findings, list[NoiseLevel], dict[str, dict[str, Metric]], ModelIdentity | None]:
     """Membership inference with and without a reference model, and the loss on held-out images.
 
     Args:
         subject: None if there are only generated images.
-        load_reference: loads the reference model; None goes without.
+        reference: None goes without.
 
     Returns:
-        the figures, those by noise level, and of each attack the AUC by how often an image is in the data.
+        the metrics, those by noise level, of each attack the AUC by how often an image is in the data, and which model
+        the reference is.
     """
-    if (reason := _why_not(bench, subject)) is not None:
-        return Findings(not_measured=dict.fromkeys(OF_LOSSES, reason)), [], {}
+    if (reason := _why_not(context, subject)) is not None:
+        return Findings(not_measured=dict.fromkeys(OF_LOSSES, reason)), [], {}, None
     assert subject is not None
     assert subject.family is not None
-    config = bench.config
+    config = context.config
     shape = subject.family.latent_shape(config.data.resolution)
-    low = fixed_draws(subject.family.objective, shape, config.audit.membership_draws, bench.seed)
-    spread = spread_draws(subject.family.objective, shape, config.audit.membership_draws, bench.seed)
-    training, heldout, repeats = _sides(bench)
+    low = fixed_draws(subject.family.objective, shape, config.audit.membership_draws, context.seed)
+    spread = spread_draws(subject.family.objective, shape, config.audit.membership_draws, context.seed)
+    training, heldout, repeats = _sides(context)
     both = Draws(torch.cat([low.timesteps, spread.timesteps]), torch.cat([low.noise, spread.noise]), ())
     count = len(low.timesteps)
-    every = losses(subject, bench, training, both), losses(subject, bench, heldout, both)
+    every = losses(subject, context, training, both), losses(subject, context, heldout, both)
     ours, whole = [side[:, :count] for side in every], [side[:, count:] for side in every]
-    theirs, warnings = _reference_losses(bench, subject, load_reference, (training, heldout), low)
+    theirs, warnings, identity = _reference_losses(context, subject, reference, (training, heldout), low)
     known, unknown = theirs if theirs is not None else (None, None)
-    findings, levels = membership_findings(ours[0], ours[1], low.levels, known, unknown, bench.seed)
+    findings, levels = membership_findings(ours[0], ours[1], low.levels, known, unknown, context.seed)
     scores = {"mia_auc": [raw_scores(side) for side in ours]}
     if theirs is not None:
         scores["mia_ref_auc"] = [calibrated_scores(*pair) for pair in zip(ours, theirs, strict=True)]
-    about_heldout = loss_findings(whole[1], whole[0], seed=bench.seed)
+    about_heldout = loss_findings(whole[1], whole[0], seed=context.seed)
     return (
         Findings.merged(findings, about_heldout, Findings(warnings=warnings)),
         levels,
         {
-            name: membership_by_repeats(members, repeats, others, bench.seed)
+            name: membership_by_repeats(members, repeats, others, context.seed)
             for name, (members, others) in scores.items()
         },
+        identity,
     )
 
 
-def _why_not(bench: Bench, subject: Subject | None) -> str | None:
+def _why_not(context: AuditContext, subject: Subject | None) -> str | None:
     if subject is None:
         return NEEDS_MODEL
     if subject.family is None:
         return f"no family of this package knows the {subject.class_name}, so its losses are not known"
-    return None if bench.has_heldout else NEEDS_HELDOUT
+    return None if context.has_heldout else NEEDS_HELDOUT
 
 
-def _sides(bench: Bench) -> tuple[Chosen, Chosen, np.ndarray]:
+def _sides(context: AuditContext) -> tuple[Chosen, Chosen, np.ndarray]:
     """The training and the held-out images whose losses are taken, and how often each of the former is in the data."""
-    material, limit = bench.material, bench.config.audit.membership_images
-    of_training = choose(len(material.members), limit, bench.seed)
-    of_heldout = choose(len(material.heldout), limit, bench.seed)
-    firsts = [int(number) for number in material.firsts[of_training]]
-    training = Chosen("training images", material.training.subset(firsts), material.references, of_training)
-    unseen = material.heldout.subset([int(number) for number in of_heldout])
-    heldout = Chosen("held-out images", unseen, material.heldout_pixels, of_heldout)
-    return training, heldout, material.repeats[of_training]
+    data, limit = context.data, context.config.audit.membership_images
+    of_training = choose(len(data.members), limit, context.seed)
+    of_heldout = choose(len(data.heldout), limit, context.seed)
+    firsts = [int(number) for number in data.firsts[of_training]]
+    training = Chosen("training images", data.training.subset(firsts), data.references, of_training)
+    unseen = data.heldout.subset([int(number) for number in of_heldout])
+    heldout = Chosen("held-out images", unseen, data.heldout_pixels, of_heldout)
+    return training, heldout, data.repeats[of_training]
 
 
 def _reference_losses(
-    bench: Bench,
+    context: AuditContext,
     subject: Subject,
-    load: Callable[[], Subject] | None,
+    source: SubjectSource | None,
     sides: tuple[Chosen, Chosen],
     draws: Draws,
-) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[str]]:
-    """Losses of both sides under the reference model, if there is one; and what the reader should know."""
-    if load is None:
-        return None, []
-    reference = load()
-    check_reference(subject, reference, bench.config.data.resolution)
+) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[str], ModelIdentity | None]:
+    """Losses of both sides under the reference model, if there is one; warnings; and which model it is."""
+    if source is None:
+        return None, [], None
+    reference = source.load(context.device)
+    check_reference(subject, reference, context.config.data.resolution)
     if reference.fingerprint == subject.fingerprint:
-        return None, ["the reference model is the audited model itself, which calibrates nothing: it was left out."]
-    return (losses(reference, bench, sides[0], draws), losses(reference, bench, sides[1], draws)), []
+        return (
+            None,
+            ["the reference model is the audited model itself, which calibrates nothing: it was left out."],
+            None,
+        )
+    ours, theirs = (losses(reference, context, side, draws) for side in sides)
+    return (ours, theirs), [], ModelIdentity(reference.name, reference.fingerprint)

@@ -1,7 +1,7 @@
 """Membership inference: can the training images be told from held-out ones by the model's loss on them?"""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from ...families.base import Conditions, Family, evaluating
 from ...families.encoding import Encoder
 from ...method.objective import Objective, per_sample_loss
-from ..inputs.bench import NEEDS_HELDOUT
-from .findings import Findings, histogram
+from ..inputs.context import NEEDS_HELDOUT
+from .findings import Findings, NoiseLevel, histogram
 from .memorization import repeat_classes
 from .metrics import Metric, mean
 from .separation import auc_metric, common_edges, tpr_metric
@@ -154,7 +154,7 @@ def calibrated_scores(losses: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _log(losses: np.ndarray) -> np.ndarray:
-    # A loss of 0 is a picture known by heart, and not an infinite score.
+    # A loss of 0 means an image known exactly, not an infinite score.
     return np.log(np.maximum(losses.astype(np.float64), np.finfo(np.float32).tiny))
 
 
@@ -165,7 +165,7 @@ def membership_findings(
     ref_train: np.ndarray | None = None,
     ref_heldout: np.ndarray | None = None,
     seed: int = 0,
-) -> tuple[Findings, list[dict[str, Any]]]:
+) -> tuple[Findings, list[NoiseLevel]]:
     """How well training images can be told from held-out ones, over all draws and at each noise level.
 
     Args:
@@ -177,8 +177,7 @@ def membership_findings(
     Returns:
         Findings: `mia_auc` and `mia_tpr_at_1_fpr` from `raw_scores`, `mia_ref_auc` and `mia_ref_tpr_at_1_fpr` from
         `calibrated_scores`, histograms `mia` and `mia_ref`; what cannot be measured says why.
-        Rows, one a noise level from little to much: `{"level": ..., "mia_auc": ..., "mia_ref_auc": ...}`, metrics as
-        JSON, without those that cannot be measured.
+        `mia_auc` and `mia_ref_auc` of each noise level, from little to much, without what cannot be measured.
     """
     findings = [_attack("mia", raw_scores, (train,), (heldout,), seed)]
     by_level = [_levels("mia_auc", raw_scores, (train,), (heldout,), seed)]
@@ -189,10 +188,10 @@ def membership_findings(
         findings.append(_attack("mia_ref", calibrated_scores, *pairs, seed))
         by_level.append(_levels("mia_ref_auc", calibrated_scores, *pairs, seed))
     rows = [
-        {"level": round(level, 4)} | {name: row for parts in by_level for name, row in parts.get(j, {}).items()}
+        NoiseLevel(round(level, 4), {name: metric for parts in by_level for name, metric in parts.get(j, {}).items()})
         for j, level in sorted(enumerate(levels), key=lambda pair: pair[1])
     ]
-    return Findings.merged(*findings), [row for row in rows if len(row) > 1]
+    return Findings.merged(*findings), [row for row in rows if row.metrics]
 
 
 def _names(attack: str) -> tuple[str, str]:
@@ -214,14 +213,14 @@ def _attack(name: str, score: Callable[..., np.ndarray], train: Losses, heldout:
 
 def _levels(
     name: str, score: Callable[..., np.ndarray], train: Losses, heldout: Losses, seed: int
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, dict[str, Metric]]:
     """The area of each draw alone, by its place; none where the losses cannot be used."""
     if _fault(train, heldout):
         return {}
     rows = {}
     for j in range(train[0].shape[1]):
         members, others = (score(*(losses[:, [j]] for losses in side)) for side in (train, heldout))
-        rows[j] = {name: auc_metric(members, others, seed).to_json()}
+        rows[j] = {name: auc_metric(members, others, seed)}
     return rows
 
 
@@ -273,7 +272,7 @@ def membership_by_repeats(
 def loss_findings(heldout: np.ndarray, training: np.ndarray | None = None, seed: int = 0) -> Findings:
     """`heldout_loss`: the mean over images of the mean over draws, of losses (H, J).
 
-    Its null is the other way round here: the same of the training images' losses (N, J), None if they were not
+    Its baseline is the other way round here: the same of the training images' losses (N, J), None if they were not
     measured. The further it lies below, the more the model has fitted them.
     """
     fitted = training if training is not None and len(training) else None

@@ -1,4 +1,4 @@
-"""From the distances to the nearest training images to figures of memorization, in pixels and in features."""
+"""Metrics of memorization from the distances to the nearest training images, in pixels and in features."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -50,28 +50,28 @@ def mq_ratios(neighbours: Neighbours) -> np.ndarray:
     return _quotient(neighbours.distance[:, 0], neighbours.distance[:, :MQ_NEIGHBOURS].mean(axis=1))
 
 
-def pixel_metrics(generated: Neighbours, null: Neighbours | None, references: int) -> Findings:
+def pixel_metrics(generated: Neighbours, baseline: Neighbours | None, references: int) -> Findings:
     """`f_mem`, the share of images with a ratio below 1/3, and `mq_0.15` to `mq_0.6`, the share with an MQ below that.
 
     Args:
         generated: the nearest references of the generated images, one image at least, 50 references each, or all of
             them where there are fewer.
-        null: those of the held-out images, or None.
+        baseline: those of the held-out images, or None.
         references: how many there are.
 
     Returns:
-        the figures with their nulls, and the histograms `ratio` and `mq_ratio`.
+        the metrics with their baselines, and the histograms `ratio` and `mq_ratio`.
     """
-    return Findings.merged(_f_mem(generated, null, references), _mq(generated, null, references))
+    return Findings.merged(_f_mem(generated, baseline, references), _mq(generated, baseline, references))
 
 
-def similarity_metrics(slug: str, generated: np.ndarray, null: np.ndarray | None, seed: int = 0) -> Findings:
+def similarity_metrics(slug: str, generated: np.ndarray, baseline: np.ndarray | None, seed: int = 0) -> Findings:
     """Mean, 90th and 95th percentile, and share above 0.5 of the similarity to the most similar training image.
 
     Args:
         slug: of the features.
         generated: (G,) cosine similarity of each generated image to the reference most similar to it, G at least 1.
-        null: (M,) of the held-out images, or None.
+        baseline: (M,) of the held-out images, or None.
         seed: of the bootstrap.
 
     Returns:
@@ -79,17 +79,17 @@ def similarity_metrics(slug: str, generated: np.ndarray, null: np.ndarray | None
         histogram `similarity_SLUG`, from 0 to 1.
     """
 
-    def beside(figure: Callable[[np.ndarray], Metric]) -> Metric:
-        return figure(generated).against(None if null is None else figure(null))
+    def beside(metric: Callable[[np.ndarray], Metric]) -> Metric:
+        return metric(generated).against(None if baseline is None else metric(baseline))
 
-    figures = {
+    metrics = {
         f"similarity_mean_{slug}": beside(lambda values: mean(values, seed)),
         f"similarity_p90_{slug}": beside(lambda values: bootstrap(_p90, values, seed=seed)),
         f"similarity_p95_{slug}": beside(lambda values: bootstrap(_p95, values, seed=seed)),
         f"similarity_above_{COPIED:g}_{slug}": beside(lambda values: _share(values > COPIED)),
     }
     return Findings(
-        metrics=figures, histograms={f"similarity_{slug}": histogram(BINS, generated=generated, null=null)}
+        metrics=metrics, histograms={f"similarity_{slug}": histogram(BINS, generated=generated, baseline=baseline)}
     )
 
 
@@ -106,16 +106,16 @@ def repeat_classes(repeats: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def extraction(
-    neighbours: Neighbours, repeats: np.ndarray, null: Neighbours | None
+    neighbours: Neighbours, repeats: np.ndarray, baseline: Neighbours | None
 ) -> tuple[Findings, dict[str, Metric]]:
-    """Which of the references the generated images give away.
+    """Which references the generated images reproduce.
 
     A reference is extracted when it is the nearest one of a generated image whose ratio is below 1/3.
 
     Args:
         neighbours: the nearest references of the generated images.
         repeats: (N,) int64, how many training images each reference stands for.
-        null: the nearest references of the held-out images, or None.
+        baseline: the nearest references of the held-out images, or None.
 
     Returns:
         `extracted`, the share of all references, and `extracted_x1`, `extracted_x2_4`, `extracted_x5_9`,
@@ -125,14 +125,14 @@ def extraction(
     if len(repeats) < 2:
         return Findings(not_measured={"extracted": _too_few(2, len(repeats))}), {}
     found = _extracted(neighbours, len(repeats))
-    chance = None if null is None else _extracted(null, len(repeats))
+    chance = None if baseline is None else _extracted(baseline, len(repeats))
     classes = {
         label: _share(found[inside]).against(None if chance is None else float(chance[inside].mean()))
         for label, inside in repeat_classes(repeats)
     }
     everything = _share(found).against(None if chance is None else float(chance.mean()))
     metrics = {"extracted": everything} | {f"extracted_{_suffix(label)}": each for label, each in classes.items()}
-    return Findings(metrics, warnings=_unequal(neighbours, null)), classes
+    return Findings(metrics, warnings=_unequal(neighbours, baseline)), classes
 
 
 def closest_pairs(neighbours: Neighbours, count: int = 50, per_reference: int = 3) -> np.ndarray:
@@ -143,8 +143,8 @@ def closest_pairs(neighbours: Neighbours, count: int = 50, per_reference: int = 
     Args:
         neighbours: the nearest references of the generated images.
         count: how many, at most.
-        per_reference: how many images with the same nearest reference, at most; so that one image that is copied all
-            the time does not fill the list.
+        per_reference: how many images with the same nearest reference, at most; so that one image that is copied often
+            does not fill the list.
     """
     distance = neighbours.distance[:, 0]
     ratio = ratios(neighbours) if neighbours.distance.shape[1] > 1 else np.zeros(len(distance))
@@ -157,29 +157,29 @@ def closest_pairs(neighbours: Neighbours, count: int = 50, per_reference: int = 
     return order[place < per_reference][:count]
 
 
-def _f_mem(generated: Neighbours, null: Neighbours | None, references: int) -> Findings:
+def _f_mem(generated: Neighbours, baseline: Neighbours | None, references: int) -> Findings:
     if references < 2:
         return Findings(not_measured={"f_mem": _too_few(2, references)})
-    ours, theirs = ratios(generated), None if null is None else ratios(null)
-    figure = _share(ours < MEMORIZED).against(None if theirs is None else float((theirs < MEMORIZED).mean()))
-    return Findings({"f_mem": figure}, histograms={"ratio": histogram(BINS, generated=ours, null=theirs)})
+    ours, theirs = ratios(generated), None if baseline is None else ratios(baseline)
+    metric = _share(ours < MEMORIZED).against(None if theirs is None else float((theirs < MEMORIZED).mean()))
+    return Findings({"f_mem": metric}, histograms={"ratio": histogram(BINS, generated=ours, baseline=theirs)})
 
 
-def _mq(generated: Neighbours, null: Neighbours | None, references: int) -> Findings:
+def _mq(generated: Neighbours, baseline: Neighbours | None, references: int) -> Findings:
     names = {delta: f"mq_{delta:g}" for delta in DELTAS}
     if references < MQ_NEIGHBOURS:
         return Findings(not_measured=dict.fromkeys(names.values(), _too_few(MQ_NEIGHBOURS, references)))
-    ours, theirs = mq_ratios(generated), None if null is None else mq_ratios(null)
-    figures = {
+    ours, theirs = mq_ratios(generated), None if baseline is None else mq_ratios(baseline)
+    metrics = {
         name: _share(ours < delta).against(None if theirs is None else float((theirs < delta).mean()))
         for delta, name in names.items()
     }
     small = f"the reference set of {references} images is small for MQ: its {MQ_NEIGHBOURS} nearest are hardly near, "
     small += "so compare MQ only with audits of as many training images"
     return Findings(
-        figures,
+        metrics,
         warnings=[small] if references < FEW_FOR_MQ else [],
-        histograms={"mq_ratio": histogram(BINS, generated=ours, null=theirs)},
+        histograms={"mq_ratio": histogram(BINS, generated=ours, baseline=theirs)},
     )
 
 
@@ -190,11 +190,11 @@ def _extracted(neighbours: Neighbours, references: int) -> np.ndarray:
     return found
 
 
-def _unequal(neighbours: Neighbours, null: Neighbours | None) -> list[str]:
+def _unequal(neighbours: Neighbours, baseline: Neighbours | None) -> list[str]:
     """A warning where the two numbers of images differ."""
-    if null is None or len(null.index) == len(neighbours.index):
+    if baseline is None or len(baseline.index) == len(neighbours.index):
         return []
-    tries = f"{len(neighbours.index)} generated images against {len(null.index)} held-out ones"
+    tries = f"{len(neighbours.index)} generated images against {len(baseline.index)} held-out ones"
     return [f"extraction compares {tries}: the more images, the more training images can be hit, by chance too"]
 
 

@@ -1,4 +1,4 @@
-"""What every figure of an audit is: a value with its 95 % confidence interval and what held-out images score."""
+"""A metric: a value with its 95 % confidence interval and its baseline; rates and bootstraps."""
 
 import math
 import statistics
@@ -16,40 +16,47 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure.
+    """A measured value.
 
     Attributes:
-        value: the figure itself.
+        value: the value itself.
         low, high: its 95 % confidence interval.
-        null: the same figure with real images that were not trained on in the place of what is judged, or what chance
-            gives; None where there is no such thing.
+        baseline: the same metric of real images that were not trained on, or what chance gives; None if there is none.
         count, total: of a rate, how many of how many.
-        null_low, null_high: the 95 % confidence interval of the null, where it has one of its own.
+        baseline_low, baseline_high: the 95 % confidence interval of the baseline, where it has one of its own.
     """
 
     value: float
     low: float
     high: float
-    null: float | None = None
+    baseline: float | None = None
     count: int | None = None
     total: int | None = None
-    null_low: float | None = None
-    null_high: float | None = None
+    baseline_low: float | None = None
+    baseline_high: float | None = None
 
     def __post_init__(self) -> None:
         numbers = [each for each in asdict(self).values() if each is not None]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"a metric must be finite, not {numbers}")
 
-    def against(self, null: "Metric | float | None") -> "Metric":
-        """The same figure beside its null, and the interval of that if it has one."""
-        if isinstance(null, Metric):
-            return replace(self, null=null.value, null_low=null.low, null_high=null.high)
-        return replace(self, null=null)
+    def against(self, baseline: "Metric | float | None") -> "Metric":
+        """The same metric with its baseline, and the interval of that if it has one."""
+        if isinstance(baseline, Metric):
+            return replace(self, baseline=baseline.value, baseline_low=baseline.low, baseline_high=baseline.high)
+        return replace(self, baseline=baseline)
+
+    @property
+    def of_baseline(self) -> "Metric | None":
+        """The baseline as a metric; one without an interval of its own counts as exact."""
+        if self.baseline is None:
+            return None
+        low, high = (self.baseline if end is None else end for end in (self.baseline_low, self.baseline_high))
+        return Metric(self.baseline, low, high)
 
     def to_json(self) -> dict[str, Any]:
-        """`value`, `low`, `high` and `null`, and of the others what there is."""
-        always = ("value", "low", "high", "null")
+        """`value`, `low`, `high` and `baseline`, and of the others what there is."""
+        always = ("value", "low", "high", "baseline")
         return {name: value for name, value in asdict(self).items() if name in always or value is not None}
 
 

@@ -66,7 +66,7 @@ def nearest_pixels(
         k: how many, at most N.
         flips: compare each image mirrored as well; the nearer orientation counts.
         device: where to compute. Other devices than CPUs and CUDA's may lack float64; the CPU does their work.
-        progress: is told how many more images are done, now and then; the numbers add up to G.
+        progress: called with the number of further images that are done; the numbers add up to G.
 
     Raises:
         ValueError: images of different sizes or another type, or k beyond N.

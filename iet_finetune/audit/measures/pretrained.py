@@ -1,4 +1,4 @@
-"""Models of transformers as others stored them: loaded in silence, whole or not at all, and known by their weights."""
+"""Pretrained transformers models: loaded quietly and completely, and identified by their weights."""
 
 import contextlib
 import hashlib

@@ -1,4 +1,4 @@
-"""Prompt memorization: how far a prompt pulls the prediction of the noise away from that without a prompt."""
+"""Prompt memorization: how far a prompt pulls the predicted noise from the unconditional prediction."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +29,6 @@ _NAMES = ("prompt_memorization", "prompt_memorization_auc")
 _FEW = 30
 
 
-def has_guidance(pipeline: Any, guidance: float | None) -> bool:
-    """Whether the pipeline draws by classifier-free guidance, and prompt memorization can be measured."""
-    return guidance_fault(pipeline, guidance) is None
-
-
 def guidance_fault(pipeline: Any, guidance: float | None) -> str | None:
     """Why prompt memorization cannot be measured, in words for the report; None if it can.
 
@@ -47,9 +42,9 @@ def guidance_fault(pipeline: Any, guidance: float | None) -> str | None:
         return f"a {kind} draws without prompts"
     if kind not in GUIDED:
         return f"a {kind} does not predict the noise without the prompt too (no classifier-free guidance)"
-    # A distilled UNet is told the scale, and predicts once.
+    # A distilled UNet takes the scale as an input, and predicts once.
     if getattr(getattr(pipeline, "unet", None), "config", {}).get("time_cond_proj_dim") is not None:
-        return f"the UNet of this {kind} is told its guidance, and does not predict the noise without the prompt too"
+        return f"the UNet of this {kind} takes its guidance as an input, and predicts no noise without the prompt"
     scale = parameters["guidance_scale"].default if guidance is None else guidance
     return f"drawn with guidance {scale:g}: it takes more than 1" if scale <= 1 else None
 
@@ -78,10 +73,10 @@ def prompt_norms(
         denoiser: its unet or transformer.
         prompts, seeds: P of each; a prompt's first noise is that of its seed.
         batch_size: prompts at a time; always as many, so that the bits of one do not depend on how many there are.
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         steps: of sampling.
         guidance: None is the pipeline's default.
-        options: what the pipeline must be told besides, as `Family.call_options`.
+        options: further arguments of the pipeline, as `Family.call_options`.
 
     Raises:
         ValueError: the pipeline draws without classifier-free guidance.
@@ -153,8 +148,8 @@ def prompt_findings(training: np.ndarray, heldout: np.ndarray | None, seed: int 
         reason = f"{broken} of the {len(both)} norms are not finite"
         return Findings(not_measured=dict.fromkeys(_NAMES, reason))
     training, heldout = both[: len(training)], both[len(training) :]
-    null = float(heldout.mean()) if len(heldout) else None
-    metrics, missing = {_NAMES[0]: mean(training, seed).against(null)}, {}
+    baseline = float(heldout.mean()) if len(heldout) else None
+    metrics, missing = {_NAMES[0]: mean(training, seed).against(baseline)}, {}
     if len(heldout):
         metrics[_NAMES[1]] = auc_metric(training, heldout, seed)
     else:

@@ -1,4 +1,4 @@
-"""How good and how varied the generated images are: their features against those of held-out images."""
+"""Quality and variety of the generated images: their features against those of held-out images."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,14 +37,14 @@ def quality_findings(
 ) -> Findings:
     """Compares the generated images with held-out ones by their features.
 
-    The null of each figure is the same with training images, as many as there are generated ones or all there are, in
-    the place of the generated: what a perfect copyist would score.
+    The baseline of each metric is the same with training images in place of the generated ones, as many as there are
+    of those or all of them: what a perfect copyist would score.
 
     Args:
         slug, title: of the features.
         generated: (G, D) features.
         heldout: (H, D), the real images.
-        training: (N, D), for the null.
+        training: (N, D), for the baseline.
         seed: of subsets and of the bootstrap.
 
     Returns:
@@ -117,7 +117,7 @@ def prdc(generated: np.ndarray, real: np.ndarray, k: int) -> tuple[np.ndarray, n
 
 @dataclass(frozen=True)
 class _Sides:
-    """What is compared: features (n, D), float64; `copies` stand in the place of the generated ones for the null."""
+    """What is compared: features (n, D), float64; for the baseline `copies` replace the generated ones."""
 
     generated: np.ndarray
     heldout: np.ndarray
@@ -137,7 +137,7 @@ class _Sides:
         generated, heldout = (_subset(rows, MOST, self.seed) for rows in (self.generated, self.heldout))
         return _Sides(generated, heldout, copies, self.seed)
 
-    def null(self, statistic: Callable[[np.ndarray, np.ndarray], float]) -> float | None:
+    def baseline(self, statistic: Callable[[np.ndarray, np.ndarray], float]) -> float | None:
         """The statistic of copies and held-out images, if there are two copies at least."""
         return None if self.copies is None or len(self.copies) < 2 else statistic(self.copies, self.heldout)
 
@@ -165,7 +165,7 @@ def _kid(slug: str, sides: _Sides) -> Findings:
         return Findings(not_measured={f"kid_{slug}": reason})
     sides = sides.cut()
     value, low, high = _kid_interval(sides.generated, sides.heldout, np.random.default_rng(sides.seed))
-    return Findings({f"kid_{slug}": Metric(value, low, high, sides.null(kernel_distance))})
+    return Findings({f"kid_{slug}": Metric(value, low, high, sides.baseline(kernel_distance))})
 
 
 def _kid_interval(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
@@ -215,8 +215,8 @@ def _frechet(slug: str, sides: _Sides) -> Findings:
         return Findings(not_measured={f"frechet_{slug}": reason})
     value = frechet_distance(sides.generated, sides.heldout)
     reach = _frechet_reach(sides.generated, sides.heldout, sides.seed)
-    null = sides.null(frechet_distance)
-    return Findings({f"frechet_{slug}": Metric(value, max(0.0, value - reach), value + reach, null)})
+    baseline = sides.baseline(frechet_distance)
+    return Findings({f"frechet_{slug}": Metric(value, max(0.0, value - reach), value + reach, baseline)})
 
 
 def _frechet_reach(x: np.ndarray, y: np.ndarray, seed: int) -> float:
@@ -263,11 +263,13 @@ def _neighbourhoods(slug: str, sides: _Sides) -> Findings:
         return Findings(not_measured=dict.fromkeys(names, reason))
     sides = sides.cut()
     values = prdc(sides.generated, sides.heldout, NEIGHBOURS)
-    nulls: list[float | None] = [None] * len(names)
+    baselines: list[float | None] = [None] * len(names)
     if sides.copies is not None and len(sides.copies) > NEIGHBOURS:
-        nulls = [float(each.mean()) for each in prdc(sides.copies, sides.heldout, NEIGHBOURS)]
-    figures = [mean(each, sides.seed) if each.dtype != bool else rate(int(each.sum()), len(each)) for each in values]
-    return Findings({name: each.against(null) for name, each, null in zip(names, figures, nulls, strict=True)})
+        baselines = [float(each.mean()) for each in prdc(sides.copies, sides.heldout, NEIGHBOURS)]
+    metrics = [mean(each, sides.seed) if each.dtype != bool else rate(int(each.sum()), len(each)) for each in values]
+    return Findings(
+        {name: each.against(baseline) for name, each, baseline in zip(names, metrics, baselines, strict=True)}
+    )
 
 
 def _reach(x: np.ndarray, k: int) -> np.ndarray:

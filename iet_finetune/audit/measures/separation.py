@@ -1,4 +1,4 @@
-"""Telling two sets of numbers apart: the area under the ROC curve, and the true positives at few false ones."""
+"""Separating two sets of scores: the area under the ROC curve, and true positives at few false ones."""
 
 from functools import partial
 

@@ -1,10 +1,12 @@
-"""Charts of the report as inline SVG: they follow the page's colours and need no script."""
+"""Charts of the report as inline SVG, in the colours of the page and without scripts."""
 
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 from markupsafe import Markup, escape
+
+from ..measures.metrics import Metric
 
 # Units of the drawing; on the page it is as wide as its place.
 WIDTH, HEIGHT = 460, 196
@@ -22,11 +24,11 @@ def histogram_chart(
     """Shares by bin: the first series as filled bars, the others as outlines.
 
     Args:
-        title: read out by screen readers, together with where each series has its middle.
+        title: for screen readers, together with the median of each series.
         edges: (n + 1,) ascending, not all equal.
         series: name and n counts each; each is divided by its own total, as they may be of different sizes.
         axis: what is measured.
-        threshold: a value to mark with a line, and what the line is called.
+        threshold: a value to mark with a line, and its label.
         root: the height of a bar is the square root of its share, so that few of many can be seen.
     """
     shares = [(name, [value / (sum(counts) or 1) for value in counts]) for name, counts in series]
@@ -40,22 +42,20 @@ def histogram_chart(
     if threshold is not None:
         drawn.append(plot.upright(*threshold))
     middles = ", ".join(f"{name}: median about {_median(edges, counts):.3g}" for name, counts in series)
-    return _figure(title, f"{axis}. {middles}.", drawn)
+    return _svg(title, f"{axis}. {middles}.", drawn)
 
 
-def level_chart(
-    title: str, levels: Sequence[float], series: Sequence[tuple[str, Sequence[tuple[float, float, float] | None]]]
-) -> Markup:
+def level_chart(title: str, levels: Sequence[float], series: Sequence[tuple[str, Sequence[Metric | None]]]) -> Markup:
     """AUC by noise level: a point for each level, with its interval, and a line at 0.5.
 
     Args:
         title: as above.
         levels: (n,) shares of the schedule.
-        series: name and (value, low, high) by level, None where there is none.
+        series: name, and the metric of each level, None where there is none.
     """
     points = [point for _, values in series for point in values if point is not None]
-    low = min([0.4, *(point[1] for point in points)])
-    high = max([0.7, *(point[2] for point in points)])
+    low = min([0.4, *(point.low for point in points)])
+    high = max([0.7, *(point.high for point in points)])
     reach = (max(levels) - min(levels)) * 0.08 or 0.05
     plot = _Plot(min(levels) - reach, max(levels) + reach, max(0.0, low - 0.02), min(1.0, high + 0.02))
     drawn = [plot.frame(lambda auc: f"{auc:.2f}"), plot.level(0.5, "chance")]
@@ -65,29 +65,33 @@ def level_chart(
             if point is not None:
                 drawn.append(plot.whisker(level, point, shift, f"series-{number + 1}"))
     spoken = "; ".join(
-        f"{name}: " + ", ".join(f"{p[0]:.2f} at {level:.2g}" for level, p in zip(levels, values, strict=True) if p)
+        f"{name}: "
+        + ", ".join(f"{each.value:.2f} at {level:.2g}" for level, each in zip(levels, values, strict=True) if each)
         for name, values in series
     )
-    return _figure(title, f"{spoken}.", drawn)
+    return _svg(title, f"{spoken}.", drawn)
 
 
-def interval_mark(value: float, low: float, high: float, null: float | None, start: float, end: float) -> Markup:
-    """A figure as a dot with its interval on a line from `start` to `end`, where it is clipped; its null as a tick."""
+def interval_mark(metric: Metric, start: float, end: float) -> Markup:
+    """A value as a dot with its interval on a line from `start` to `end`, which clips it; its baseline as a tick."""
     span = (end - start) or 1.0
 
     def place(x: float) -> str:
         return f"{4 + 112 * min(max((x - start) / span, 0.0), 1.0):.1f}"
 
-    tick = "" if null is None else f'<line class="null" x1="{place(null)}" x2="{place(null)}" y1="2" y2="16"/>'
+    tick = ""
+    if metric.baseline is not None:
+        x = place(metric.baseline)
+        tick = f'<line class="baseline" x1="{x}" x2="{x}" y1="2" y2="16"/>'
     return Markup(
         '<svg class="mark" viewBox="0 0 120 18" aria-hidden="true"><line class="rail" x1="4" x2="116" y1="9" y2="9"/>'
-        f'{tick}<line class="reach" x1="{place(low)}" x2="{place(high)}" y1="9" y2="9"/>'
-        f'<circle cx="{place(value)}" cy="9" r="3.6"/></svg>'
+        f'{tick}<line class="reach" x1="{place(metric.low)}" x2="{place(metric.high)}" y1="9" y2="9"/>'
+        f'<circle cx="{place(metric.value)}" cy="9" r="3.6"/></svg>'
     )
 
 
 class _Plot:
-    """The plane of a chart: from numbers to places."""
+    """Maps values to positions in a chart."""
 
     def __init__(self, left: float, right: float, bottom: float, top: float) -> None:
         self._left, self._right, self._bottom, self._top = left, right, bottom, top
@@ -132,14 +136,13 @@ class _Plot:
         line = _line("threshold", _LEFT, self.y(value), WIDTH - _RIGHT, self.y(value))
         return line + _text(WIDTH - _RIGHT, self.y(value) + 14, words, "end", "threshold-words")
 
-    def whisker(self, level: float, point: tuple[float, float, float], shift: float, kind: str) -> str:
-        value, low, high = point
+    def whisker(self, level: float, metric: Metric, shift: float, kind: str) -> str:
         x = self.x(level) + shift
-        line = _line(f"{kind} reach", x, self.y(low), x, self.y(high))
-        return f'{line}<circle class="{kind} dot" cx="{x:.1f}" cy="{self.y(value):.1f}" r="4"/>'
+        line = _line(f"{kind} reach", x, self.y(metric.low), x, self.y(metric.high))
+        return f'{line}<circle class="{kind} dot" cx="{x:.1f}" cy="{self.y(metric.value):.1f}" r="4"/>'
 
 
-def _figure(title: str, description: str, drawn: Sequence[str]) -> Markup:
+def _svg(title: str, description: str, drawn: Sequence[str]) -> Markup:
     number = f"{zlib.crc32(f'{title}{description}'.encode('utf-8', 'replace')):08x}"
     labels = f'role="img" aria-labelledby="chart-{number} words-{number}"'
     return Markup(

@@ -1,57 +1,47 @@
-"""Under which conditions audits were made, and where these differ so that figures cannot be compared."""
+"""The conditions under which audits were made, and where they differ so that metrics cannot be compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-# Settings that decide no figure, or that something else in an audit says better.
+from .record import AuditRecord
+
+# Settings that no metric depends on, or that other parts of an audit cover.
 _FREE = ("model", "output_dir", "compare", "train_data_dir", "holdout_data_dir", "num_images", "eval_batch_size")
 
 
-def differing_conditions(labels: Sequence[str], audits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """One line for each condition in which an audit differs from the first, or from some other.
-
-    Args:
-        labels: what the audits are called.
-        audits: the contents of their audit.json.
-    """
-    data = [audit.get("data", {}) for audit in audits]
-    for side in ("training", "heldout"):
-        prints = [each.get(f"{side}_fingerprint") for each in data]
-        if len(set(map(str, prints))) > 1:
-            words = "held-out" if side == "heldout" else side
+def differing_conditions(labels: Sequence[str], audits: Sequence[AuditRecord]) -> Iterator[str]:
+    """One line for each condition in which the audits, called by their labels, are not all the same."""
+    data = [vars(audit.data) for audit in audits]
+    for side, words in (("training", "training"), ("heldout", "held-out")):
+        prints = [each[f"{side}_fingerprint"] for each in data]
+        if len(set(prints)) > 1:
             yield f"the {words} images differ: {_listed(labels, [_short(each) for each in prints])}"
-    for name in ("generated_images", "heldout_images"):
-        yield from _differing(
-            f"number of {name.split('_')[0].replace('heldout', 'held-out')} images", labels, data, name
-        )
+    for name, words in (("generated_images", "generated"), ("heldout_images", "held-out")):
+        yield from _differing(f"number of {words} images", labels, data, name)
     yield from _features(labels, audits)
     yield from _references(labels, audits)
-    settings = [{name.lstrip("-"): value for name, value in audit.get("settings", {}).items()} for audit in audits]
+    settings = [{name.lstrip("-"): value for name, value in audit.settings.items()} for audit in audits]
     for name in dict.fromkeys(name for each in settings for name in each if name not in _FREE):
         yield from _differing(f"`--{name}`", labels, settings, name)
-    versions = [audit.get("versions", {}) for audit in audits]
-    for name in sorted({name for each in versions for name in each}):
-        yield from _differing(f"version of {name}", labels, versions, name)
+    for name in sorted({name for audit in audits for name in audit.versions}):
+        yield from _differing(f"version of {name}", labels, [audit.versions for audit in audits], name)
 
 
-def _features(labels: Sequence[str], audits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Features that go by the same slug and are not the same."""
-    by_slug = [
-        {str(each.get("slug")): each.get("fingerprint") for each in audit.get("features", [])} for audit in audits
-    ]
+def _features(labels: Sequence[str], audits: Sequence[AuditRecord]) -> Iterator[str]:
+    """Features of the same slug that are not the same."""
+    by_slug = [{each.slug: each.fingerprint for each in audit.features} for audit in audits]
     for slug in dict.fromkeys(slug for each in by_slug for slug in each):
         having = [(label, each[slug]) for label, each in zip(labels, by_slug, strict=True) if slug in each]
-        if len({str(each) for _, each in having}) > 1:
+        if len({each for _, each in having}) > 1:
             names, prints = zip(*having, strict=True)
             yield f"the features {slug} are not the same: {_listed(names, [_short(each) for each in prints])}"
 
 
-def _references(labels: Sequence[str], audits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _references(labels: Sequence[str], audits: Sequence[AuditRecord]) -> Iterator[str]:
     """Membership inference that was calibrated by other models."""
-    named = zip(labels, (audit.get("reference") for audit in audits), strict=True)
-    found = [(label, each) for label, each in named if isinstance(each, Mapping)]
-    if len({str(each.get("fingerprint")) for _, each in found}) > 1:
-        shown = [f"{each.get('model')} {_short(each.get('fingerprint'))}" for _, each in found]
+    found = [(label, each.reference) for label, each in zip(labels, audits, strict=True) if each.reference is not None]
+    if len({each.fingerprint for _, each in found}) > 1:
+        shown = [f"{each.model} {_short(each.fingerprint)}" for _, each in found]
         yield f"the reference models differ: {_listed([label for label, _ in found], shown)}"
 
 
@@ -65,5 +55,5 @@ def _listed(labels: Sequence[str], values: Sequence[str]) -> str:
     return ", ".join(f"{value} ({label})" for label, value in zip(labels, values, strict=True))
 
 
-def _short(fingerprint: Any) -> str:
-    return "none" if fingerprint is None else str(fingerprint)[:12]
+def _short(fingerprint: str | None) -> str:
+    return "none" if fingerprint is None else fingerprint[:12]

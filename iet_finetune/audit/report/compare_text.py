@@ -1,4 +1,4 @@
-"""A comparison of audits as a table for the terminal."""
+"""A comparison as a table for the terminal."""
 
 import textwrap
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 _TITLE = 25
-# Of each row, of each audit: the figure, and its difference to the first audit's.
+# Of each row, of each audit: the value, and its difference to the first audit's.
 Cells = list[list[tuple[str, str]]]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def as_text(comparison: "Comparison") -> str:
-    """The figures with their 95 % intervals, and below each how far it lies from the first audit's.
+    """The metrics with their 95 % intervals, and below each its difference to the first audit's.
 
     Up to three audits stand side by side in 100 columns, more of them below each other.
     """
@@ -45,21 +45,15 @@ def _names(count: int) -> list[str]:
 
 def _legend(comparison: "Comparison", names: list[str]) -> Iterator[str]:
     for name, label, audit in zip(names, comparison.labels, comparison.audits, strict=True):
-        images = audit.get("data", {}).get("generated_images")
-        pieces = [
-            label,
-            str(audit.get("date") or ""),
-            f"{images:,} generated images" if isinstance(images, int) else "",
-        ]
+        images = audit.data.generated_images
+        pieces = [label, audit.date, None if images is None else f"{images:,} generated images"]
         yield textwrap.shorten(_printable(f"{name}  {', '.join(filter(None, pieces))}"), WIDTH, placeholder=" …")
 
 
 def _cells(entry: Entry, row: "Row", number: int) -> tuple[str, str]:
-    """A figure, and its difference to the first audit's."""
-    figure, difference = row.figures[number], row.differences[number]
-    shown = (
-        "-" if figure is None else f"{entry.show(figure['value'])} {_brackets(entry, figure['low'], figure['high'])}"
-    )
+    """A value, and its difference to the first audit's."""
+    metric, difference = row.values[number], row.differences[number]
+    shown = "-" if metric is None else f"{entry.show(metric.value)} {_brackets(entry, metric.low, metric.high)}"
     if difference is None:
         return shown, ""
     sign = "+" if difference.value > 0 and entry.number(difference.value).strip("0.,") else ""
@@ -75,19 +69,19 @@ def _side_by_side(rows: "list[Row]", names: list[str], cells: Cells, width: int)
     yield (" " * _TITLE + "".join(f" {name:<{width}}" for name in names)).rstrip()
     for row, each in zip(rows, cells, strict=True):
         title = textwrap.wrap(describe(row.name).title, _TITLE - 1)
-        figures = list(zip(*each, strict=True))
+        values = list(zip(*each, strict=True))
         for number in range(max(len(title), 2)):
-            beside = figures[number] if number < len(figures) else ()
+            beside = values[number] if number < len(values) else ()
             left = title[number] if number < len(title) else ""
             yield (f"{left:<{_TITLE}}" + "".join(f" {text:<{width}}" for text in beside)).rstrip()
 
 
 def _by_metric(rows: "list[Row]", names: list[str], cells: Cells) -> Iterator[str]:
-    longest = max(len(figure) for row in cells for figure, _ in row)
+    longest = max(len(value) for row in cells for value, _ in row)
     for row, each in zip(rows, cells, strict=True):
         yield describe(row.name).title
-        for name, (figure, apart) in zip(names, each, strict=True):
-            yield f"  {name:<3} {figure:<{longest}}  {apart}".rstrip()
+        for name, (value, apart) in zip(names, each, strict=True):
+            yield f"  {name:<3} {value:<{longest}}  {apart}".rstrip()
 
 
 def _wrapped(text: str) -> list[str]:
@@ -95,5 +89,5 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """Text without what a terminal would obey."""
+    """Text without control characters."""
     return "".join(each if each.isprintable() else "?" for each in text)

@@ -1,4 +1,4 @@
-"""The report of an audit as one HTML page, complete in itself: pictures inside, no script, nothing fetched."""
+"""The report of an audit as one self-contained HTML page: images inline, no scripts, nothing fetched."""
 
 import base64
 import io
@@ -15,45 +15,48 @@ from PIL import Image
 from ...files import written_beside
 from . import report_parts as parts
 from .catalogue import describe
+from .record import AuditRecord, ClosestPair
 from .verdict import BAD, GOOD, OPEN, PLAIN, verdict
 
 if TYPE_CHECKING:
-    from .comparison import Comparison, Row
-    from .differences import Difference
+    from .comparison import Comparison, Difference, Row
 
 NAME = "report.html"
-# What names files and folders of this machine stands between these two, so that it can be taken out of a copy.
+# Names of local files and folders stand between these two, so that a push can remove them.
 LOCAL_BEGINS, LOCAL_ENDS = "<!-- local begins -->", "<!-- local ends -->"
-# Sides of pictures in pixels: larger ones are made smaller; up to the second, each pixel is shown as it is.
+# Sides in pixels: larger images than the first are scaled down; up to the second, pixels are shown as they are.
 LARGEST, SMALL = 256, 96
-# Pairs that are seen without unfolding more.
+# Pairs that are shown at once; the others are folded.
 FIRST_PAIRS = 12
 _TONES = {BAD: "Memorization", GOOD: "None found", OPEN: "Not clear", PLAIN: "Note"}
 
-Pictures = Callable[[dict[str, Any]], tuple[Image.Image, Image.Image]]
+ImagesOf = Callable[[ClosestPair], tuple[Image.Image, Image.Image]]
 
 
-def write_report(folder: Path, audit: dict[str, Any], pairs: list[dict[str, Any]], picture: Pictures) -> Path:
+def write_report(
+    folder: Path, audit: AuditRecord, pairs: Sequence[ClosestPair], images_of: ImagesOf, command: str | None = None
+) -> Path:
     """Writes `report.html` into a folder, which is made, and returns its path.
 
     Args:
         folder: of the audit.
-        audit: the content of audit.json.
-        pairs: that of pairs.json, in the order in which they are shown; captions and names are in it.
-        picture: gives the generated and the training image of a pair.
+        audit: what it measured.
+        pairs: in the order in which they are shown; captions and names are in them.
+        images_of: returns the generated and the training image of a pair.
+        command: the line that repeats the audit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cards = [_card(number, pair, picture) for number, pair in enumerate(pairs, 1)]
+    cards = [_card(number, pair, images_of) for number, pair in enumerate(pairs, 1)]
     with written_beside(folder / NAME) as partial:
-        # A lone surrogate, which JSON may hold, is no text that can be written: it becomes a question mark.
-        partial.write_text(report_page(audit, cards), encoding="utf-8", errors="replace")
+        # JSON may hold a lone surrogate, which UTF-8 cannot: it becomes a question mark.
+        partial.write_text(report_page(audit, cards, command), encoding="utf-8", errors="replace")
     return folder / NAME
 
 
-def report_page(audit: Mapping[str, Any], cards: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The page for the content of an audit.json, with the pairs that are shown in it."""
+def report_page(audit: AuditRecord, cards: Sequence[Mapping[str, Any]] = (), command: str | None = None) -> str:
+    """The page of an audit, with the pairs that are shown in it."""
     return _template("report.html.jinja").render(
-        name=audit.get("model") or "a local model",
+        name=audit.model or "a local model",
         facts=parts.facts(audit),
         verdict=verdict(audit),
         tones=_TONES,
@@ -63,11 +66,9 @@ def report_page(audit: Mapping[str, Any], cards: Sequence[Mapping[str, Any]] = (
         charts=parts.charts(audit),
         pairs=cards,
         first=FIRST_PAIRS,
-        warnings=[parts.sentence(warning) for warning in audit.get("warnings", [])],
-        not_measured=[
-            (describe(name).title, parts.sentence(why)) for name, why in audit.get("not_measured", {}).items()
-        ],
-        command=audit.get("command"),
+        warnings=[parts.sentence(warning) for warning in audit.warnings],
+        not_measured=[(describe(name).title, parts.sentence(why)) for name, why in audit.not_measured.items()],
+        command=command,
         conditions=parts.conditions(audit),
         sources=parts.sources(audit),
     )
@@ -90,16 +91,16 @@ def _compared_row(row: "Row") -> dict[str, Any]:
         "minor": entry.is_other_cut,
         "title": entry.title,
         "direction": entry.direction,
-        "cells": [_compared(row, number) for number in range(len(row.figures))],
+        "cells": [_compared(row, number) for number in range(len(row.values))],
     }
 
 
 def _compared(row: "Row", number: int) -> dict[str, Any]:
-    """One audit's figure, and how far it lies from the first's."""
-    entry, figure, apart = describe(row.name), row.figures[number], row.differences[number]
-    if figure is None:
+    """The value of one audit, and its difference to the first's."""
+    entry, metric, apart = describe(row.name), row.values[number], row.differences[number]
+    if metric is None:
         return {"value": ""}
-    shown = {"value": entry.show(figure["value"]), "interval": entry.interval(figure["low"], figure["high"])}
+    shown = {"value": entry.show(metric.value), "interval": entry.interval(metric.low, metric.high)}
     if apart is None:
         return shown | {"difference": ""}
     way = "higher" if apart.value > 0 else "lower"
@@ -117,23 +118,23 @@ def _tone(apart: "Difference", better: str | None) -> str:
     return "better" if (apart.value > 0) == (better == "higher") else "worse"
 
 
-def _card(number: int, pair: dict[str, Any], picture: Pictures) -> dict[str, Any]:
+def _card(number: int, pair: ClosestPair, images_of: ImagesOf) -> dict[str, Any]:
     """A pair as the template shows it."""
-    generated, training = picture(pair)
+    generated, training = images_of(pair)
     return {
         "number": number,
         "generated": embedded(generated),
         "training": embedded(training),
-        "prompt": pair.get("prompt"),
-        "caption": pair.get("training_caption"),
-        "same": bool(pair.get("prompt")) and pair.get("prompt") == pair.get("training_caption"),
+        "prompt": pair.prompt,
+        "caption": pair.training_caption,
+        "same": bool(pair.prompt) and pair.prompt == pair.training_caption,
         "facts": parts.pair_facts(pair),
         "files": parts.pair_files(pair),
     }
 
 
 def embedded(image: Image.Image) -> dict[str, Any]:
-    """An image for the page: a data URI, its width and height, and whether it is to be enlarged pixel by pixel.
+    """An image for the page: a data URI, its size, and whether the page enlarges it pixel by pixel.
 
     Small ones are kept exactly (PNG); others are fitted into 256 pixels (JPEG).
     """
@@ -155,7 +156,7 @@ def embedded(image: Image.Image) -> dict[str, Any]:
 
 @cache
 def _environment() -> Environment:
-    # Everything in an audit is data, captions above all: whatever is put into a page is escaped.
+    # Everything in an audit is untrusted text, captions above all, and is escaped.
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -169,7 +170,7 @@ def _environment() -> Environment:
 
 
 def _words(text: str) -> Markup:
-    """Text of ours, escaped: what stands between backticks is set as code, and no line ends before a `%`."""
+    """Escaped text: backticks mark code, and no line breaks before a `%`."""
     tight = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", str(escape(text)))
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", tight))
 

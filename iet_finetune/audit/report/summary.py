@@ -1,38 +1,42 @@
-"""An audit in the terminal: the verdict, the figures, and where the rest is."""
+"""An audit in the terminal: the verdict, the metrics, and where the files are."""
 
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .catalogue import describe, in_order
+from .record import AuditRecord
 from .verdict import verdict
 
 WIDTH = 100
 
 
-def as_text(audit: Mapping[str, Any], folder: Path) -> str:
-    """What the content of an audit.json says, at most 100 columns wide, and the paths of the files in its folder."""
+def as_text(audit: AuditRecord, folder: Path) -> str:
+    """The audit in at most 100 columns, and the paths of the files in its folder."""
     words = verdict(audit)
     lines = [*textwrap.wrap(words.headline, WIDTH), ""]
     for sentence in words.sentences:
         lines += textwrap.wrap(sentence.text, WIDTH, initial_indent="- ", subsequent_indent="  ")
     lines += ["", *_table(audit)]
-    if missing := audit["not_measured"]:
+    if missing := audit.not_measured:
         lines += ["", *textwrap.wrap(f"Not measured: {', '.join(in_order(missing))}.", WIDTH, subsequent_indent="  ")]
-    for warning in audit["warnings"]:
+    for warning in audit.warnings:
         lines += textwrap.wrap(f"Warning: {warning}", WIDTH, subsequent_indent="  ")
-    return "\n".join([*lines, "", f"figures: {folder / 'audit.json'}", f"report: {folder / 'report.html'}"])
+    return "\n".join([*lines, "", f"metrics: {folder / 'audit.json'}", f"report: {folder / 'report.html'}"])
 
 
-def _table(audit: Mapping[str, Any]) -> list[str]:
-    rows = [("", "value", "95 % interval", "null")]
-    for name in in_order(audit["metrics"]):
-        entry, figure = describe(name), audit["metrics"][name]
+def main_rows(audit: AuditRecord) -> list[tuple[str, str, str, str]]:
+    """Title, value, interval and baseline of each metric but the details; an empty text without a baseline."""
+    rows = []
+    for name in in_order(audit.metrics):
+        entry, metric = describe(name), audit.metrics[name]
         if not entry.minor:
-            interval = f"{entry.number(figure['low'])} to {entry.number(figure['high'])}"
-            null = "-" if figure["null"] is None else entry.show(figure["null"])
-            rows.append((entry.title, entry.show(figure["value"]), interval, null))
+            baseline = "" if metric.baseline is None else entry.show(metric.baseline)
+            rows.append((entry.title, entry.show(metric.value), entry.interval(metric.low, metric.high), baseline))
+    return rows
+
+
+def _table(audit: AuditRecord) -> list[str]:
+    rows = [("", "value", "95 % interval", "baseline"), *((*row[:3], row[3] or "-") for row in main_rows(audit))]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}" for row in rows

@@ -1,19 +1,18 @@
-"""The figures of an audit in plain sentences, as strong as their intervals allow and no stronger."""
+"""The metrics of an audit in plain sentences, as strong as their intervals allow and no stronger."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from ..measures.metrics import rate
+from ..measures.metrics import Metric, rate
 from .catalogue import describe, times
-from .differences import difference
+from .comparison import difference
+from .record import AuditRecord
 
 GUARANTEE = "This measures; it does not prove that nothing is memorized: only differential privacy gives a guarantee."
 
-# Copies that are rarer than this may be missed without calling a model clean: 73 pictures without one show it.
+# Copies that are rarer than this may be missed without calling a model clean: 73 images without one show it.
 _RARE = 0.05
 BAD, GOOD, OPEN, PLAIN = "bad", "good", "open", "plain"
-Figure = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Sentence:
     """One finding in words.
 
     Attributes:
-        tone: `bad` (memorization is there), `good` (none was found), `open` (not to be told), or `plain` (a fact).
+        tone: `bad` (memorization), `good` (none was found), `open` (inconclusive), or `plain` (a fact).
         text: of one or more sentences.
         about: the finding, such as `copies`.
     """
@@ -33,7 +32,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All findings, and what they come to.
+    """All findings, and their summary.
 
     Attributes:
         headline: one sentence.
@@ -46,8 +45,8 @@ class Verdict:
     sentences: tuple[Sentence, ...]
 
 
-def verdict(audit: Mapping[str, Any]) -> Verdict:
-    """What the content of an audit.json says, in words."""
+def verdict(audit: AuditRecord) -> Verdict:
+    """What an audit found, in words."""
     copies = _copies(audit)
     found = [
         copies,
@@ -71,7 +70,7 @@ def _headline(found: list[Sentence]) -> tuple[str, str]:
         copies = "No copies were found, but" if tones["copies"] == GOOD else "Whatever it draws,"
         return f"{copies} the model gives away what it was trained on.", BAD
     if tones["copies"] == GOOD:
-        # Who draws no copies may still be told by its losses, if nobody looked.
+        # A model that draws no copies may still leak through its losses.
         looked = GOOD in (tones.get("membership"), tones.get("prompts"))
         return ("No memorization was found." if looked else "No copies of training images were found."), GOOD
     if OPEN in tones.values():
@@ -79,35 +78,35 @@ def _headline(found: list[Sentence]) -> tuple[str, str]:
     return "Memorization was not measured.", OPEN
 
 
-def _copies(audit: Mapping[str, Any]) -> Sentence:
-    figure = _figure(audit, "f_mem")
-    if figure is None:
-        reason = audit.get("not_measured", {}).get("f_mem", "no reason is given")
+def _copies(audit: AuditRecord) -> Sentence:
+    metric = audit.metrics.get("f_mem")
+    if metric is None:
+        reason = audit.not_measured.get("f_mem", "no reason is given")
         return Sentence(PLAIN, f"How many generated images are copies was not measured: {_ended(reason)}", "copies")
-    entry, (count, total) = describe("f_mem"), _counts(figure)
+    entry, (count, total) = describe("f_mem"), _counts(metric)
     if not count:
         text = (
             f"None of {total:,} generated {_noun(total, 'image')} is nearly a copy of a training image; with 95 % "
-            f"confidence fewer than {entry.show(figure['high'])} are."
+            f"confidence fewer than {entry.show(metric.high)} are."
         )
-        return Sentence(GOOD if figure["high"] <= _RARE else OPEN, text, "copies")
+        return Sentence(GOOD if metric.high <= _RARE else OPEN, text, "copies")
     text = (
         f"{_of(count, total, 'generated image')} {'is nearly a copy' if count == 1 else 'are nearly copies'} of "
-        f"training images ({entry.show(figure['value'])}, 95 % interval "
-        f"{entry.interval(figure['low'], figure['high'])})"
+        f"training images ({entry.show(metric.value)}, 95 % interval "
+        f"{entry.interval(metric.low, metric.high)})"
     )
-    return _against_heldout(text, figure, audit)
+    return _against_heldout(text, metric, audit)
 
 
-def _against_heldout(text: str, figure: Figure, audit: Mapping[str, Any]) -> Sentence:
-    """How that compares with the real images that were never trained on, few as these may be."""
-    if figure.get("null") is None:
+def _against_heldout(text: str, metric: Metric, audit: AuditRecord) -> Sentence:
+    """Compares with the held-out images, however few."""
+    if metric.baseline is None:
         more = ". Without held-out images nobody knows how many of these are chance."
-        return Sentence(BAD if figure["low"] > 0.01 else OPEN, text + more, "copies")
-    heldout = audit.get("data", {}).get("heldout_images") or 0
-    text += f"; held-out images score {describe('f_mem').show(figure['null'])}."
+        return Sentence(BAD if metric.low > 0.01 else OPEN, text + more, "copies")
+    heldout = audit.data.heldout_images or 0
+    text += f"; held-out images score {describe('f_mem').show(metric.baseline)}."
     if heldout:
-        apart = difference(rate(round(figure["null"] * heldout), heldout).to_json(), figure)
+        apart = difference(rate(round(metric.baseline * heldout), heldout), metric)
         if apart.low > 0:
             return Sentence(BAD, f"{text} That is more than chance explains.", "copies")
         if apart.high < 0:
@@ -116,13 +115,13 @@ def _against_heldout(text: str, figure: Figure, audit: Mapping[str, Any]) -> Sen
     return Sentence(OPEN, f"{text} Against the score{few}, it cannot be told from chance.", "copies")
 
 
-def _extraction(audit: Mapping[str, Any], copies: str) -> Iterator[Sentence]:
-    """What the training images suffer; `copies` is the tone of the finding about the generated ones."""
-    figure = _figure(audit, "extracted")
-    if figure is None:
+def _extraction(audit: AuditRecord, copies: str) -> Iterator[Sentence]:
+    """How many training images are extracted; `copies` is the tone of the finding about the generated ones."""
+    metric = audit.metrics.get("extracted")
+    if metric is None:
         return
-    count, total = _counts(figure)
-    classes = [(row["repeats"], row["extracted"]) for row in audit.get("by_repeats", []) if row.get("extracted")]
+    count, total = _counts(metric)
+    classes = [(row.repeats, row.metrics["extracted"]) for row in audit.by_repeats if "extracted" in row.metrics]
     if not count:
         yield Sentence(GOOD, f"None of {total:,} distinct training images was extracted.", "extraction")
     elif len(classes) > 1 and difference(classes[0][1], classes[-1][1]).low > 0:
@@ -136,9 +135,9 @@ def _extraction(audit: Mapping[str, Any], copies: str) -> Iterator[Sentence]:
         yield Sentence(BAD if copies == BAD else OPEN, text, "extraction")
 
 
-def _repeated(classes: list[tuple[str, Figure]]) -> str:
+def _repeated(classes: list[tuple[str, Metric]]) -> str:
     """`12 of 20 images that are in the data 10 or more times can be extracted, 1 of 280 others`."""
-    (words, most), rest = classes[-1], [figure for _, figure in classes[:-1]]
+    (words, most), rest = classes[-1], [metric for _, metric in classes[:-1]]
     count, total = _counts(most)
     others = [sum(numbers) for numbers in zip(*map(_counts, rest), strict=True)]
     there = "is" if total == 1 else "are"
@@ -148,21 +147,19 @@ def _repeated(classes: list[tuple[str, Figure]]) -> str:
     )
 
 
-def _similarity(audit: Mapping[str, Any]) -> Iterator[Sentence]:
-    for features in audit.get("features", []):
-        figure = _figure(audit, name := f"similarity_p95_{features['slug']}")
-        if figure is None:
+def _similarity(audit: AuditRecord) -> Iterator[Sentence]:
+    for features in audit.features:
+        metric = audit.metrics.get(name := f"similarity_p95_{features.slug}")
+        if metric is None:
             continue
-        entry, title = describe(name), features.get("title") or features["slug"]
+        entry, title = describe(name), features.title or features.slug
         text = f"In the features of {title}, one in twenty generated images has a similarity of at least "
-        text += f"{entry.show(figure['value'])} to a training image"
-        null = figure.get("null")
-        if null is None:
+        text += f"{entry.show(metric.value)} to a training image"
+        if metric.of_baseline is None:
             yield Sentence(PLAIN, f"{text}.", "similarity_alone")
             continue
-        text += f"; for held-out images that is {entry.show(null)}. "
-        of_heldout = {"value": null, "low": figure.get("null_low", null), "high": figure.get("null_high", null)}
-        apart = difference(of_heldout, figure)
+        text += f"; for held-out images that is {entry.show(metric.of_baseline.value)}. "
+        apart = difference(metric.of_baseline, metric)
         if apart.low > 0:
             yield Sentence(BAD, f"{text}Generated images come closer.", "similarity")
         elif apart.value > 0:
@@ -171,34 +168,33 @@ def _similarity(audit: Mapping[str, Any]) -> Iterator[Sentence]:
             yield Sentence(GOOD, f"{text}Generated images come no closer than that.", "similarity_none")
 
 
-def _membership(audit: Mapping[str, Any]) -> Iterator[Sentence]:
-    figures = {name: _figure(audit, name) for name in ("mia_ref_auc", "mia_auc")}
-    name = next((name for name, figure in figures.items() if figure is not None), None)
+def _membership(audit: AuditRecord) -> Iterator[Sentence]:
+    name = next((name for name in ("mia_ref_auc", "mia_auc") if name in audit.metrics), None)
     if name is not None:
         attack = "compared with a reference model" if name == "mia_ref_auc" else "by its loss alone"
         text = f"Shown a training image and a held-out one, an attack on the model ({attack}) picks the right one "
-        yield _pairs(text, figures[name] or {}, "membership", "image")
+        yield _pairs(text, audit.metrics[name], "membership", "image")
 
 
-def _prompts(audit: Mapping[str, Any]) -> Iterator[Sentence]:
-    figure = _figure(audit, "prompt_memorization_auc")
-    if figure is not None:
+def _prompts(audit: AuditRecord) -> Iterator[Sentence]:
+    metric = audit.metrics.get("prompt_memorization_auc")
+    if metric is not None:
         text = "Shown a training caption and a held-out one, the model's reaction gives the training caption away "
-        yield _pairs(text, figure, "prompts", "caption")
+        yield _pairs(text, metric, "prompts", "caption")
 
 
-def _pairs(text: str, figure: Figure, about: str, noun: str) -> Sentence:
-    """An AUC in words: how often the right one of two is picked."""
+def _pairs(text: str, metric: Metric, about: str, noun: str) -> Sentence:
+    """An AUC in words: how often the right one of two is chosen."""
     text += (
-        f"in {100 * figure['value']:.0f} % of cases (95 % interval {100 * figure['low']:.0f} to "
-        f"{100 * figure['high']:.0f}; guessing gives 50). "
+        f"in {100 * metric.value:.0f} % of cases (95 % interval {100 * metric.low:.0f} to "
+        f"{100 * metric.high:.0f}; guessing gives 50). "
     )
-    if figure["low"] > 0.5:
-        return Sentence(BAD, f"{text}{_strength(figure['value'])}", about)
-    if figure["high"] < 0.5:
+    if metric.low > 0.5:
+        return Sentence(BAD, f"{text}{_strength(metric.value)}", about)
+    if metric.high < 0.5:
         # What was trained on does not score lower for that: the held-out ones are easier, or of another kind.
         return Sentence(OPEN, f"{text}The two sets of {noun}s differ in other ways, which may hide a leak.", about)
-    if figure["high"] - figure["low"] > 0.2:
+    if metric.high - metric.low > 0.2:
         return Sentence(OPEN, f"{text}Too few {noun}s were looked at to tell that from guessing.", about)
     return Sentence(GOOD, f"{text}No leak was found this way.", about)
 
@@ -209,30 +205,26 @@ def _strength(auc: float) -> str:
     return "That is a clear leak." if auc < 0.8 else "That is a strong leak."
 
 
-def _quality(audit: Mapping[str, Any]) -> Iterator[Sentence]:
-    for features in audit.get("features", []):
-        figure = _figure(audit, name := f"frechet_{features['slug']}")
-        if figure is None:
+def _quality(audit: AuditRecord) -> Iterator[Sentence]:
+    for features in audit.features:
+        metric = audit.metrics.get(name := f"frechet_{features.slug}")
+        if metric is None:
             continue
         entry = describe(name)
-        text = f"Quality: the {entry.title} to held-out images is {entry.show(figure['value'])}"
-        if figure.get("null") is not None:
-            text += f"; copies of the training images would score {entry.show(figure['null'])}"
+        text = f"Quality: the {entry.title} to held-out images is {entry.show(metric.value)}"
+        if metric.baseline is not None:
+            text += f"; copies of the training images would score {entry.show(metric.baseline)}"
         yield Sentence(PLAIN, f"{text}. Lower is better.", "quality")
 
 
-def _caution(audit: Mapping[str, Any]) -> Iterator[Sentence]:
-    count = len(audit.get("warnings", []))
+def _caution(audit: AuditRecord) -> Iterator[Sentence]:
+    count = len(audit.warnings)
     if count:
         yield Sentence(OPEN, f"Read this with care: {count} {_noun(count, 'warning')} below.", "warnings")
 
 
-def _figure(audit: Mapping[str, Any], name: str) -> Figure | None:
-    return audit.get("metrics", {}).get(name)
-
-
-def _counts(figure: Figure) -> tuple[int, int]:
-    return int(figure.get("count") or 0), int(figure.get("total") or 0)
+def _counts(metric: Metric) -> tuple[int, int]:
+    return int(metric.count or 0), int(metric.total or 0)
 
 
 def _of(count: int, total: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""One picture is found again, copied, mirrored or compressed; different pictures of one kind are left apart."""
+"""One image is found again, copied, mirrored or compressed; different images of one kind are left apart."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ from iet_finetune.audit.inputs.duplicates import find_duplicates
 DATA = Path(__file__).parents[3] / "demo" / "data"
 
 
-def pictures(count: int, side: int = 24, seed: int = 0) -> np.ndarray:
+def random_images(count: int, side: int = 24, seed: int = 0) -> np.ndarray:
     """(count, side, side, 3) uint8: smooth, no two alike."""
     coarse = np.random.default_rng(seed).integers(0, 256, (count, 5, 5, 3), dtype=np.uint8)
     return np.stack(
@@ -31,13 +31,13 @@ def compressed(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def emoji(*names: str) -> np.ndarray:
-    """The demo's pictures of these code points, wherever they are."""
+    """The demo's images of these code points, wherever they are."""
     files = [next(DATA.rglob(f"{name}.png")) for name in names]
     return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
 
 
-def test_different_pictures_stand_alone():
-    found = find_duplicates(pictures(200))
+def test_different_images_stand_alone():
+    found = find_duplicates(random_images(200))
     np.testing.assert_array_equal(found.representative, np.arange(200))
     np.testing.assert_array_equal(found.references, np.arange(200))
     np.testing.assert_array_equal(found.repeats, 1)
@@ -45,7 +45,7 @@ def test_different_pictures_stand_alone():
 
 
 def test_copies_and_mirrored_copies_belong_to_the_first():
-    images = pictures(6)
+    images = random_images(6)
     images = np.concatenate((images, images[[4, 4, 0]], images[[4, 2], :, ::-1]))
     found = find_duplicates(images)
     np.testing.assert_array_equal(found.representative, [0, 1, 2, 3, 4, 5, 4, 4, 0, 4, 2])
@@ -57,7 +57,7 @@ def test_copies_and_mirrored_copies_belong_to_the_first():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=30), st.sampled_from([2_000, 10**6]))
 def test_any_mixture_of_copies_is_sorted_out(chosen, chunk):
-    originals = pictures(8, side=9)
+    originals = random_images(8, side=9)
     images = np.stack([originals[which, :, ::-1] if mirrored else originals[which] for which, mirrored in chosen])
     order = [which for which, _ in chosen]
     with pytest.MonkeyPatch.context() as patched:
@@ -72,7 +72,7 @@ def test_any_mixture_of_copies_is_sorted_out(chosen, chunk):
 @pytest.mark.parametrize("kind", ["noise", "compressed", "brighter", "resized"])
 def test_near_copies_are_found(kind, mirrored):
     rng = np.random.default_rng(1)
-    originals = np.concatenate((pictures(30, side=64), emoji("1f34e", "2764-fe0f", "1f610")))
+    originals = np.concatenate((random_images(30, side=64), emoji("1f34e", "2764-fe0f", "1f610")))
     copies = {
         "noise": lambda image: np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8),
         "compressed": lambda image: compressed(image, 75),
@@ -85,7 +85,7 @@ def test_near_copies_are_found(kind, mirrored):
     assert (found.exact, found.near) == (0, 33)
 
 
-def test_different_pictures_of_one_kind_are_no_near_copies():
+def test_different_images_of_one_kind_are_no_near_copies():
     """Clock faces, hearts and faces: several have the same perceptual hash, and hardly differ in most pixels."""
     alike = emoji("1f55f", "1f563", "1f495", "1f49e", "1f641", "1f642", "1f610", "1f626", "1f49c", "1fa76")
     hashes = duplicates._hashes(alike)
@@ -95,7 +95,7 @@ def test_different_pictures_of_one_kind_are_no_near_copies():
 
 
 def test_a_near_copy_joins_the_first_group_that_it_is_near_the_first_image_of():
-    """Flat pictures have no frequencies to hash: their colours decide."""
+    """Flat images have no frequencies to hash: their colours decide."""
     shades = np.array([40, 100, 110, 118, 109, 255], np.uint8)
     flat = np.broadcast_to(shades[:, None, None, None], (6, 16, 16, 3))
     assert len(set(duplicates._hashes(flat).tolist())) == 1
@@ -104,10 +104,10 @@ def test_a_near_copy_joins_the_first_group_that_it_is_near_the_first_image_of():
     np.testing.assert_array_equal(found.representative, [0, 1, 1, 3, 1, 5])
 
 
-def test_a_fine_pattern_makes_another_picture():
+def test_a_fine_pattern_makes_another_image():
     """What no low frequency and no mean of a part tells."""
     pattern = 30 * (-1) ** np.indices((64, 64)).sum(axis=0)[..., None]
-    both = np.stack([pictures(1, side=64)[0] // 2 + 60 + sign * pattern for sign in (1, -1)]).astype(np.uint8)
+    both = np.stack([random_images(1, side=64)[0] // 2 + 60 + sign * pattern for sign in (1, -1)]).astype(np.uint8)
     hashes, parts = duplicates._hashes(both), duplicates._part_means(both)
     assert np.bitwise_count(hashes[0] ^ hashes[1]) <= duplicates.MOST_BITS
     assert np.abs(parts[0] - parts[1]).max() < duplicates.MOST_IN_A_PART
@@ -115,7 +115,7 @@ def test_a_fine_pattern_makes_another_picture():
 
 
 def test_a_copy_of_a_near_copy_counts_as_exact():
-    original = pictures(1, side=64)
+    original = random_images(1, side=64)
     near = compressed(original[0], 80)[None]
     found = find_duplicates(np.concatenate((original, near, near, near[:, :, ::-1])))
     np.testing.assert_array_equal(found.representative, 0)
@@ -124,7 +124,7 @@ def test_a_copy_of_a_near_copy_counts_as_exact():
 
 
 def test_neither_chunks_nor_files_change_the_groups(monkeypatch, tmp_path):
-    images = pictures(60, side=64)
+    images = random_images(60, side=64)
     images = np.concatenate((images, images[:20], [compressed(image, 85) for image in images[20:40]]))
     images = images[np.random.default_rng(2).permutation(len(images))]
     whole = find_duplicates(images)
@@ -149,7 +149,7 @@ def test_the_demo_has_the_copies_that_it_was_given():
 def test_progress_adds_up_to_the_images(monkeypatch):
     monkeypatch.setattr(duplicates, "CHUNK", 200_000)
     done: list[int] = []
-    find_duplicates(pictures(70), done.append)
+    find_duplicates(random_images(70), done.append)
     assert sum(done) == 70
     assert len(done) > 2
 

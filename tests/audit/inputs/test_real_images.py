@@ -8,8 +8,8 @@ import pytest
 from tiny import save_images
 
 from iet_finetune import Config, UserError
-from iet_finetune.audit.inputs.material import Material, load_real_images, prepare
-from iet_finetune.audit.inputs.seen import check_split, of_group, read_ledger
+from iet_finetune.audit.inputs.dataset import AuditData, load_real_images, prepare
+from iet_finetune.audit.inputs.ledger import check_split, of_group, read_ledger
 from iet_finetune.audit.inputs.work import Work
 from iet_finetune.audit.measures.guidance import _repeats
 from iet_finetune.data.dataset import TrainingImages
@@ -99,13 +99,13 @@ def test_a_group_was_seen_as_often_as_its_images_together(folders):
     assert of_group(load(folders)[1], np.array([0]), seen) is None
 
 
-def prepared(folders: Path) -> Material:
+def prepared(folders: Path) -> AuditData:
     config = Config.from_flags(resolution=16)
     return prepare(config, Work(folders / "work", silent=True), *load(folders), grey=False)
 
 
-def test_a_caption_counts_as_often_as_its_picture_is_there_and_not_as_other_pictures_share_it(folders):
-    """`save_images` gives each picture a caption of its own; here 0 and 1 are one picture, and 2 to 4 share a text."""
+def test_a_caption_counts_as_often_as_its_image_is_there_and_not_as_other_images_share_it(folders):
+    """`save_images` gives each image a caption of its own; here 0 and 1 are one image, and 2 to 4 share a text."""
     train = folders / "train"
     (train / "001.png").write_bytes((train / "000.png").read_bytes())
     told(train, "text", ["first", "second", "shared", "shared", "shared", "sixth"])

@@ -1,4 +1,4 @@
-"""The pictures of an audit follow from prompts and seeds, are kept, and are never mixed up with others."""
+"""The images of an audit follow from prompts and seeds, are kept, and are never mixed up with others."""
 
 import dataclasses
 import json
@@ -10,8 +10,8 @@ from PIL import Image
 from tiny import RESOLUTION, save_images, save_tiny_sd
 
 from iet_finetune import Config, UserError
+from iet_finetune.audit.inputs.pipelines import find_subject
 from iet_finetune.audit.inputs.samples import SETTINGS, draw_samples, plan_samples, read_prompts
-from iet_finetune.audit.inputs.subject import find_subject
 from iet_finetune.audit.inputs.work import Work
 from iet_finetune.data.dataset import load_images
 from iet_finetune.families.tiny import tiny_pixels
@@ -44,7 +44,7 @@ def planned(world, **changes):
     return subject, plan_samples(config, subject, training, heldout)
 
 
-def pictures(files) -> list[bytes]:
+def random_images(files) -> list[bytes]:
     return [np.asarray(Image.open(file)).tobytes() for file in files]
 
 
@@ -59,12 +59,12 @@ def test_every_caption_is_drawn_from_before_one_is_drawn_from_again(world):
     assert plan.prompts[5:] == plan.prompts[:2]
 
 
-def test_a_picture_is_that_of_the_pipeline_with_its_prompt_and_seed(world, tmp_path):
+def test_a_image_is_that_of_the_pipeline_with_its_prompt_and_seed(world, tmp_path):
     import torch
     from diffusers import StableDiffusionPipeline
 
     subject, plan = planned(world, num_images=4, eval_batch_size=4, seed=3, sampling_guidance_scale=2.0)
-    ours = pictures(draw(subject, plan, tmp_path))
+    ours = random_images(draw(subject, plan, tmp_path))
     pipeline = StableDiffusionPipeline.from_pretrained(world / "base", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -81,19 +81,19 @@ def test_a_picture_is_that_of_the_pipeline_with_its_prompt_and_seed(world, tmp_p
 def test_what_is_missing_is_drawn_again_to_the_same_bits(world, tmp_path):
     subject, plan = planned(world)
     files = draw(subject, plan, tmp_path)
-    whole = pictures(files)
+    whole = random_images(files)
     times = [file.stat().st_mtime_ns for file in files]
     files[5].unlink()
-    assert pictures(draw(subject, plan, tmp_path)) == whole
+    assert random_images(draw(subject, plan, tmp_path)) == whole
     assert [file.stat().st_mtime_ns for file in files[:4]] == times[:4]
 
 
-def test_more_pictures_begin_with_the_same_ones(world, tmp_path):
+def test_more_images_begin_with_the_same_ones(world, tmp_path):
     subject, plan = planned(world, num_images=8)
-    more = pictures(draw(subject, plan, tmp_path / "more"))
+    more = random_images(draw(subject, plan, tmp_path / "more"))
     subject, fewer = planned(world, num_images=4)
-    assert pictures(draw(subject, fewer, tmp_path / "grown")) == more[:4]
-    assert pictures(draw(subject, plan, tmp_path / "grown")) == more
+    assert random_images(draw(subject, fewer, tmp_path / "grown")) == more[:4]
+    assert random_images(draw(subject, plan, tmp_path / "grown")) == more
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_more_pictures_begin_with_the_same_ones(world, tmp_path):
     ],
     ids=["steps", "guidance", "seed", "prompts"],
 )
-def test_pictures_drawn_in_another_way_are_refused(world, tmp_path, change, said):
+def test_images_drawn_in_another_way_are_refused(world, tmp_path, change, said):
     draw(*planned(world), tmp_path)
     with pytest.raises(UserError) as caught:
         draw(*planned(world, **change), tmp_path)
@@ -114,15 +114,15 @@ def test_pictures_drawn_in_another_way_are_refused(world, tmp_path, change, said
     assert "another `--output_dir`" in str(caught.value)
 
 
-def test_pictures_of_another_model_are_refused_unless_the_folder_is_the_models_own(world, tmp_path):
+def test_images_of_another_model_are_refused_unless_the_folder_is_the_models_own(world, tmp_path):
     subject, plan = planned(world)
     files = draw(subject, plan, tmp_path)
-    before = pictures(files)
+    before = random_images(files)
     other = dataclasses.replace(plan, model="another", seed=9)
     with pytest.raises(UserError, match="another seed|another model"):
         draw(subject, other, tmp_path)
-    assert pictures(files) == before
-    assert pictures(draw(subject, other, tmp_path, own=True)) != before
+    assert random_images(files) == before
+    assert random_images(draw(subject, other, tmp_path, own=True)) != before
 
 
 def test_damaged_settings_are_named(world, tmp_path):
@@ -154,13 +154,13 @@ def test_prompts_of_held_out_images_need_some(world):
 
 def test_an_unknown_scheduler_is_refused_and_a_known_one_draws_something_else(world, tmp_path):
     subject, plan = planned(world, num_images=2)
-    before = pictures(draw(subject, plan, tmp_path / "a"))
+    before = random_images(draw(subject, plan, tmp_path / "a"))
     with pytest.raises(UserError, match="`--scheduler DDIMSchedulr` is no scheduler of diffusers"):
         subject.set_scheduler("DDIMSchedulr")
     with pytest.raises(UserError, match="`--scheduler FlowMatchEulerDiscreteScheduler` does not draw"):
         subject.set_scheduler("FlowMatchEulerDiscreteScheduler")
     subject.set_scheduler("DDPMScheduler")
-    assert pictures(draw(subject, plan, tmp_path / "b")) != before
+    assert random_images(draw(subject, plan, tmp_path / "b")) != before
 
 
 def test_a_model_without_prompts_is_drawn_from_noise_alone(world, tmp_path):
@@ -170,13 +170,13 @@ def test_a_model_without_prompts_is_drawn_from_noise_alone(world, tmp_path):
     training, heldout = load_images(config.data, cache_dir=None, seed=0)
     plan = plan_samples(config, subject, training, heldout)
     assert plan.prompts == ("", "", "")
-    assert len(set(pictures(draw(subject, plan, tmp_path / "out")))) == 3
+    assert len(set(random_images(draw(subject, plan, tmp_path / "out")))) == 3
     assert json.loads((tmp_path / "out" / SETTINGS).read_text())["scheduler"] == "DDIMScheduler"
     with pytest.raises(UserError, match=r"takes no prompts"):
         plan_samples(config_of(world, prompts="cats.txt"), subject, training, heldout)
 
 
-def test_pictures_of_prompts_that_were_cut_at_another_length_are_not_taken_up(world, tmp_path):
+def test_images_of_prompts_that_were_cut_at_another_length_are_not_taken_up(world, tmp_path):
     from iet_finetune.families.tiny import save_tiny_pipeline
 
     save_tiny_pipeline("PixArtSigmaPipeline", tmp_path / "pixart")
@@ -187,7 +187,7 @@ def test_pictures_of_prompts_that_were_cut_at_another_length_are_not_taken_up(wo
         subject = subject_of(world, config, name)
         images = load_images(config.data, cache_dir=None, seed=0)
         plans.append(plan_samples(config, subject, *images))
-        assert subject.told["max_sequence_length"] == length
+        assert subject.options["max_sequence_length"] == length
     assert plans[0].model == plans[1].model
     draw(subject, dataclasses.replace(plans[0], prompts=(), classes=()), tmp_path / "out")
     with pytest.raises(UserError, match=r"another max_sequence_length \(8 then, 12 now\)"):

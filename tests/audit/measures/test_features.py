@@ -84,12 +84,12 @@ def test_the_default_features_are_those_of_the_packaged_network(effnet):
     assert features.std() > 0.01
 
 
-def test_two_crops_of_a_picture_are_more_alike_than_two_pictures(effnet):
+def test_two_crops_of_a_image_are_more_alike_than_two_images(effnet):
     names = sorted(EMOJI.glob("*.png"))[:4]
-    pictures = [np.asarray(Image.open(name).convert("RGB").resize((72, 72))) for name in names]
-    crops = effnet(np.stack([crop for each in pictures for crop in (each[:66, :66], each[6:, 6:])]))
-    for i in range(len(pictures)):
-        others = [cosine(crops[2 * i], crops[2 * j]) for j in range(len(pictures)) if j != i]
+    images = [np.asarray(Image.open(name).convert("RGB").resize((72, 72))) for name in names]
+    crops = effnet(np.stack([crop for each in images for crop in (each[:66, :66], each[6:, 6:])]))
+    for i in range(len(images)):
+        others = [cosine(crops[2 * i], crops[2 * j]) for j in range(len(images)) if j != i]
         assert cosine(crops[2 * i], crops[2 * i + 1]) > max(others)
 
 

@@ -272,7 +272,7 @@ def pixel_losses(network, images, draws):
 
 def known_and_unknown(count=60):
     images = random_pixels(2 * count, seed=3)
-    # Pictures of different contrast are differently hard.
+    # Images of different contrast are differently hard.
     images = images * torch.linspace(0.2, 1.0, count).repeat(2)[:, None, None, None]
     return images[:count], images[count:]
 
@@ -289,9 +289,9 @@ def test_a_model_that_knows_its_images_by_heart_gives_them_away(schedule):
     findings, rows = membership_findings(train, heldout, draws.levels)
     assert findings.metrics["mia_auc"].value > 0.99
     assert findings.metrics["mia_tpr_at_1_fpr"].value > 0.9
-    assert [row["mia_auc"]["value"] > 0.99 for row in rows] == [True] * 8
+    assert [row.metrics["mia_auc"].value > 0.99 for row in rows] == [True] * 8
     lost = loss_findings(heldout, train).metrics["heldout_loss"]
-    assert lost.value > lost.null
+    assert lost.value > lost.baseline
 
 
 def test_a_model_that_has_not_seen_the_images_gives_nothing_away(schedule):
@@ -323,7 +323,7 @@ def test_a_reference_model_shows_what_the_difficulty_of_the_images_hides(schedul
     assert findings.metrics["mia_ref_auc"].value == auc(
         calibrated_scores(ours[0], theirs[0]), calibrated_scores(ours[1], theirs[1])
     )
-    assert max(row["mia_ref_auc"]["value"] for row in rows) > 0.9
+    assert max(row.metrics["mia_ref_auc"].value for row in rows) > 0.9
 
 
 # Findings
@@ -334,21 +334,21 @@ def random_losses(count, seed, shift=0.0):
     return np.exp(noise - shift - np.arange(8) / 4).astype(np.float32)
 
 
-def test_figures_stand_beside_what_chance_gives_and_one_row_a_noise_level():
+def test_metrics_stand_beside_what_chance_gives_and_one_row_a_noise_level():
     train, heldout, levels = random_losses(150, 0, shift=0.5), random_losses(120, 1), np.linspace(0.29, 0.06, 8)
     findings, rows = membership_findings(train, heldout, levels.tolist(), seed=4)
     area, rate = findings.metrics["mia_auc"], findings.metrics["mia_tpr_at_1_fpr"]
     assert area.value == auc(raw_scores(train), raw_scores(heldout))
-    assert (area.null, rate.null) == (0.5, 2 / 121)
+    assert (area.baseline, rate.baseline) == (0.5, 2 / 121)
     assert 0.5 < area.low < area.value < area.high < 1
     assert findings.not_measured == dict.fromkeys(("mia_ref_auc", "mia_ref_tpr_at_1_fpr"), "needs `--reference_model`")
     assert findings.warnings == []
-    drawn = findings.histograms["mia"]
+    drawn = findings.histograms["mia"].series
     assert (sum(drawn["training"]), sum(drawn["heldout"])) == (150, 120)
-    assert [row["level"] for row in rows] == pytest.approx(sorted(levels), abs=1e-4)
+    assert [row.level for row in rows] == pytest.approx(sorted(levels), abs=1e-4)
     # The last draw has the least noise here.
-    assert rows[0]["mia_auc"]["value"] == auc(-train[:, 7], -heldout[:, 7])
-    assert all(row.keys() == {"level", "mia_auc"} for row in rows)
+    assert rows[0].metrics["mia_auc"].value == auc(-train[:, 7], -heldout[:, 7])
+    assert all(row.metrics.keys() == {"mia_auc"} for row in rows)
 
 
 def test_few_images_are_warned_of():
@@ -374,7 +374,7 @@ def test_losses_that_are_not_finite_or_not_there_are_not_measured():
     findings, rows = membership_findings(train, heldout, levels, broken, heldout)
     assert findings.metrics.keys() == {"mia_auc", "mia_tpr_at_1_fpr"}
     assert findings.not_measured["mia_ref_auc"] == "2 of 1280 losses are not finite"
-    assert all(row.keys() == {"level", "mia_auc"} for row in rows)
+    assert all(row.metrics.keys() == {"mia_auc"} for row in rows)
     assert "--holdout_fraction" in membership_findings(train, heldout[:0], levels)[0].not_measured["mia_auc"]
     assert "no training images" in membership_findings(train[:0], heldout, levels)[0].not_measured["mia_auc"]
 
@@ -399,9 +399,9 @@ def test_the_held_out_loss_stands_beside_that_of_the_training_images():
     train, heldout = random_losses(50, 0, shift=1.0), random_losses(40, 1)
     loss = loss_findings(heldout, train).metrics["heldout_loss"]
     assert loss.value == pytest.approx(float(np.mean([np.mean(row) for row in heldout.astype(float)])))
-    assert loss.null == pytest.approx(float(train.astype(float).mean()))
+    assert loss.baseline == pytest.approx(float(train.astype(float).mean()))
     assert loss.low < loss.value < loss.high
-    assert loss_findings(heldout).metrics["heldout_loss"].null is None
+    assert loss_findings(heldout).metrics["heldout_loss"].baseline is None
     assert "--holdout_data_dir" in loss_findings(heldout[:0], train).not_measured["heldout_loss"]
     train[0, 0] = np.nan
     assert loss_findings(heldout, train).not_measured == {"heldout_loss": "1 of 720 losses are not finite"}

@@ -1,4 +1,4 @@
-"""Copies score as copies, held-out images as the null says, and duplicates in the training data blind nothing."""
+"""Copies score as copies, held-out images as the baseline says, and duplicates in the training data blind nothing."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iet_finetune.audit.inputs.duplicates import find_duplicates
-from iet_finetune.audit.measures.findings import Findings, histogram
+from iet_finetune.audit.measures.findings import Findings, Histogram, histogram
 from iet_finetune.audit.measures.memorization import (
     DELTAS,
     REPEATS,
@@ -70,7 +70,7 @@ def test_a_third_itself_is_not_below_a_third():
     assert pixel_metrics(found, None, 2).metrics["f_mem"].count == 1
 
 
-def test_copies_are_memorized_and_held_out_images_are_the_null():
+def test_copies_are_memorized_and_held_out_images_are_the_baseline():
     training = images(600, 0)
     copies = np.concatenate((training[:30], training[30:40, :, ::-1]))
     found = pixel_metrics(nearest_pixels(copies, training), nearest_pixels(images(25, 1), training), 600)
@@ -79,14 +79,18 @@ def test_copies_are_memorized_and_held_out_images_are_the_null():
         assert metric == rate(40, 40).against(0.0)
     assert found.warnings == []
     assert found.not_measured == {}
-    assert found.histograms["ratio"]["generated"][0] == found.histograms["mq_ratio"]["generated"][0] == 40
-    assert sum(found.histograms["ratio"]["null"]) == sum(found.histograms["mq_ratio"]["null"]) == 25
+    assert (
+        found.histograms["ratio"].series["generated"][0] == found.histograms["mq_ratio"].series["generated"][0] == 40
+    )
+    assert (
+        sum(found.histograms["ratio"].series["baseline"]) == sum(found.histograms["mq_ratio"].series["baseline"]) == 25
+    )
 
 
-def test_held_out_images_score_as_their_own_null():
+def test_held_out_images_score_as_their_own_baseline():
     training, heldout = images(80, 2), nearest_pixels(images(40, 3), images(80, 2))
     found = pixel_metrics(heldout, heldout, len(training))
-    assert {metric.value - metric.null for metric in found.metrics.values()} == {0.0}
+    assert {metric.value - metric.baseline for metric in found.metrics.values()} == {0.0}
 
 
 def test_mq_counts_what_is_below_each_delta():
@@ -139,10 +143,10 @@ def test_fewer_neighbours_than_a_ratio_needs_are_a_mistake():
         mq_ratios(neighbours_of([1.0] * 49))
 
 
-def test_similarities_are_summed_up_beside_their_null():
+def test_similarities_are_summed_up_beside_their_baseline():
     rng = np.random.default_rng(8)
-    generated, null = rng.uniform(0.2, 1, 400), rng.uniform(0, 0.7, 90)
-    found = similarity_metrics("effnet_lite0", generated, null, seed=3)
+    generated, baseline = rng.uniform(0.2, 1, 400), rng.uniform(0, 0.7, 90)
+    found = similarity_metrics("effnet_lite0", generated, baseline, seed=3)
     expected = {
         "similarity_mean_effnet_lite0": np.mean,
         "similarity_p90_effnet_lite0": lambda values: np.percentile(values, 90),
@@ -153,19 +157,19 @@ def test_similarities_are_summed_up_beside_their_null():
     for name, statistic in expected.items():
         metric = found.metrics[name]
         assert metric.value == pytest.approx(statistic(generated))
-        assert metric.null == pytest.approx(statistic(null))
+        assert metric.baseline == pytest.approx(statistic(baseline))
         assert metric.low < metric.value < metric.high
     assert found.metrics["similarity_above_0.5_effnet_lite0"].total == 400
-    counts = found.histograms["similarity_effnet_lite0"]
-    assert (sum(counts["generated"]), sum(counts["null"])) == (400, 90)
-    assert similarity_metrics("effnet_lite0", generated, null, seed=3) == found
+    counts = found.histograms["similarity_effnet_lite0"].series
+    assert (sum(counts["generated"]), sum(counts["baseline"])) == (400, 90)
+    assert similarity_metrics("effnet_lite0", generated, baseline, seed=3) == found
 
 
-def test_without_held_out_images_there_is_no_null():
+def test_without_held_out_images_there_is_no_baseline():
     found = similarity_metrics("x", np.linspace(-1, 1, 20), None)
-    assert {metric.null for metric in found.metrics.values()} == {None}
-    assert list(found.histograms["similarity_x"]) == ["edges", "generated"]
-    assert sum(found.histograms["similarity_x"]["generated"]) == 20
+    assert {metric.baseline for metric in found.metrics.values()} == {None}
+    assert list(found.histograms["similarity_x"].series) == ["generated"]
+    assert sum(found.histograms["similarity_x"].series["generated"]) == 20
 
 
 def test_extraction_counts_references_by_how_often_they_are_repeated():
@@ -182,8 +186,8 @@ def test_extraction_counts_references_by_how_often_they_are_repeated():
     }
     assert list(classes) == [label for label, _, _ in REPEATS]
     assert classes["10 or more"] == found.metrics["extracted_x10_up"]
-    assert found.metrics["extracted"].null == pytest.approx(1 / 9)
-    assert [classes[label].null for label in classes] == [pytest.approx(1 / 3), 0, 0, 0]
+    assert found.metrics["extracted"].baseline == pytest.approx(1 / 9)
+    assert [classes[label].baseline for label in classes] == [pytest.approx(1 / 3), 0, 0, 0]
     assert found.warnings == []
 
 
@@ -231,7 +235,7 @@ def test_findings_merge_in_order_and_keep_a_warning_once():
         Findings({"b": metric}, {"c": "why"}, ["w", "v"], {"h": histogram([0, 1], x=np.ones(2))}),
     )
     assert merged == Findings(
-        {"a": metric, "b": metric}, {"c": "why"}, ["w", "v"], {"h": {"edges": [0.0, 1.0], "x": [2]}}
+        {"a": metric, "b": metric}, {"c": "why"}, ["w", "v"], {"h": Histogram([0.0, 1.0], {"x": [2]})}
     )
     with pytest.raises(ValueError, match="found twice: a"):
         Findings.merged(merged, Findings({"a": metric}))
@@ -243,7 +247,8 @@ def test_findings_merge_in_order_and_keep_a_warning_once():
 @given(st.lists(st.floats(-10, 10)), st.lists(st.floats(0, 1), min_size=2, max_size=8, unique=True).map(sorted))
 def test_a_histogram_loses_no_number(values, edges):
     found = histogram(edges, all=np.array(values), none=None)
-    assert list(found) == ["edges", "all"]
-    assert sum(found["all"]) == len(values)
+    assert list(found.series) == ["all"]
+    counts = found.series["all"]
+    assert sum(counts) == len(values)
     inside = [sum(low <= value < high for value in values) for low, high in zip(edges[1:-2], edges[2:-1], strict=True)]
-    assert found["all"][1:-1] == inside
+    assert counts[1:-1] == inside

@@ -54,7 +54,7 @@ def test_a_centred_interval_reaches_as_far_to_both_sides_as_the_spread_says():
 
 def test_an_interval_holds_the_truth_in_nineteen_of_twenty_cases():
     rng = np.random.default_rng(3)
-    held = [figure.low <= 1 <= figure.high for figure in (mean(rng.exponential(size=200)) for _ in range(150))]
+    held = [metric.low <= 1 <= metric.high for metric in (mean(rng.exponential(size=200)) for _ in range(150))]
     assert 0.88 <= np.mean(held) <= 0.99
 
 
@@ -69,16 +69,16 @@ def test_one_value_alone_is_its_own_interval():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("field", ["value", "low", "high", "null"])
-def test_a_figure_that_is_not_finite_is_none(field, broken):
+@pytest.mark.parametrize("field", ["value", "low", "high", "baseline"])
+def test_a_metric_that_is_not_finite_is_none(field, broken):
     with pytest.raises(ValueError, match="must be finite"):
-        Metric(**{"value": 1.0, "low": 0.0, "high": 2.0, "null": 1.0, field: broken})
+        Metric(**{"value": 1.0, "low": 0.0, "high": 2.0, "baseline": 1.0, field: broken})
 
 
-def test_a_figure_in_json_has_its_null_even_where_there_is_none():
-    assert Metric(1.0, 0.5, 2.0).to_json() == {"value": 1.0, "low": 0.5, "high": 2.0, "null": None}
+def test_a_metric_in_json_has_its_baseline_even_where_there_is_none():
+    assert Metric(1.0, 0.5, 2.0).to_json() == {"value": 1.0, "low": 0.5, "high": 2.0, "baseline": None}
     beside = rate(1, 4).against(rate(0, 10)).to_json()
     assert json.loads(json.dumps(beside)) == beside
-    assert beside.keys() == {"value", "low", "high", "null", "count", "total", "null_low", "null_high"}
-    assert (beside["null"], beside["null_low"], beside["count"]) == (0.0, 0.0, 1)
-    assert rate(1, 4).against(0.25).to_json().keys() == {"value", "low", "high", "null", "count", "total"}
+    assert beside.keys() == {"value", "low", "high", "baseline", "count", "total", "baseline_low", "baseline_high"}
+    assert (beside["baseline"], beside["baseline_low"], beside["count"]) == (0.0, 0.0, 1)
+    assert rate(1, 4).against(0.25).to_json().keys() == {"value", "low", "high", "baseline", "count", "total"}

@@ -12,7 +12,6 @@ from tiny_families import tiny_pipeline
 
 from iet_finetune.audit.measures.prompts import (
     guidance_fault,
-    has_guidance,
     prompt_by_repeats,
     prompt_findings,
     prompt_norms,
@@ -182,9 +181,9 @@ def test_a_denoiser_that_listens_to_its_prompts_more_has_longer_norms():
 @pytest.mark.parametrize("name", OPTIONS)
 def test_guided_pipelines_are_known_and_need_a_scale_above_one(name):
     pipeline = make_pipeline(name)
-    assert has_guidance(pipeline, None)
-    assert has_guidance(pipeline, 1.5)
-    assert not has_guidance(pipeline, 0.0)
+    assert guidance_fault(pipeline, None) is None
+    assert guidance_fault(pipeline, 1.5) is None
+    assert guidance_fault(pipeline, 0.0) is not None
     assert guidance_fault(pipeline, 1.0) == "drawn with guidance 1: it takes more than 1"
 
 
@@ -193,7 +192,7 @@ def test_what_is_not_guided_says_why():
     assert guidance_fault(tiny_pixels(), None) == "a DDPMPipeline draws without prompts"
     distilled = make_pipeline("sd")
     distilled.unet.register_to_config(time_cond_proj_dim=8)
-    assert "is told its guidance" in guidance_fault(distilled, 7.5)
+    assert "takes its guidance as an input" in guidance_fault(distilled, 7.5)
     with pytest.raises(ValueError, match="takes more than 1"):
         norms_of(make_pipeline("sd"), guidance=1.0)
 
@@ -204,12 +203,12 @@ def test_training_captions_stand_beside_held_out_ones():
     findings = prompt_findings(training, heldout)
     average, area = findings.metrics["prompt_memorization"], findings.metrics["prompt_memorization_auc"]
     assert average.value == pytest.approx(sum(training.tolist()) / 60)
-    assert average.null == pytest.approx(sum(heldout.tolist()) / 40)
+    assert average.baseline == pytest.approx(sum(heldout.tolist()) / 40)
     assert average.low < average.value < average.high
-    assert (area.value, area.null) == (auc(training, heldout), 0.5)
+    assert (area.value, area.baseline) == (auc(training, heldout), 0.5)
     assert findings.not_measured == {}
     assert findings.warnings == []
-    drawn = findings.histograms["prompt"]
+    drawn = findings.histograms["prompt"].series
     assert (sum(drawn["training"]), sum(drawn["heldout"])) == (60, 40)
 
 
@@ -217,9 +216,9 @@ def test_training_captions_stand_beside_held_out_ones():
 def test_without_held_out_captions_only_the_mean_is_measured(heldout):
     findings = prompt_findings(np.arange(1, 41, dtype=np.float32), heldout)
     assert findings.metrics.keys() == {"prompt_memorization"}
-    assert findings.metrics["prompt_memorization"].null is None
+    assert findings.metrics["prompt_memorization"].baseline is None
     assert findings.not_measured == {"prompt_memorization_auc": "needs captions of held-out images"}
-    assert findings.histograms["prompt"].keys() == {"edges", "training"}
+    assert findings.histograms["prompt"].series.keys() == {"training"}
 
 
 def test_norms_that_are_not_finite_or_not_there_are_not_measured_and_few_are_warned_of():

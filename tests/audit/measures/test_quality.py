@@ -142,19 +142,19 @@ def test_an_image_on_the_rim_of_a_neighbourhood_is_inside():
 
 def test_equal_sets_score_as_well_as_can_be():
     x = points(60, seed=3)
-    figures = measured(x, x.copy()).metrics
-    assert figures["kid_net"].value <= 0
-    assert figures["frechet_net"].value == pytest.approx(0, abs=1e-9)
-    assert [figures[f"{name}_net"].value for name in ("precision", "recall", "coverage")] == [1, 1, 1]
+    metrics = measured(x, x.copy()).metrics
+    assert metrics["kid_net"].value <= 0
+    assert metrics["frechet_net"].value == pytest.approx(0, abs=1e-9)
+    assert [metrics[f"{name}_net"].value for name in ("precision", "recall", "coverage")] == [1, 1, 1]
     # Every image is in its own neighbourhood and in those of k others on average.
-    assert figures["density_net"].value == pytest.approx((quality.NEIGHBOURS + 1) / quality.NEIGHBOURS)
+    assert metrics["density_net"].value == pytest.approx((quality.NEIGHBOURS + 1) / quality.NEIGHBOURS)
 
 
 def test_a_distance_of_nothing_is_not_below_nothing():
     x = points(20, 300, seed=3)  # torchmetrics finds a little less than 0
-    figure = measured(x, x).metrics["frechet_net"]
-    assert figure.value == pytest.approx(0, abs=1e-4)
-    assert min(figure.value, figure.low) >= 0 < figure.high
+    metric = measured(x, x).metrics["frechet_net"]
+    assert metric.value == pytest.approx(0, abs=1e-4)
+    assert min(metric.value, metric.low) >= 0 < metric.high
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -174,10 +174,10 @@ def test_copies_of_images_that_the_real_ones_hold_often_are_among_them():
 
 def test_sets_far_apart_score_as_badly_as_can_be():
     x, y = points(40, seed=3), points(50, seed=4) + 100
-    figures = measured(x, y).metrics
-    assert [figures[f"{name}_net"].value for name in ("precision", "recall", "density", "coverage")] == [0, 0, 0, 0]
-    assert figures["frechet_net"].value == pytest.approx(8 * 100**2, rel=0.05)
-    assert figures["kid_net"].low > 1
+    metrics = measured(x, y).metrics
+    assert [metrics[f"{name}_net"].value for name in ("precision", "recall", "density", "coverage")] == [0, 0, 0, 0]
+    assert metrics["frechet_net"].value == pytest.approx(8 * 100**2, rel=0.05)
+    assert metrics["kid_net"].low > 1
 
 
 def test_features_with_a_large_common_part_keep_their_neighbourhoods():
@@ -185,43 +185,43 @@ def test_features_with_a_large_common_part_keep_their_neighbourhoods():
     assert [each.mean() for each in prdc(x + 1e4, y + 1e4, 5)] == [each.mean() for each in prdc(x, y, 5)]
 
 
-def test_figures_hold_their_values_intervals_and_counts():
+def test_metrics_hold_their_values_intervals_and_counts():
     x, y = points(80, seed=1, shift=0.3), points(60, seed=2)
-    figures = measured(x, y).metrics
-    assert list(figures) == [f"{name}_net" for name in OF_QUALITY]
+    metrics = measured(x, y).metrics
+    assert list(metrics) == [f"{name}_net" for name in OF_QUALITY]
     x, y = x.astype(np.float64), y.astype(np.float64)
     expected = [slow_kid(x, y), slow_frechet(x, y), *slow_prdc(x, y, 5)]
-    assert [each.value for each in figures.values()] == pytest.approx(expected, rel=1e-5)
-    assert all(each.low <= each.value <= each.high and each.null is None for each in figures.values())
-    assert all(figures[f"{name}_net"].low < figures[f"{name}_net"].high for name in OF_QUALITY)
-    assert [figures[f"{name}_net"].total for name in ("precision", "recall", "coverage")] == [80, 60, 60]
+    assert [each.value for each in metrics.values()] == pytest.approx(expected, rel=1e-5)
+    assert all(each.low <= each.value <= each.high and each.baseline is None for each in metrics.values())
+    assert all(metrics[f"{name}_net"].low < metrics[f"{name}_net"].high for name in OF_QUALITY)
+    assert [metrics[f"{name}_net"].total for name in ("precision", "recall", "coverage")] == [80, 60, 60]
 
 
 def test_the_nulls_are_what_training_images_in_the_place_of_the_generated_score():
     x, y, training = points(40, seed=1, shift=0.3), points(50, seed=2), points(30, seed=5)
     as_generated = measured(training, y).metrics
-    for name, figure in measured(x, y, training).metrics.items():
-        assert figure.null == pytest.approx(as_generated[name].value, rel=1e-12)
-        assert figure.null != figure.value
+    for name, metric in measured(x, y, training).metrics.items():
+        assert metric.baseline == pytest.approx(as_generated[name].value, rel=1e-12)
+        assert metric.baseline != metric.value
 
 
-def test_the_null_takes_no_more_training_images_than_there_are_generated_ones():
+def test_the_baseline_takes_no_more_training_images_than_there_are_generated_ones():
     x, y = points(40, seed=1, shift=0.3), points(50, seed=2)
     training = np.concatenate([points(20, seed=5), points(100, seed=6)])
     chosen = quality._subset(training, 40, seed=9)
     assert len(np.unique(chosen, axis=0)) == 40
-    nulls = [each.null for each in measured(x, y, training, seed=9).metrics.values()]
-    assert nulls == [each.null for each in measured(x, y, chosen, seed=9).metrics.values()]
+    baselines = [each.baseline for each in measured(x, y, training, seed=9).metrics.values()]
+    assert baselines == [each.baseline for each in measured(x, y, chosen, seed=9).metrics.values()]
 
 
 @pytest.mark.parametrize(("name", "reps"), [("kid", 60), ("frechet", 60)])
-def test_the_interval_is_as_wide_as_figures_vary(name, reps, monkeypatch):
+def test_the_interval_is_as_wide_as_metrics_vary(name, reps, monkeypatch):
     monkeypatch.setattr(quality, "RESAMPLES", 200)
-    figures = [
+    metrics = [
         measured(points(60, 4, 1000 + i, 0.5), points(60, 4, 2000 + i)).metrics[f"{name}_net"] for i in range(reps)
     ]
-    deviation = np.std([each.value for each in figures], ddof=1)
-    assert np.mean([each.high - each.low for each in figures]) == pytest.approx(2 * 1.96 * deviation, rel=0.3)
+    deviation = np.std([each.value for each in metrics], ddof=1)
+    assert np.mean([each.high - each.low for each in metrics]) == pytest.approx(2 * 1.96 * deviation, rel=0.3)
 
 
 def test_the_interval_of_many_images_comes_from_some_of_them(monkeypatch):
@@ -236,11 +236,11 @@ def test_the_interval_of_many_images_comes_from_some_of_them(monkeypatch):
 def test_kid_and_neighbourhoods_take_so_many_images_at_most(monkeypatch):
     monkeypatch.setattr(quality, "MOST", 20)
     x, y = points(30, seed=1), points(40, seed=2)
-    figures = measured(x, y, x).metrics
-    assert [figures[f"{name}_net"].total for name in ("precision", "recall")] == [20, 20]
+    metrics = measured(x, y, x).metrics
+    assert [metrics[f"{name}_net"].total for name in ("precision", "recall")] == [20, 20]
     few = [quality._subset(each.astype(np.float64), 20, 0) for each in (x, y)]
-    assert figures["kid_net"].value == pytest.approx(slow_kid(*few), rel=1e-9)
-    assert figures["frechet_net"].value == pytest.approx(slow_frechet(x, y), rel=1e-5)
+    assert metrics["kid_net"].value == pytest.approx(slow_kid(*few), rel=1e-9)
+    assert metrics["frechet_net"].value == pytest.approx(slow_frechet(x, y), rel=1e-5)
 
 
 def test_a_frechet_distance_of_few_images_comes_with_a_warning(monkeypatch):
@@ -272,15 +272,15 @@ def test_neighbourhoods_need_more_images_than_distances_do(size):
 
 
 @pytest.mark.parametrize("training", [np.zeros((0, 8), np.float32), points(1)])
-def test_too_few_training_images_leave_the_null_out(training):
-    figures = measured(points(10), points(10, seed=1), training).metrics
-    assert all(each.null is None for each in figures.values())
+def test_too_few_training_images_leave_the_baseline_out(training):
+    metrics = measured(points(10), points(10, seed=1), training).metrics
+    assert all(each.baseline is None for each in metrics.values())
 
 
-def test_images_that_are_all_alike_have_finite_figures():
+def test_images_that_are_all_alike_have_finite_metrics():
     same = np.ones((10, 8), np.float32)
-    figures = measured(same, same, same).metrics  # a `Metric` refuses what is not finite
-    assert [figures[f"{name}_net"].value for name in ("kid", "frechet", "precision", "recall")] == [0, 0, 1, 1]
+    metrics = measured(same, same, same).metrics  # a `Metric` refuses what is not finite
+    assert [metrics[f"{name}_net"].value for name in ("kid", "frechet", "precision", "recall")] == [0, 0, 1, 1]
 
 
 def test_the_seed_decides_and_the_global_generators_are_untouched():
@@ -350,10 +350,10 @@ def test_images_and_captions_come_in_pairs(clip):
 
 def test_the_clip_score_is_a_mean_beside_that_of_held_out_images():
     scores = np.array([10.0, 20.0, 30.0, 40.0], np.float32)
-    figure = clip_findings(scores, np.array([30.0, 32.0], np.float32), seed=1).metrics["clip_score"]
-    assert (figure.value, figure.null) == (25, 31)
-    assert 10 < figure.low < 25 < figure.high < 40
-    assert clip_findings(scores, None, seed=1).metrics["clip_score"].null is None
+    metric = clip_findings(scores, np.array([30.0, 32.0], np.float32), seed=1).metrics["clip_score"]
+    assert (metric.value, metric.baseline) == (25, 31)
+    assert 10 < metric.low < 25 < metric.high < 40
+    assert clip_findings(scores, None, seed=1).metrics["clip_score"].baseline is None
     assert "there are none" in clip_findings(scores[:0], None, seed=1).not_measured["clip_score"]
 
 

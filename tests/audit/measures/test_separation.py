@@ -63,14 +63,14 @@ def test_intervals_cover_the_truth_and_stand_beside_chance():
     truth = 0.76025  # of two normal distributions one standard deviation apart: Phi(1 / sqrt(2))
     area = [auc_metric(rng.normal(1, 1, 200), rng.normal(0, 1, 200), seed) for seed in range(20)]
     assert sum(metric.low <= truth <= metric.high for metric in area) >= 17
-    assert all(metric.null == 0.5 and metric.low < metric.value < metric.high for metric in area)
+    assert all(metric.baseline == 0.5 and metric.low < metric.value < metric.high for metric in area)
     # A bootstrap over both sets is as wide as the two together, by Hanley and McNeil (1982) about 4 x 0.0236.
     assert np.mean([metric.high - metric.low for metric in area]) == pytest.approx(4 * 0.0236, rel=0.1)
     members, others = rng.normal(1, 1, 200), rng.normal(0, 1, 200)
     rate = tpr_metric(members, others)
     assert rate.value == tpr_at_fpr(members, others)
     assert rate.low < rate.value < rate.high
-    assert rate.null == 3 / 201
+    assert rate.baseline == 3 / 201
 
 
 def test_intervals_follow_from_the_seed():

@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from audit_samples import HOSTILE, figure, sample_audit, sample_metrics, share
+from audit_samples import HOSTILE, even, sample_json, sample_metrics, share
 from scipy import stats
 
+from iet_finetune.audit.measures.metrics import Metric, rate
 from iet_finetune.audit.report.compare import compare, write_comparison
 from iet_finetune.audit.report.compare_text import as_text
-from iet_finetune.audit.report.differences import difference
+from iet_finetune.audit.report.comparison import difference
 from iet_finetune.errors import UserError
 
 
@@ -21,7 +22,7 @@ def save(tmp_path):
     def write(folder, **changes):
         path = tmp_path / folder / "audit" / "audit.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(sample_audit(**changes)), encoding="utf-8")
+        path.write_text(json.dumps(sample_json(**changes)), encoding="utf-8")
         return path
 
     return write
@@ -48,7 +49,7 @@ def two(save):
     ],
 )
 def test_the_interval_of_two_rates_is_that_of_the_paper(first, second, low, high):
-    found = difference(share(*first), share(*second))
+    found = difference(rate(*first), rate(*second))
     assert (round(found.low, 4), round(found.high, 4)) == (low, high)
 
 
@@ -66,29 +67,27 @@ def test_the_interval_of_a_difference_of_rates_holds_the_truth_19_times_in_20(on
     held, rounds = 0, 1500
     for first, second in zip(rng.binomial(400, one, rounds), rng.binomial(600, other, rounds), strict=True):
         (l1, u1), (l2, u2) = wilson(first, 400), wilson(second, 600)
-        found = difference(
-            {"value": first / 400, "low": l1, "high": u1}, {"value": second / 600, "low": l2, "high": u2}
-        )
+        found = difference(Metric(first / 400, l1, u1), Metric(second / 600, l2, u2))
         held += found.low <= other - one <= found.high
     assert 0.935 <= held / rounds <= 0.985
 
 
 def test_even_intervals_add_up_as_those_of_normal_errors_do():
-    found = difference(figure(1.0, 0.3), figure(2.0, 0.4))
+    found = difference(Metric(1.0, 0.7, 1.3), Metric(2.0, 1.6, 2.4))
     assert (found.value, found.low, found.high) == pytest.approx((1.0, 0.5, 1.5))
     assert found.clear
-    assert not difference(figure(1.0, 3.0), figure(2.0, 4.0)).clear
+    assert not difference(Metric(1.0, -2.0, 4.0), Metric(2.0, -2.0, 6.0)).clear
 
 
-def test_swapping_two_figures_turns_the_difference_round():
-    one, other = share(3, 40), share(9, 50)
+def test_swapping_two_metrics_turns_the_difference_round():
+    one, other = rate(3, 40), rate(9, 50)
     there, back = difference(one, other), difference(other, one)
     assert (there.value, there.low, there.high) == pytest.approx((-back.value, -back.high, -back.low))
 
 
 def test_a_value_beyond_its_own_interval_does_not_widen_the_difference():
-    biased = {"value": 5.0, "low": 5.2, "high": 6.0}
-    found = difference(figure(1.0, 0.1), biased)
+    biased = Metric(5.0, 5.2, 6.0)
+    found = difference(Metric(1.0, 0.9, 1.1), biased)
     assert found.low == pytest.approx(4.0 - 0.1)
     assert found.high == pytest.approx(4.0 + math.hypot(1.0, 0.1))
 
@@ -108,19 +107,19 @@ def test_each_audit_is_compared_with_the_first(two, save):
 def test_only_metrics_of_two_audits_are_compared_and_a_gap_stays_a_gap(save):
     files = [
         save("a", metrics={"f_mem": share(1, 10), "extracted": share(1, 10)}, by_repeats=[]),
-        save("b", metrics={"mia_auc": figure(0.6, 0.1), "extracted": share(1, 10)}, by_repeats=[]),
-        save("c", metrics={"mia_auc": figure(0.7, 0.1)}, by_repeats=[]),
+        save("b", metrics={"mia_auc": even(0.6, 0.1), "extracted": share(1, 10)}, by_repeats=[]),
+        save("c", metrics={"mia_auc": even(0.7, 0.1)}, by_repeats=[]),
     ]
     found = compare(files)
     assert [row.name for row in found.rows] == ["extracted", "mia_auc"]
-    assert found.rows[0].figures[2] is None
-    assert found.rows[1].figures[0] is None
-    # Without a figure of the first there is nothing to compare with.
+    assert found.rows[0].values[2] is None
+    assert found.rows[1].values[0] is None
+    # Without a value of the first there is nothing to compare with.
     assert found.rows[1].differences == (None, None, None)
 
 
-def test_figures_by_repeats_are_compared_too(save):
-    rows = [{"repeats": "10 or more", "extracted": share(3, 20), "mia_auc": figure(0.9, 0.05)}]
+def test_metrics_by_repeats_are_compared_too(save):
+    rows = [{"repeats": "10 or more", "extracted": share(3, 20), "mia_auc": even(0.9, 0.05)}]
     found = compare([save("a", metrics={}, by_repeats=rows), save("b", metrics={}, by_repeats=rows)])
     assert [row.name for row in found.rows] == ["extracted_x10_up", "mia_auc_x10_up"]
 
@@ -168,13 +167,13 @@ def test_audits_of_the_same_conditions_give_no_warning(two):
     ],
 )
 def test_a_difference_in_conditions_is_named_with_both_values(save, changes, words):
-    whole = sample_audit()
+    whole = sample_json()
     changed = {name: whole[name] | part if isinstance(part, dict) else part for name, part in changes.items()}
     assert compare([save("a"), save("b", **changed)]).warnings == (words,)
 
 
 def test_flags_that_must_differ_between_audits_are_no_difference_in_conditions(save):
-    settings = sample_audit()["settings"]
+    settings = sample_json()["settings"]
     files = [save(name, settings=settings | {"model": name, "output_dir": name}) for name in ("a", "b")]
     assert compare(files).warnings == ()
 
@@ -188,16 +187,43 @@ def test_flags_that_must_differ_between_audits_are_no_difference_in_conditions(s
         (b"[" * 100_000, "is damaged"),
         (b"[]", "is not an audit of iet_finetune"),
         (b'{"format": "something", "version": 1}', "is not an audit of iet_finetune"),
-        (b'{"format": "iet_finetune.audit", "version": 2}', "version 2, and this program reads version 1"),
+        (b'{"format": "iet_finetune.audit", "version": 3}', "version 3, and this program reads versions 1 and 2"),
         (b'{"format": "iet_finetune.audit"}', "version None"),
         (b'{"format": "iet_finetune.audit", "version": 1, "metrics": []}', "`metrics` is no table"),
-        (b'{"format": "iet_finetune.audit", "version": 1, "features": ["x"]}', "`features` holds"),
-        (b'{"format": "iet_finetune.audit", "version": 1, "metrics": {"f_mem": 3}}', "`f_mem` has no finite"),
+        (b'{"format": "iet_finetune.audit", "version": 1, "features": ["x"]}', "`features` is no table"),
+        (b'{"format": "iet_finetune.audit", "version": 1, "metrics": {"f_mem": 3}}', "`metrics.f_mem` is no table"),
         (b'{"format": "iet_finetune.audit", "version": 1, "metrics": {"f_mem": {"value": NaN}}}', "NaN"),
         (
             b'{"format": "iet_finetune.audit", "version": 1, '
             b'"metrics": {"f_mem": {"value": 1, "low": 1e999, "high": 1}}}',
-            "`f_mem` has no finite",
+            "`metrics.f_mem.low` is no finite number",
+        ),
+        (
+            b'{"format": "iet_finetune.audit", "version": 2, "features": [{"slug": ["x"]}]}',
+            "`features.slug` is no text",
+        ),
+        (
+            b'{"format": "iet_finetune.audit", "version": 2, "data": {"generated_images": "many"}}',
+            "`data.generated_images` is no whole number",
+        ),
+        (b'{"format": "iet_finetune.audit", "version": 2, "model": 7}', "`model` is no text"),
+        (b'{"format": "iet_finetune.audit", "version": 2, "reference": "base"}', "`reference` is no table"),
+        (b'{"format": "iet_finetune.audit", "version": 2, "warnings": [1]}', "`warnings` is no text"),
+        (
+            b'{"format": "iet_finetune.audit", "version": 2, "by_noise_level": [{"level": "x"}]}',
+            "`by_noise_level.level` is no finite number",
+        ),
+        (
+            b'{"format": "iet_finetune.audit", "version": 2, "by_repeats": [{"images": 1}]}',
+            "`by_repeats.repeats` is no text",
+        ),
+        (
+            b'{"format": "iet_finetune.audit", "version": 2, "histograms": {"mia": {"edges": [0, 1], "a": [1, 2]}}}',
+            "`histograms.mia` has other numbers",
+        ),
+        (
+            b'{"format": "iet_finetune.audit", "version": 2, "histograms": {"mia": {}}}',
+            "`histograms.mia.edges` is no list",
         ),
     ],
 )
@@ -271,15 +297,10 @@ def test_a_hostile_model_name_is_no_markup_in_the_page(save, tmp_path):
     assert "&lt;script&gt;" in text
 
 
-def test_odd_contents_that_a_comparison_does_not_need_do_not_stop_it(save):
-    odd = {
-        "features": [{"slug": ["x"], "fingerprint": {}}],
-        "data": {"training_fingerprint": [1], "generated_images": "many"},
-        "model": 7,
-        "reference": "base",
-        "date": None,
-    }
-    found = compare([save("a"), save("b", **odd)])
-    assert found.labels == ("emoji-sd-iet", "7")
-    assert "the training images differ: 5f1d0c77a1be (emoji-sd-iet), [1] (7)" in found.warnings
-    assert "B  7" in as_text(found).replace("B 7", "B  7")
+def test_an_audit_of_version_1_is_compared_with_one_of_version_2(save):
+    old = save("a", model="old", by_repeats=[], by_noise_level=[], histograms={})
+    old.write_text(old.read_text().replace('"version": 2', '"version": 1').replace('"baseline', '"null'))
+    found = compare([old, save("b", model="new", by_repeats=[])])
+    assert found.rows[0].values[0] == found.rows[0].values[1]
+    assert found.rows[0].values[0].baseline == 0.0
+    assert found.audits[0].metrics == found.audits[1].metrics

@@ -5,22 +5,26 @@ What the browser shows is kept in the folder AUDIT_SCREENSHOTS, if that is set.
 
 import base64
 import io
+import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from audit_samples import HOSTILE, figure, sample_audit, sample_pairs, sample_pictures
+from audit_samples import HOSTILE, even, sample_audit, sample_images, sample_json, sample_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from iet_finetune.audit.measures.metrics import Metric
 from iet_finetune.audit.report.charts import histogram_chart, interval_mark, level_chart
 from iet_finetune.audit.report.compare import compare, write_comparison
 from iet_finetune.audit.report.comparison import Comparison
+from iet_finetune.audit.report.record import AuditRecord
 from iet_finetune.audit.report.report import (
     FIRST_PAIRS,
     LARGEST,
@@ -31,6 +35,7 @@ from iet_finetune.audit.report.report import (
     write_report,
 )
 
+COMMAND = "iet-finetune audit --model emoji-sd-iet --train_data_dir emoji --holdout_data_dir emoji-heldout"
 CHROMIUM = shutil.which("chromium")
 
 
@@ -58,8 +63,8 @@ class Page(HTMLParser):
         return [attributes[name] for _, attributes in self.tags if name in attributes]
 
 
-def page_of(audit=None, pairs=(), folder=None, picture=sample_pictures) -> Page:
-    written = write_report(folder, audit or sample_audit(), list(pairs), picture)
+def page_of(audit=None, pairs=(), folder=None, images_of=sample_images, command=COMMAND) -> Page:
+    written = write_report(folder, audit or sample_audit(), list(pairs), images_of, command)
     return Page(written.read_text(encoding="utf-8"))
 
 
@@ -69,13 +74,13 @@ def whole(tmp_path_factory) -> Page:
 
 
 def test_the_report_is_one_file(tmp_path):
-    path = write_report(tmp_path / "audit", sample_audit(), sample_pairs(2), sample_pictures)
+    path = write_report(tmp_path / "audit", sample_audit(), sample_pairs(2), sample_images)
     assert path == tmp_path / "audit" / "report.html"
     assert [each.name for each in path.parent.iterdir()] == ["report.html"]
 
 
 def test_the_same_audit_gives_the_same_report(tmp_path):
-    paths = [write_report(tmp_path / name, sample_audit(), sample_pairs(2), sample_pictures) for name in "ab"]
+    paths = [write_report(tmp_path / name, sample_audit(), sample_pairs(2), sample_images) for name in "ab"]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -83,7 +88,7 @@ def test_the_parts_come_in_the_order_in_which_they_are_read(whole):
     titles = (
         "emoji-sd-iet",
         "The model repeats training images.",
-        "Figures",
+        "Metrics",
         "By how often an image is in the training data",
         "Distributions",
         "The closest pairs",
@@ -96,7 +101,7 @@ def test_the_parts_come_in_the_order_in_which_they_are_read(whole):
     assert "25 November 2026" in whole.text
 
 
-def test_every_figure_is_shown_with_interval_and_null(whole):
+def test_every_metric_is_shown_with_interval_and_baseline(whole):
     for words in ("2.3 %", "1.5 to 3.4", "23 of 1,000", "FD-EffNetLite0", "31.42", "29.22 to 33.62", "0.842"):
         assert words in whole.text, words
     for words in ("MQ at 0.15", "MQ at 0.6", "Recall (EffNetLite0)", "Loss on held-out images"):
@@ -126,10 +131,11 @@ def test_how_to_do_it_again_is_told(whole):
 
 
 def test_what_names_files_and_folders_can_be_taken_out_whatever_captions_hold(tmp_path):
-    pair = sample_pairs(1)[0] | {"prompt": f"{LOCAL_ENDS} {LOCAL_BEGINS}", "training_name": "/home/me/000.png"}
-    audit = sample_audit(command="iet-finetune audit --model /home/me/model")
-    tiny = Image.new("RGB", (2, 2))
-    written = write_report(tmp_path, audit, [pair], lambda pair: (tiny, tiny)).read_text(encoding="utf-8")
+    hostile = {"prompt": f"{LOCAL_ENDS} {LOCAL_BEGINS}", "training_name": "/home/me/000.png"}
+    pair, tiny = replace(sample_pairs(1)[0], **hostile), Image.new("RGB", (2, 2))
+    command = "iet-finetune audit --model /home/me/model"
+    path = write_report(tmp_path, sample_audit(), [pair], lambda pair: (tiny, tiny), command)
+    written = path.read_text(encoding="utf-8")
     rest = Page(re.sub(f"{LOCAL_BEGINS}.*?{LOCAL_ENDS}", "", written, flags=re.DOTALL))
     assert "/home/me/000.png" in Page(written).text
     assert "/home/me/model" in Page(written).text
@@ -149,7 +155,7 @@ def test_nothing_is_fetched_and_nothing_is_run(whole):
     assert policy.startswith("default-src 'none'")
 
 
-def test_each_picture_has_words_for_those_who_do_not_see_it(whole):
+def test_each_image_has_words_for_those_who_do_not_see_it(whole):
     words = [each.get("alt") for tag, each in whole.tags if tag == "img"]
     assert all(words)
     assert len(set(words)) == len(words)
@@ -157,7 +163,7 @@ def test_each_picture_has_words_for_those_who_do_not_see_it(whole):
 
 def test_each_chart_has_a_title_and_a_description_of_its_own(whole):
     charts = [each for tag, each in whole.tags if tag == "svg" and each.get("role") == "img"]
-    assert len(charts) == len(sample_audit()["histograms"]) + 1
+    assert len(charts) == len(sample_audit().histograms) + 1
     identities = whole.attributes("id")
     assert len(set(identities)) == len(identities)
     for each in charts:
@@ -171,19 +177,19 @@ def test_pairs_beyond_the_first_are_folded_away(tmp_path):
 
 
 def test_an_audit_with_next_to_nothing_in_it_still_makes_a_report(tmp_path):
-    little = page_of({"format": "iet_finetune.audit", "version": 1, "model": None, "metrics": {}}, folder=tmp_path)
+    little = page_of(AuditRecord(), folder=tmp_path, command=None)
     assert "Memorization was not measured." in little.text
-    assert "No figure was measured." in little.text
+    assert "No metric was measured." in little.text
     assert "Distributions" not in little.text
 
 
 def test_a_metric_that_the_catalogue_does_not_know_is_shown_by_its_name(tmp_path):
-    page = page_of(sample_audit(metrics={"unheard_of": figure(1.5, 0.5)}), folder=tmp_path)
+    page = page_of(sample_audit(metrics={"unheard_of": even(1.5, 0.5)}), folder=tmp_path)
     assert "unheard_of" in page.text
     assert "1.500" in page.text
 
 
-def test_small_pictures_are_kept_to_the_pixel_and_large_ones_are_made_smaller():
+def test_small_images_are_kept_to_the_pixel_and_large_ones_are_made_smaller():
     small, large = (Image.effect_noise((side, side // 2), 60) for side in (64, 1000))
     kept, reduced = embedded(small), embedded(large)
     shown = Image.open(io.BytesIO(base64.b64decode(kept["uri"].split(",")[1])))
@@ -209,14 +215,12 @@ JSON_TEXT = st.one_of(
 @given(texts=st.lists(JSON_TEXT, min_size=12, max_size=12))
 def test_no_text_of_an_audit_ever_becomes_a_tag_or_an_attribute(texts, tmp_path_factory):
     names = iter(texts)
-    pair = sample_pairs(1)[0] | {
-        name: next(names) for name in ("prompt", "training_caption", "training_name", "generated")
-    }
+    hostile = ("prompt", "training_caption", "training_name", "generated")
+    pair = replace(sample_pairs(1)[0], **{name: next(names) for name in hostile})
     audit = sample_audit(
         model=next(names),
         pipeline_class=next(names),
         date=next(names),
-        command=next(names),
         warnings=[next(names)],
         settings={next(names): next(names)},
         not_measured={"f_mem": next(names)},
@@ -224,7 +228,8 @@ def test_no_text_of_an_audit_ever_becomes_a_tag_or_an_attribute(texts, tmp_path_
         versions={texts[2]: texts[3]},
     )
     tiny = Image.new("RGB", (2, 2))
-    page = page_of(audit, [pair], tmp_path_factory.mktemp("report"), lambda pair: (tiny, tiny))
+    folder, command = tmp_path_factory.mktemp("report"), next(names)
+    page = page_of(audit, [pair], folder, lambda pair: (tiny, tiny), command)
     assert {tag for tag, _ in page.tags} <= KNOWN
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert not page.attributes("href")
@@ -238,7 +243,7 @@ def test_a_hostile_caption_is_shown_as_the_text_that_it_is(whole):
 
 
 def test_a_lone_surrogate_in_a_caption_does_not_stop_the_report(tmp_path):
-    pair = sample_pairs(1)[0] | {"prompt": "half \ud83d of it"}
+    pair = replace(sample_pairs(1)[0], prompt="half \ud83d of it")
     assert "half ? of it" in page_of(pairs=[pair], folder=tmp_path).text
 
 
@@ -269,18 +274,19 @@ def test_a_histogram_of_nothing_or_little_is_drawn_all_the_same(counts):
 
 
 def test_one_noise_level_alone_and_a_missing_one_are_drawn():
-    one = str(level_chart("t", [0.1], [("a", [(0.6, 0.5, 0.7)])]))
+    point = Metric(0.6, 0.5, 0.7)
+    one = str(level_chart("t", [0.1], [("a", [point])]))
     assert one.count("<circle") == 1
-    two = str(level_chart("t", [0.1, 0.2], [("a", [(0.6, 0.5, 0.7), None]), ("b", [None, (0.6, 0.5, 0.7)])]))
+    two = str(level_chart("t", [0.1, 0.2], [("a", [point, None]), ("b", [None, point])]))
     assert two.count("<circle") == 2
 
 
-def test_a_mark_puts_value_interval_and_null_in_their_places():
-    mark = str(interval_mark(0.5, 0.25, 0.75, 0.0, 0.0, 1.0))
+def test_a_mark_puts_value_interval_and_baseline_in_their_places():
+    mark = str(interval_mark(Metric(0.5, 0.25, 0.75, 0.0), 0.0, 1.0))
     assert 'cx="60.0"' in mark
     assert 'x1="32.0" x2="88.0"' in mark
-    assert 'class="null" x1="4.0"' in mark
-    assert "null" not in str(interval_mark(0.5, 0.4, 0.6, None, 0.0, 1.0))
+    assert 'class="baseline" x1="4.0"' in mark
+    assert "baseline" not in str(interval_mark(Metric(0.5, 0.4, 0.6), 0.0, 1.0))
 
 
 # The same in a real browser.
@@ -304,21 +310,19 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     """A report and a comparison, written once."""
     folder = tmp_path_factory.mktemp("pages")
 
-    def picture(pair):
-        return sample_pictures(pair, 64 if pair["training_name"] < "008" else 512)
+    def images_of(pair):
+        return sample_images(pair, 64 if pair.training_name < "008" else 512)
 
-    report = write_report(folder, sample_audit(), sample_pairs(), picture)
+    report = write_report(folder, sample_audit(), sample_pairs(), images_of, COMMAND)
     return {"report": report, "compare": write_comparison(folder, three_audits(folder))}
 
 
 def three_audits(folder: Path) -> Comparison:
-    import json
-
     files = [folder / f"{name}.json" for name in ("plain", "iet", "agc")]
     for number, file in enumerate(files):
-        few = sample_audit()["data"] | {"generated_images": 1000 - 100 * number}
-        metrics = sample_audit()["metrics"] | {"mia_auc": figure(0.9 - 0.2 * number, 0.05, 0.5)}
-        file.write_text(json.dumps(sample_audit(model=file.stem, data=few, metrics=metrics)), encoding="utf-8")
+        few = sample_json()["data"] | {"generated_images": 1000 - 100 * number}
+        metrics = sample_json()["metrics"] | {"mia_auc": even(0.9 - 0.2 * number, 0.05, 0.5)}
+        file.write_text(json.dumps(sample_json(model=file.stem, data=few, metrics=metrics)), encoding="utf-8")
     return compare(files)
 
 
@@ -417,7 +421,7 @@ def test_a_hostile_caption_runs_nothing_in_the_browser(browser, pages):
         assert opened.said == []
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel_and_large_ones_smoothly(browser, pages):
+def test_small_images_are_enlarged_pixel_by_pixel_and_large_ones_smoothly(browser, pages):
     with Opened(browser, pages["report"], SCREENS["desktop"], "light") as opened:
         drawn = opened.page.evaluate(
             "[...document.images].map(each => [each.naturalWidth, getComputedStyle(each).imageRendering])"
@@ -427,8 +431,8 @@ def test_small_pictures_are_enlarged_pixel_by_pixel_and_large_ones_smoothly(brow
 
 def test_tables_are_stacked_on_a_phone_with_the_names_of_their_columns(browser, pages):
     with Opened(browser, pages["report"], SCREENS["phone"], "light") as opened:
-        assert opened.page.evaluate("getComputedStyle(document.querySelector('.figures thead')).display") == "none"
-        label = "getComputedStyle(document.querySelector('.figures td[data-label]'), '::before').content"
+        assert opened.page.evaluate("getComputedStyle(document.querySelector('.metrics thead')).display") == "none"
+        label = "getComputedStyle(document.querySelector('.metrics td[data-label]'), '::before').content"
         assert opened.page.evaluate(label) == '"Value"'
 
 

@@ -1,11 +1,13 @@
-"""What an audit compares: training images without their duplicates, images held out, and the generated ones."""
+"""The real images of an audit: training images without duplicates, and held-out ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from datasets import Dataset
 
 from ...config.config import Config
-from ...data.dataset import TrainingImages, load_folder, load_images
+from ...data.dataset import TrainingImages, load_folder, load_images, load_table
 from ...errors import UserError
 from .duplicates import find_duplicates
 from .images import Pixels, digest, image_array, training_transform
@@ -13,7 +15,7 @@ from .work import Work
 
 
 @dataclass(frozen=True)
-class Material:
+class AuditData:
     """The real images.
 
     Attributes:
@@ -44,29 +46,36 @@ class Material:
         return np.array([len(numbers) for numbers in self.members], dtype=np.int64)
 
 
-def load_real_images(config: Config, needs_captions: bool) -> tuple[TrainingImages, TrainingImages]:
-    """The training images, and those held out: of the same data by share, or a folder of their own.
+def load_real_images(
+    config: Config, needs_captions: bool, tables: Mapping[str, Dataset] | None = None
+) -> tuple[TrainingImages, TrainingImages]:
+    """The training images, and those held out: a fraction of the same data, or a folder of their own.
 
-    With both, the share is no part of either.
+    With both, the fraction is part of neither.
+
+    Args:
+        tables: images in memory, by the name of the flag whose folder they replace.
 
     Raises:
-        UserError: whatever is wrong with the data.
+        UserError: the data is missing or wrong.
     """
     audit, data = config.audit, config.data
-    if data.train_data_dir is None and data.dataset_name is None:
+    table = (tables := tables or {}).get("train_data_dir")
+    if table is None and data.train_data_dir is None and data.dataset_name is None:
         raise UserError("no training images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.")
-    cache_dir = config.model.cache_dir
-    training, heldout = load_images(
-        data, cache_dir=cache_dir, seed=config.training.seed, needs_captions=needs_captions
-    )
-    if audit.holdout_data_dir is not None:
+    cache_dir, seed = config.model.cache_dir, config.training.seed
+    training, heldout = load_images(data, cache_dir=cache_dir, seed=seed, needs_captions=needs_captions, table=table)
+    if (others := tables.get("holdout_data_dir")) is not None:
+        heldout = load_table("heldout_images", others, data, captions=needs_captions)
+    elif audit.holdout_data_dir is not None:
         heldout = load_folder("holdout_data_dir", audit.holdout_data_dir, data, captions=needs_captions)
-        heldout = _numbered_alike(heldout, training, data.class_column)
-    return training, heldout
+    else:
+        return training, heldout
+    return training, _numbered_alike(heldout, training, data.class_column)
 
 
 def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: str | None) -> TrainingImages:
-    """The held-out images with the training images' numbers of the classes: by itself a folder numbers only its own.
+    """Numbers the classes of held-out images as the training images do; a folder alone would number only its own.
 
     Raises:
         UserError: a class by name that no training image has.
@@ -77,7 +86,7 @@ def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: s
     numbers = []
     for number in heldout.classes:
         name = theirs[number]
-        # A number stands for itself, also one that no training image has.
+        # A number keeps its meaning even if no training image has it.
         if name not in ours and name != str(number):
             raise UserError(
                 f"`--holdout_data_dir`: no training image has the class {name!r} of `--class_column {column}`."
@@ -86,8 +95,8 @@ def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: s
     return replace(heldout, classes=tuple(numbers), class_names=training.class_names)
 
 
-def prepare(config: Config, work: Work, training: TrainingImages, heldout: TrainingImages, grey: bool) -> Material:
-    """Brings the images to the size that was trained on, and finds what is there more than once."""
+def prepare(config: Config, work: Work, training: TrainingImages, heldout: TrainingImages, grey: bool) -> AuditData:
+    """Resizes the images as in training, and finds duplicates."""
     transform = training_transform(config)
     everything, key = image_array(work, "real images", (training, heldout), transform, grey)
     representative = work.array(
@@ -97,12 +106,12 @@ def prepare(config: Config, work: Work, training: TrainingImages, heldout: Train
     members = _groups(representative[:count])
     known = representative[count:] < count
     kept = np.flatnonzero(~known)
-    # A held-out image that is there twice counts once.
+    # Duplicate held-out images count once.
     kept = kept[representative[count:][kept] == kept + count]
     firsts = np.array([numbers[0] for numbers in members])
     copies = np.flatnonzero(representative[:count] != np.arange(count))
     exact = sum(_exact(everything, int(number), int(representative[number])) for number in copies)
-    return Material(
+    return AuditData(
         training,
         heldout.subset([int(number) for number in kept]),
         _chosen(work, "references", everything, firsts, key),
@@ -128,7 +137,7 @@ def _groups(representative: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _chosen(work: Work, name: str, everything: np.ndarray, indices: np.ndarray, key: str) -> Pixels:
-    """Some of the images: as they are where they lie together, else copied into a file of their own."""
+    """Some of the images: a view if they are consecutive, else a copy in a file of its own."""
     key = digest([key, name, *map(str, indices)])
     if len(indices) and np.array_equal(indices, np.arange(indices[0], indices[0] + len(indices))):
         return Pixels(everything[indices[0] : indices[0] + len(indices)], key)

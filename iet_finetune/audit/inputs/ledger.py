@@ -1,4 +1,4 @@
-"""What the ledger of the run that trained a model says: which images it was trained on, and how often."""
+"""The ledger of the run that trained the model: which images it saw, and how often."""
 
 from pathlib import Path
 
@@ -7,23 +7,23 @@ import pyarrow.parquet
 
 from ...data.dataset import TrainingImages
 
-Seen = dict[str, tuple[int, int]]
+LedgerCounts = dict[str, tuple[int, int]]
 
 
-def read_ledger(file: Path | None) -> Seen:
+def read_ledger(file: Path | None) -> LedgerCounts:
     """Content hash -> how often all copies of an image were seen and skipped in training; empty without a ledger."""
     if file is None or not file.is_file():
         return {}
     table = pyarrow.parquet.read_table(file, columns=["content_hash", "seen", "skipped"]).to_pylist()
-    sums: Seen = {}
+    sums: LedgerCounts = {}
     for row in table:
         seen, skipped = sums.get(row["content_hash"], (0, 0))
         sums[row["content_hash"]] = seen + row["seen"], skipped + row["skipped"]
     return sums
 
 
-def of_group(images: TrainingImages, members: np.ndarray, ledger: Seen) -> tuple[int, int] | None:
-    """How often the images of a group were seen and skipped, all together; None if the ledger does not know one."""
+def of_group(images: TrainingImages, members: np.ndarray, ledger: LedgerCounts) -> tuple[int, int] | None:
+    """How often a group of images was seen and skipped in total; None if one is not in the ledger."""
     hashes = {images.content_hashes[number] for number in members}
     if not hashes <= ledger.keys():
         return None
@@ -31,11 +31,11 @@ def of_group(images: TrainingImages, members: np.ndarray, ledger: Seen) -> tuple
 
 
 def check_split(
-    training: TrainingImages, heldout: TrainingImages, ledger: Seen
+    training: TrainingImages, heldout: TrainingImages, ledger: LedgerCounts
 ) -> tuple[TrainingImages, tuple[str, ...]]:
-    """The held-out images without those that the model was trained on, and warnings where the data is not the run's.
+    """Drops held-out images that the model was trained on, and warns where the data is not that of the run.
 
-    Without a ledger all of them, and none.
+    Without a ledger it keeps all of them.
     """
     if not ledger:
         return heldout, ()

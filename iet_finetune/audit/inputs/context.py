@@ -1,4 +1,4 @@
-"""What every part of an audit works with."""
+"""What every part of an audit shares."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ...config.config import Config
-from .material import Material
+from .dataset import AuditData
 from .work import Work
 
 NEEDS_HELDOUT = "needs held-out images: give `--holdout_data_dir` or `--holdout_fraction`"
@@ -14,11 +14,11 @@ NEEDS_MODEL = "needs the model: only `--generated_dir` was given"
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The settings, the real images, where results are kept, and the device."""
+class AuditContext:
+    """The settings, the real images, the folder of results, and the device."""
 
     config: Config
-    material: Material
+    data: AuditData
     work: Work
     device: torch.device
 
@@ -29,17 +29,17 @@ class Bench:
 
     @property
     def batch(self) -> int:
-        """How many images are judged at once."""
+        """How many images are processed at once."""
         return self.config.audit.eval_batch_size
 
     @property
     def has_heldout(self) -> bool:
-        """Whether there are images that were not trained on."""
-        return len(self.material.heldout) > 0
+        """Whether there are held-out images."""
+        return len(self.data.heldout) > 0
 
 
 def choose(count: int, limit: int, seed: int) -> np.ndarray:
-    """Ascending numbers of `limit` of `count` things, drawn by the seed; all if there are no more."""
+    """A random subset of `limit` of `range(count)`, ascending; everything if there are no more."""
     if count <= limit:
         return np.arange(count)
     return np.sort(np.random.default_rng([seed, 2]).choice(count, limit, replace=False))

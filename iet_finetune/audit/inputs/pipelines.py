@@ -1,0 +1,198 @@
+"""The pipelines of an audit before they are put to work: stored ones, and those of a notebook."""
+
+import contextlib
+import copy
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from torch import nn
+
+from ...config.config import Config
+from ...errors import UserError, one_line
+from ...families import FAMILIES, Family, PipelineSource, family_class, find_pipeline, load_pipeline
+from ...families.base import pipeline_fingerprint
+from ...families.loading import quiet_loading
+from ...files import LORA_NAME
+from .subject import Subject
+
+
+class SubjectSource(Protocol):
+    """A pipeline before it is put to work."""
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether the pipeline draws from text."""
+
+    def load(self, device: torch.device) -> Subject:
+        """The pipeline on the device."""
+
+
+@dataclass(frozen=True)
+class StoredPipeline:
+    """A pipeline that was found, before its weights are loaded.
+
+    Attributes:
+        name: Hub id or folder, as given.
+        flag: the flag that named it.
+        config: how it, or the base of its LoRA file, is loaded.
+        lora: the folder of its LoRA file, if it is one.
+    """
+
+    name: str
+    flag: str
+    config: Config
+    source: PipelineSource
+    lora: Path | None
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether the pipeline draws from text."""
+        return _needs_captions(self.source, self.config, getattr(diffusers, self.source.class_name, None))
+
+    def load(self, device: torch.device) -> Subject:
+        """The pipeline with its weights.
+
+        Raises:
+            UserError: it cannot be loaded; names the flag.
+        """
+        with self.blamed():
+            pipeline: Any = load_pipeline(self.source, self.config.model)
+            family = _family(self.source, pipeline, self.config)
+        if self.lora is not None:
+            _add_lora(pipeline, self.lora, self.flag)
+        return _subject(shown(self.name), self.source.class_name, pipeline, family, device)
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """An error inside names the flag that the pipeline came from."""
+        trained = f"`--pretrained_model_name_or_path {self.config.model.pretrained_model_name_or_path}`"
+        try:
+            yield
+        except UserError as error:
+            if self.lora is not None:
+                raise
+            raise UserError(str(error).replace(trained, f"`--{self.flag} {self.name}`")) from None
+
+
+@dataclass(frozen=True)
+class LoadedPipeline:
+    """A pipeline in memory, which stays its owner's: whoever uses it does so inside `kept_as_it_is`."""
+
+    pipeline: Any
+    config: Config
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether the pipeline draws from text."""
+        return _needs_captions(self._source, self.config, type(self.pipeline))
+
+    @property
+    def _source(self) -> PipelineSource:
+        return PipelineSource(None, type(self.pipeline).__name__, {}, {})
+
+    def load(self, device: torch.device) -> Subject:
+        """The pipeline on the device, in a shell of its own: its scheduler may be exchanged.
+
+        Raises:
+            UserError: a model of it is not in fp32.
+        """
+        for name, model in models(self.pipeline).items():
+            dtypes = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()} - {torch.float32}
+            if dtypes:
+                raise UserError(
+                    f"the pipeline's {name} is in {dtypes.pop()}: load it with `torch_dtype=torch.float32`, and give "
+                    "`mixed_precision` for speed."
+                )
+        pipeline, name = copy.copy(self.pipeline), str(self.pipeline.config.get("_name_or_path") or "")
+        family = _family(self._source, pipeline, self.config)
+        return _subject(shown(name) or self._source.class_name, self._source.class_name, pipeline, family, device)
+
+
+@contextlib.contextmanager
+def kept_as_it_is(pipeline: Any) -> Iterator[None]:
+    """The pipeline's models have their device, mode and `requires_grad` back afterwards."""
+    whole = list(models(pipeline).values())
+    devices = [(model, tensor.device) for model in whole if (tensor := next(model.parameters(), None)) is not None]
+    modes = [(module, module.training) for model in whole for module in model.modules()]
+    trained = [(tensor, tensor.requires_grad) for model in whole for tensor in model.parameters()]
+    try:
+        yield
+    finally:
+        for model, device in devices:
+            model.to(device)
+        for module, training in modes:
+            module.training = training
+        for tensor, requires_grad in trained:
+            tensor.requires_grad_(requires_grad)
+
+
+def models(pipeline: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline by name."""
+    return {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+
+
+def _needs_captions(source: PipelineSource, config: Config, kind: Any) -> bool:
+    if source.class_name in FAMILIES:
+        return family_class(source, config.model).needs_captions
+    return kind is not None and "prompt" in inspect.signature(kind.__call__).parameters
+
+
+def _family(source: PipelineSource, pipeline: Any, config: Config) -> Family | None:
+    return family_class(source, config.model)(pipeline, config) if source.class_name in FAMILIES else None
+
+
+def _subject(name: str, class_name: str, pipeline: Any, family: Family | None, device: torch.device) -> Subject:
+    fingerprint = pipeline_fingerprint(pipeline)
+    if family is not None:
+        family.place(device)
+        family.denoiser.requires_grad_(False).eval()
+        # By DDIM, by class and without a safety checker, as while training.
+        pipeline = family.sampling_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return Subject(name, class_name, family, pipeline.to(device), device, fingerprint)
+
+
+def find_subject(config: Config, name: str, flag: str) -> StoredPipeline:
+    """Finds a pipeline on the Hub or in a folder, or a LoRA file with its base; loads no weights.
+
+    Args:
+        config: how it is loaded; `--pretrained_model_name_or_path` is the base of a LoRA file.
+        name: Hub id or folder.
+        flag: what errors call it, such as `model`.
+
+    Raises:
+        UserError: it is not there; names the flag.
+    """
+    folder = Path(name)
+    is_lora = (folder / LORA_NAME).is_file() and not (folder / "model_index.json").is_file()
+    base = config.model.pretrained_model_name_or_path if is_lora else name
+    if base is None:
+        raise UserError(
+            f"`--{flag} {name}` is a LoRA file: say with `--pretrained_model_name_or_path` which pipeline it is for."
+        )
+    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=base, model_config=None))
+    found = StoredPipeline(name, flag, config, PipelineSource(None, "", {}, {}), folder if is_lora else None)
+    with found.blamed():
+        return replace(found, source=find_pipeline(config.model))
+
+
+def _add_lora(pipeline: Any, folder: Path, flag: str) -> None:
+    try:
+        with quiet_loading():
+            pipeline.load_lora_weights(str(folder))
+    except Exception as error:  # a pipeline that loads none, a damaged file, layers that are not there
+        raise UserError(
+            f"`--{flag} {folder}`: its LoRA file does not fit the base ({one_line(error).rstrip('.')}): give its "
+            "own with `--pretrained_model_name_or_path`."
+        ) from None
+
+
+def shown(name: str) -> str:
+    """A name without the folders of this machine."""
+    return os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
