@@ -1,11 +1,6 @@
-"""Starts real ranks: processes that find each other through torch.distributed and run a few lines of Python.
-
-They are forked from one process that has imported torch, for an import takes longer than most of what ranks do; from
-there on each lives, and ends, as any Python process does.
-"""
+"""Starts real ranks: processes that find each other through torch.distributed and run a few lines of Python."""
 
 import contextlib
-import functools
 import json
 import os
 import socket
@@ -18,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from processes import Popen
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,35 +75,40 @@ class Rank:
     def __init__(self, program: str, environment: Mapping[str, str], folder: Path) -> None:
         self._out, self._err = folder / "out", folder / "err"
         folder.mkdir()
-        files = [str(self._out), str(self._err)]
-        self._pid: int = _ask({"program": program, "environment": {**environment}, "files": files})
-        self.code: int | None = None
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = Popen(
+                [sys.executable, "-c", program], env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+            )
         self.ended_at = 0.0
 
     def output(self) -> list[Any]:
         """What it has emitted so far."""
-        lines = self._out.read_text(encoding="utf-8").splitlines(keepends=True) if self._out.exists() else []
+        lines = self._out.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def has_ended(self) -> bool:
         """Whether it has ended; the first look that finds it so notes when."""
-        if self.code is None:
-            self.code = _ask({"code_of": self._pid})
+        if not self.ended_at and self._process.poll() is not None:
             self.ended_at = time.monotonic()
-        return self.code is not None
+        return self.ended_at > 0
 
     def send(self, signal: int) -> None:
         """Send it a signal."""
-        os.kill(self._pid, signal)
+        self._process.send_signal(signal)
+
+    def kill(self) -> None:
+        """End it whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self.has_ended()
 
     def end(self) -> Ended:
         """How it has ended."""
-        assert self.code is not None
-        return Ended(self.code, self.output(), self.stderr(), self.ended_at)
+        return Ended(self._process.returncode, self.output(), self.stderr(), self.ended_at)
 
     def stderr(self) -> str:
         """What it has written there so far."""
-        return self._err.read_text(encoding="utf-8") if self._err.exists() else ""
+        return self._err.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -122,7 +124,10 @@ def started(
         environments: rank -> environment variables besides.
     """
     program = PROGRAM.format(body=textwrap.indent(textwrap.dedent(body), "    "))
+    said_by_launchers = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
     shared = {
+        **{name: value for name, value in os.environ.items() if name not in said_by_launchers},
+        "PYTHONPATH": str(ROOT),
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -138,7 +143,7 @@ def started(
             yield ranks
         finally:
             for rank_ in ranks:
-                _kill(rank_)
+                rank_.kill()
 
 
 def run_ranks(
@@ -161,7 +166,7 @@ def wait(ranks: list[Rank], frozen: int | None = None, limit: float = 60) -> lis
         assert time.monotonic() < end, f"{len(running)} ranks hang: {[rank.stderr() for rank in ranks]}"
         time.sleep(0.01)
     if frozen is not None:
-        _kill(ranks[frozen])
+        ranks[frozen].kill()
     return [rank.end() for rank in ranks]
 
 
@@ -178,56 +183,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _kill(rank: Rank) -> None:
-    while not rank.has_ended():
-        rank.send(9)
-        time.sleep(0.01)
-
-
-@functools.cache
-def _nursery() -> "subprocess.Popen[str]":
-    """The process from which ranks are forked; it ends with the one that asks, when its stdin does."""
-    said_by_launchers = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"}
-    environment = {name: value for name, value in os.environ.items() if name not in said_by_launchers}
-    # One thread: a process with several must not fork.
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def _ask(request: Mapping[str, Any]) -> Any:
-    nursery = _nursery()
-    assert nursery.stdin
-    assert nursery.stdout
-    print(json.dumps(request), file=nursery.stdin, flush=True)
-    return json.loads(nursery.stdout.readline())
-
-
-def _serve() -> str:
-    """Fork ranks as asked on stdin; returns in each of them, with its program."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "code_of" in request:
-            pid, status = os.waitpid(request["code_of"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
-        else:
-            answer = os.fork()
-            if not answer:
-                _become_rank(request)
-                return request["program"]
-        print(json.dumps(answer), flush=True)
-    sys.exit()
-
-
-def _become_rank(request: Mapping[str, Any]) -> None:
-    os.environ.update(request["environment"])
-    for descriptor, name in enumerate(["/dev/null", *request["files"]]):
-        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT, 0o600), descriptor)
-
-
-if __name__ == "__main__":
-    import iet_finetune.distributed.groups  # noqa: F401 - what every rank imports
-
-    exec(compile(_serve(), "rank", "exec"), {"__name__": "__main__"})

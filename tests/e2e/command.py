@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import psutil
 from ranks import free_port
 from tiny import RESOLUTION
@@ -78,9 +79,7 @@ def environment(**settings: str) -> dict[str, str]:
 
 def run_script(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     """`train_iet_agc.py` in a process of its own, run to its end; `settings` join its environment."""
-    return subprocess.run(
-        [*SCRIPT, *arguments], env=environment(**settings), capture_output=True, text=True, timeout=120, check=False
-    )
+    return processes.run([*SCRIPT, *arguments], env=environment(**settings))
 
 
 def torchrun(ranks: int, settings: dict[str, Any]) -> list[str]:
@@ -93,7 +92,7 @@ def torchrun(ranks: int, settings: dict[str, Any]) -> list[str]:
 @contextlib.contextmanager
 def started(command: list[str], **settings: str) -> Iterator["subprocess.Popen[str]"]:
     """The process of a command with its output in pipes; neither it nor one that it started outlives the block."""
-    with subprocess.Popen(command, env=environment(**ON_CPU, **settings), text=True, stdout=-1, stderr=-1) as process:
+    with processes.Popen(command, env=environment(**ON_CPU, **settings), text=True, stdout=-1, stderr=-1) as process:
         try:
             yield process
         finally:
@@ -131,7 +130,16 @@ def run_torchrun(ranks: int, settings: dict[str, Any]) -> subprocess.CompletedPr
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def wait_for(there: Callable[[], object], process: "subprocess.Popen[str]", limit: float = 60) -> None:
+def run_by_hand(ranks: int, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """So many ranks that no launcher looks after, run to their end; the exit code is 0 if that of all is."""
+    with by_hand(*[settings] * ranks) as processes_:
+        said = [process.communicate(timeout=120) for process in processes_]
+    codes = [process.returncode for process in processes_]
+    stdout, stderr = ("".join(texts) for texts in zip(*said, strict=True))
+    return subprocess.CompletedProcess(SCRIPT, next((code for code in codes if code), 0), stdout, stderr)
+
+
+def wait_for(there: Callable[[], object], process: "subprocess.Popen[str]", limit: float = 120) -> None:
     """Waits until something is there, which `process` must bring about."""
     end = time.monotonic() + limit
     while not there():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, LDMPipeline, UNet2DModel, VQModel
@@ -49,14 +50,8 @@ def run(world: Path, program: str, output: str) -> subprocess.CompletedProcess:
     flags = ["--pretrained_model_name_or_path", "my_ldm", "--train_data_dir", "my_photos", "--output_dir", output]
     small = ["--resolution", "16", "--num_shards", "2", "--merge_every_steps", "1", "--max_train_steps", "2"]
     drawn = ["--validation_inference_steps", "2", "--num_validation_images", "1", "--report_to", "none"]
-    return subprocess.run(
-        [sys.executable, program, *flags, *small, *drawn],
-        cwd=world,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    return processes.run([sys.executable, program, *flags, *small, *drawn], cwd=world, env=environment, timeout=200)
 
 
 def test_the_program_of_the_page_trains_and_the_result_loads_and_draws(world):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from audit_runs import read_audit, save_mosaic
 from diffusers import (
@@ -19,7 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from e2e.command import contents, environment, flags, run_torchrun, the_error, words
+from e2e.command import contents, environment, flags, run_by_hand, the_error, words
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from tiny import RESOLUTION, save_images, tiny_sd
@@ -152,7 +153,7 @@ def test_an_audit_is_shown_as_long_as_the_weights_are_those_that_were_audited(wo
 def test_a_run_of_two_ranks_ends_with_an_audit_of_the_first_while_the_other_waits(world, held, tmp_path):
     # Whatever the audit did together with the other would wait in vain.
     settings = flags(world, tmp_path / "out", audit=True, num_shards=2, ddp_timeout=20, **small(held))
-    done = run_torchrun(2, settings)
+    done = run_by_hand(2, settings)
     assert done.returncode == 0, done.stderr
     assert read_audit(tmp_path / "out" / "audit")["metrics"].keys() >= {"f_mem", "frechet_mosaic", *OF_THE_MODEL}
 
@@ -196,7 +197,7 @@ def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
     whole = audit(tmp_path / "whole", **settings)
     output = tmp_path / "cut"
     command = [*AUDIT, *words({**settings, "output_dir": output})]
-    with subprocess.Popen(command, env=environment(), stdout=-1, stderr=-1) as process:
+    with processes.Popen(command, env=environment(), stdout=-1, stderr=-1) as process:
         end = time.monotonic() + 90
         while not (output / "samples" / "000007.png").exists():
             assert process.poll() is None
@@ -205,7 +206,7 @@ def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert not (output / "audit.json").exists()
     drawn = {file.name: file.stat().st_mtime_ns for file in sorted((output / "samples").glob("*.png"))[:8]}
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(command, env=environment())
     assert done.returncode == 0, done.stderr
     assert read_audit(output) == whole
     assert {name: (output / "samples" / name).stat().st_mtime_ns for name in drawn} == drawn

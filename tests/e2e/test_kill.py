@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -80,7 +81,7 @@ def stop_training(world: Path, output: Path, kill: Callable[[subprocess.Popen], 
     """Starts or resumes the run, and kills it `delay` seconds after it has written its next checkpoint."""
     before = newest(output)[0]
     command = [*SCRIPT, *words(flags(world, output, **RUN | more))]
-    with subprocess.Popen(
+    with processes.Popen(
         command, env=environment(), stdout=-1, stderr=-1, text=True, start_new_session=True
     ) as process:
         # The folder appears complete; one of those before may be removed while it is looked at.
@@ -119,7 +120,7 @@ def story(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
     )
     terminate = stop_training(world, output, lambda p: p.terminate(), chance.uniform(0, longest))
     command = [*SCRIPT, *words(flags(world, output, **RUN))]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(command, env=environment())
     end = Stop(done.returncode, done.stdout, done.stderr, *newest(output))
     return Story(folder / "whole", output, [*stops, interrupt, terminate, end])
 

@@ -26,6 +26,7 @@ from e2e.command import (
     flags,
     leftovers,
     repeatable,
+    run_by_hand,
     run_torchrun,
     started,
     the_line,
@@ -208,7 +209,7 @@ def test_a_wrong_flag_is_one_line_of_all_ranks(world, tmp_path):
 
 
 def test_ranks_that_do_not_suit_the_shards_are_refused_with_the_numbers_that_do(world, tmp_path):
-    done = run_torchrun(3, flags(world, tmp_path / "out", num_shards=2))
+    done = run_by_hand(3, flags(world, tmp_path / "out", num_shards=2))
     line = the_line(done.returncode, done.stderr)
     assert line.startswith(f"{ERROR}`--num_shards 2` does not divide 3 ranks into equal groups: ")
     assert "use `--num_shards 1` or 3, or start 2 or 4 ranks" in line
@@ -226,7 +227,7 @@ def test_an_image_that_only_one_rank_reads_and_cannot_is_named_once(world, tmp_p
     broken = data / image_of_shard(world / "trained", 1)
     whole = broken.read_bytes()
     broken.write_bytes(whole[: whole.index(b"IDAT") + 30])
-    done = run_torchrun(2, flags(world, tmp_path / "out", train_data_dir=data))
+    done = run_by_hand(2, flags(world, tmp_path / "out", train_data_dir=data))
     line = the_line(done.returncode, done.stderr)
     assert line.startswith(f"{ERROR}`{broken}` cannot be decoded: ")
     assert line.endswith("Replace or remove it.")

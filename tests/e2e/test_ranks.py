@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from e2e.command import IN_FOUR, STEPS_IN_FOUR, environment, flags, leftovers, run_torchrun, the_line, words
+from e2e.command import (
+    IN_FOUR,
+    STEPS_IN_FOUR,
+    environment,
+    flags,
+    leftovers,
+    run_by_hand,
+    run_torchrun,
+    the_line,
+    words,
+)
 from safetensors.torch import load_file
 from tiny import save_images
 
@@ -53,9 +64,9 @@ def train(settings: dict[str, Any]) -> None:
     assert cli.main(["train", *words(settings)]) == 0
 
 
-def train_on(ranks: int, settings: dict[str, Any]) -> str:
+def train_on(ranks: int, settings: dict[str, Any], run: Callable[..., Any] = run_by_hand) -> str:
     """Trains on so many ranks and returns their stderr."""
-    done = run_torchrun(ranks, settings)
+    done = run(ranks, settings)
     assert done.returncode == 0, done.stderr
     assert leftovers(Path(settings["output_dir"])) == []
     return done.stderr
@@ -100,9 +111,9 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_four_shards_on_several_ranks_leave_the_bits_of_one_rank(world, runs, tmp_path, ranks):
-    train_on(ranks, flags(world, tmp_path / "out", **IN_FOUR))
+@pytest.mark.parametrize(("ranks", "run"), [(2, run_torchrun), (4, run_by_hand)])
+def test_four_shards_on_several_ranks_leave_the_bits_of_one_rank(world, runs, tmp_path, ranks, run):
+    train_on(ranks, flags(world, tmp_path / "out", **IN_FOUR), run)
     assert_same_outcome(tmp_path / "out", runs / "one")
 
 

@@ -4,11 +4,11 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -114,7 +114,7 @@ def test_a_disk_that_fills_up_while_training_costs_nothing_that_was_saved(world,
     longer = {"num_train_epochs": 5, "checkpointing_steps": 1, "checkpoints_total_limit": 2}
     settings = flags(world, disk / "out", **longer, **LATEST)
     command = [*SCRIPT, *words(settings)]
-    with subprocess.Popen(command, env=environment(), text=True, stdout=-1, stderr=-1) as process:
+    with processes.Popen(command, env=environment(), text=True, stdout=-1, stderr=-1) as process:
         wait_for(lambda: list(disk.glob("out/checkpoint-*/manifest.json")), process)
         while process.poll() is None:
             fill(disk / "filler")

@@ -1,12 +1,12 @@
 """Denoisers of pixels train, whole and by LoRA, from scratch or not, with classes or without, and draw afterwards."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -92,9 +92,8 @@ def refusal(world: Path, output: Path, start: str = "pretrained", **flags: Any) 
 
 
 def in_a_fresh_process(code: str, *arguments: Any) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
-    )
+    done = processes.run([sys.executable, "-c", code, *map(str, arguments)])
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 

@@ -1,12 +1,12 @@
 """Short runs of the larger text-to-image families: pipelines, images, flags, and the pictures that come of them."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
@@ -116,6 +116,7 @@ def drawn(pipeline: DiffusionPipeline, **call: Any) -> np.ndarray:
 _DRAW = """
 import json, sys
 import numpy as np
+import processes
 import torch
 from diffusers import DiffusionPipeline
 for folder, lora, call, target in json.loads(sys.argv[1]):
@@ -137,8 +138,6 @@ def drawn_in_a_fresh_process(folder: Path, jobs: dict[str, tuple[Path, Path | No
         [str(base), str(lora) if lora else None, {**plain, **call_options(base)}, str(targets[name])]
         for name, (base, lora) in jobs.items()
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", _DRAW, json.dumps(pictures)], capture_output=True, text=True, check=False
-    )
+    done = processes.run([sys.executable, "-c", _DRAW, json.dumps(pictures)])
     assert done.stdout.strip() == "False", done.stderr
     return {name: np.load(target) for name, target in targets.items()}
