@@ -61,8 +61,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["iet_finetune", "iet_finetune.*"]),
-    package_data={"iet_finetune": ["py.typed", "families/models/*.yaml", *TEMPLATES]},
+    # The recipes stay at the top level of the repository and are installed with the package.
+    packages=[*find_packages(include=["iet_finetune", "iet_finetune.*"]), "iet_finetune.configs"],
+    package_dir={"iet_finetune.configs": "configs"},
+    package_data={
+        "iet_finetune": ["py.typed", "families/models/*.yaml", *TEMPLATES],
+        "iet_finetune.configs": ["*.yaml", "accelerate/*.yaml"],
+    },
     install_requires=REQUIRED,
     extras_require={"audit": AUDIT, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["iet-finetune = iet_finetune.cli:main"]},

@@ -3,21 +3,15 @@
 import importlib.util
 import os
 
-from ..config.config import Config
-from ..config.flags import flag_specs
-from ..config.settings import AuditConfig, DataConfig
+from ..config.config import Config, all_flags
 from ..errors import UserError
 
 PROGRAM = "iet-finetune audit"
-OF_DATA = tuple(spec.name for spec in flag_specs(DataConfig))
-OF_AUDIT = tuple(spec.name for spec in flag_specs(AuditConfig) if spec.name != "audit")
-# What a run that was trained here is asked about itself.
-OF_THE_RUN = (
-    *("pretrained_model_name_or_path", "cache_dir", "prediction_type"),
-    *OF_DATA,
-    *OF_AUDIT,
-    *("seed", "max_sequence_length", "guidance_scale"),
-)
+FLAGS = {name: spec for name, spec in all_flags().items() if spec.audit is not None}
+# What is taken over from the configuration of a run that was trained here.
+OF_THE_RUN = tuple(name for name, spec in FLAGS.items() if spec.audit != "given")
+# What `audit.json` says was set, without what names a folder of this machine.
+SETTINGS = tuple(name for name, spec in FLAGS.items() if spec.audit in ("recorded", "noted"))
 EXTRA = ("scipy", "torchmetrics")
 
 

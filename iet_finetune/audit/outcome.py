@@ -12,6 +12,7 @@ from PIL import Image
 from ..data.dataset import TrainingImages
 from ..environment import environment
 from ..files import written_beside
+from .flags import SETTINGS
 from .inputs.images import digest
 from .inputs.ledger import of_group
 from .inputs.pipelines import shown
@@ -21,11 +22,6 @@ from .report.record import AuditRecord, ClosestPair, DataCounts, FeatureSpace
 from .report.report import write_report
 
 AUDIT, PAIRS = "audit.json", "pairs.json"
-# Settings that name no folder of this machine.
-SETTINGS = (
-    *("resolution", "center_crop", "image_interpolation_mode", "max_train_samples", "holdout_fraction", "seed"),
-    *("membership_images", "membership_draws", "eval_batch_size"),
-)
 
 
 def write_outcome(folder: Path, measured: Measured, command: str | None) -> AuditRecord:

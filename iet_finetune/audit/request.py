@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..config.config import Config, flag_names
-from ..config.flags import read_yaml
+from ..config.recipes import read_yaml
 from ..config.settings import ModelConfig
 from ..ensemble.ledger import LEDGER
 from ..errors import UserError, one_line

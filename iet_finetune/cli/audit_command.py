@@ -6,26 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..audit.flags import OF_THE_RUN, PROGRAM, check_extra
+from ..audit.flags import FLAGS, PROGRAM, check_extra
 from ..config.config import flag_groups
 from ..config.flags import build_parser, flag_specs, parse_arguments
 from ..errors import UserError, one_line
-
-FLAGS = (*OF_THE_RUN, "revision", "variant", "mixed_precision", "output_dir")
-# What means something else here than in training.
-HELP = {
-    "pretrained_model_name_or_path": "Hub id or folder of the pipeline that a LoRA file is for.",
-    "resolution": "Side of the square images in pixels; by default that of training, else that of the pipeline.",
-    "dataset_split": "Split of the data set that was trained on. (default: train)",
-    "max_train_samples": "The training was on a random subset of this many images.",
-    "random_flip": "Makes no difference here: mirrored copies are always looked for.",
-    "caption_dropout": "Makes no difference here.",
-    "cache_latents": "Makes no difference here.",
-    "dataloader_num_workers": "Makes no difference here.",
-    "output_dir": "Where the audit and its images are written; by default `audit` in the folder of the model.",
-    "seed": "Seed of the images and of every other draw; by default that of training.",
-    "mixed_precision": "Precision in which the pipeline runs; by default fp32.",
-}
 
 
 def audit_command(argv: list[str]) -> str:
@@ -57,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         },
         PROGRAM,
         only=FLAGS,
-        told=HELP,
+        helps={name: spec.audit_help for name, spec in FLAGS.items() if spec.audit_help},
     )
     parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
     parser.add_argument(

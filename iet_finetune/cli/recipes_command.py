@@ -3,25 +3,22 @@
 import argparse
 from pathlib import Path
 
-from ..config.recipes import FOLDER, headline
-from ..errors import UserError
+from ..config.recipes import headline, recipes
 
 
-def recipes_command(argv: list[str], folder: Path = FOLDER) -> str:
-    """What `iet-finetune recipes` prints: each recipe's path and its first line, which says what it is.
+def recipes_command(argv: list[str]) -> str:
+    """What `iet-finetune recipes` prints: each recipe as `--config` takes it, and its first line, which describes it.
 
     Raises:
-        UserError: the recipes are not there, as when only the package was installed.
+        SystemExit: `--help`, or an argument, which the command does not take.
     """
     argparse.ArgumentParser("iet-finetune recipes", description="List the recipes for `--config`.").parse_args(argv)
-    files = sorted(folder.glob("*.yaml"))
-    if not files:
-        raise UserError(f"there are no recipes in `{folder}`: they come with a clone of the repository.")
-    names = [_shown(file) for file in files]
-    width = max(len(name) for name in names)
-    return "\n".join(f"{name:<{width}}  {headline(file)}" for name, file in zip(names, files, strict=True))
+    lines = {_shown(file): headline(file) for file in recipes()}
+    width = max(map(len, lines), default=0)
+    return "\n".join(f"{name:<{width}}  {line}" for name, line in lines.items())
 
 
 def _shown(file: Path) -> str:
+    """The path of a recipe below this folder, the name of another."""
     here = Path.cwd()
-    return str(file.relative_to(here)) if file.is_relative_to(here) else str(file)
+    return str(file.relative_to(here)) if file.is_relative_to(here) else file.stem

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .flags import FlagSpec, build_parser, convert, flag_specs, nearest, parse_arguments, read_yaml
+from .flags import FlagSpec, build_parser, convert, flag_specs, nearest, parse_arguments
+from .recipes import read_yaml
 from .registry import REGISTRIES, RESERVED, Entry, Registry, rule_groups
 from .settings import (
     AdapterConfig,
@@ -23,15 +24,6 @@ from .settings import (
     ValidationConfig,
     require,
 )
-
-SECRET_FLAGS = ("hub_token",)
-# Of each pair only one may be given.
-ALTERNATIVES = (
-    ("pretrained_model_name_or_path", "model_config"),
-    ("train_data_dir", "dataset_name"),
-    ("merge_every_epochs", "merge_every_steps"),
-)
-
 
 GROUPS: dict[str, tuple[str, type]] = {
     "model": ("Model", ModelConfig),
@@ -164,12 +156,14 @@ class Config:
         path = given.get("config")
         in_file = {} if path is None else _converted(read_yaml(path, flag_names()), f"`NAME` in `--config {path}`")
         layers = [_converted(below or {}, "`--NAME`"), in_file, _converted(flags, "`--NAME`")]
+        alternatives = [(spec.name, spec.instead_of) for spec in all_flags().values() if spec.instead_of]
         values: dict[str, Any] = {}
         for layer in layers:
-            for one, other in (*ALTERNATIVES, *(pair[::-1] for pair in ALTERNATIVES)):
-                if one in layer and other not in layer:
-                    # What lies above overrides: choosing one of two there unsets the other here.
-                    values.pop(other, None)
+            for one, other in alternatives:
+                # The upper layer overrides: choosing one of two there unsets the other here.
+                for upper, lower in ((one, other), (other, one)):
+                    if upper in layer and lower not in layer:
+                        values.pop(lower, None)
             values |= layer
         return cls._from_values(values)
 

@@ -3,37 +3,77 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
-from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import UserError, one_line
+from ..errors import UserError
 
-Choices = tuple[str, ...] | typing.Callable[[], tuple[str, ...]]
+RESUME = ("fixed", "free", "other")
+SCOPES = ("public", "local", "named", "secret")
+AUDIT = ("given", "run", "recorded", "noted")
+NEEDS = ("captions", "prompts", "noise schedule", "flow matching", "T5", "guidance embedding")
+KEPT: Any = object()  # what `--smoke` leaves as it is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a flag means to the rest of the package, declared at its field and nowhere else.
+
+    Attributes:
+        resume: "fixed" if a resumed run must have the same value, "free" if another value changes the weights only,
+            "other" if it has no influence on the weights.
+        scope: "public"; "local" for what names a place of this machine and is never published; "named" for a name
+            that others know or a place of this machine, published only as the former; or "secret", never written
+            anywhere. May be left out where the value is a number, a switch or one of `choices`: then it is public.
+        known: the values of a "named" flag that others know.
+        per_machine: whether each machine of a run may have a value of its own; of what is local or named if left out.
+        instead_of: a flag that this one replaces; only one of the two may be given.
+        needs: the feature of a pipeline family without which the flag means nothing and is refused; one of `NEEDS`.
+        smoke: the value that `--smoke` sets.
+        audit: whether `iet-finetune audit` takes the flag: "given" if only the command line sets it there, "run" if it
+            is taken over from the run's own configuration, "recorded" if it is also a condition of the metrics that
+            `audit.json` keeps, "noted" if it is kept there but changes no metric.
+        audit_help: its line in that command's `--help`, default and all, where it means something else.
+    """
+
+    resume: str
+    scope: str = "public"
+    known: tuple[str, ...] = ()
+    per_machine: bool | None = None
+    instead_of: str | None = None
+    needs: str | None = None
+    smoke: Any = KEPT
+    audit: str | None = None
+    audit_help: str | None = None
 
 
 def flag(
-    default: Any, help: str, *, choices: Choices | None = None, resume: str | None = None, scope: str | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | typing.Callable[[], tuple[str, ...]] | None = None,
+    **facts: Any,
 ) -> Any:
     """A dataclass field that is also a flag.
 
     Args:
         help: its line in `--help`.
         choices: the values it may take, or a function that returns them.
-        resume: "fixed" if a resumed run must have the same value, "free" if another one only changes the weights,
-            "other" if it has no influence on the weights.
-        scope: "public", "local" for what names something on this machine and is never published, or "secret".
+        facts: as in `Facts`; `resume` is always needed, and `scope` for a text without choices.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "resume": resume, "scope": scope}
-    )
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "facts": facts})
+
+
+# `flag` by what another value means for a resumed run.
+fixed, free, other = (functools.partial(flag, resume=resume) for resume in RESUME)
 
 
 @dataclasses.dataclass(frozen=True)
-class FlagSpec:
-    """What one flag accepts: its name, the scalar type, whether it may be none, a list, or one of `choices`."""
+class FlagSpec(Facts):
+    """One flag: its name, the scalar type, whether it may be none, a list, or one of `choices`, and its facts."""
 
     name: str
     scalar: type
@@ -42,27 +82,45 @@ class FlagSpec:
     default: Any
     help: str
     choices: tuple[str, ...] | None
-    resume: str | None = None
-    scope: str | None = None
+
+    @property
+    def is_per_machine(self) -> bool:
+        """Whether each machine of a run may have a value of its own."""
+        return self.scope in ("local", "named") if self.per_machine is None else self.per_machine
 
 
 def flag_specs(group: type) -> list[FlagSpec]:
-    """The flags of one dataclass, in the order of its fields."""
+    """The flags of one dataclass, in the order of its fields.
+
+    Raises:
+        TypeError: a field lacks a fact that a flag must declare, or declares one that does not exist.
+    """
     hints = typing.get_type_hints(group)
-    return [_spec(field, hints[field.name]) for field in dataclasses.fields(group)]
+    return [_spec(f"{group.__name__}.{each.name}", each, hints[each.name]) for each in dataclasses.fields(group)]
 
 
-def _spec(field: dataclasses.Field, hint: Any) -> FlagSpec:
+def _spec(owner: str, field: dataclasses.Field, hint: Any) -> FlagSpec:
+    if "facts" not in field.metadata:
+        raise TypeError(f"`{owner}` is no flag: declare it with `flag(default, help, resume=...)`.")
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     optional = type(None) in parts
     inner = next(part for part in parts if part is not type(None))
     many = typing.get_origin(inner) is tuple
     scalar = typing.get_args(inner)[0] if many else inner
-    facts = dict(field.metadata)
-    choices = facts.pop("choices")
-    return FlagSpec(
-        field.name, scalar, optional, many, field.default, choices=choices() if callable(choices) else choices, **facts
-    )
+    choices, facts = field.metadata["choices"], field.metadata["facts"]
+    _check_facts(owner, facts, scope_needed=scalar is str and choices is None)
+    choices = choices() if callable(choices) else choices
+    return FlagSpec(field.name, scalar, optional, many, field.default, field.metadata["help"], choices, **facts)
+
+
+def _check_facts(owner: str, facts: dict[str, Any], scope_needed: bool) -> None:
+    closed = {"resume": RESUME, "scope": SCOPES, "audit": AUDIT, "needs": NEEDS}
+    needed = {"resume"} | ({"scope"} if scope_needed else set())
+    for name, values in closed.items():
+        if (name in needed or facts.get(name) is not None) and facts.get(name) not in values:
+            raise TypeError(f"the flag `{owner}` must declare {name}= as one of {', '.join(values)}.")
+    for name in facts.keys() - {each.name for each in dataclasses.fields(Facts)}:
+        raise TypeError(f"the flag `{owner}` declares {name}=, which is no fact of a flag.")
 
 
 def convert(spec: FlagSpec, value: Any, where: str) -> Any:
@@ -117,14 +175,14 @@ def build_parser(
     groups: dict[str, type],
     prog: str | None = None,
     only: typing.Container[str] | None = None,
-    told: typing.Mapping[str, str] | None = None,
+    helps: typing.Mapping[str, str] | None = None,
 ) -> argparse.ArgumentParser:
     """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute.
 
     Args:
         prog: what `--help` calls the program; the script's name if not given.
         only: the names of the flags that it has; all if not given.
-        told: the line of `--help`, default and all, of flags that mean something else here.
+        helps: the line of `--help`, default and all, of flags that mean something else here.
     """
     parser = _Parser(
         prog=prog,
@@ -140,17 +198,17 @@ def build_parser(
         section = parser.add_argument_group(title)
         for spec in flag_specs(group):
             if only is None or spec.name in only:
-                _add_argument(section, spec, (told or {}).get(spec.name))
+                _add_argument(section, spec, (helps or {}).get(spec.name))
     return parser
 
 
-def _add_argument(section: Any, spec: FlagSpec, told: str | None) -> None:
-    help_text = (told or spec.help).replace("%", "%%")
+def _add_argument(section: Any, spec: FlagSpec, own_help: str | None) -> None:
+    help_text = (own_help or spec.help).replace("%", "%%")
     if spec.scalar is bool:
         names = (f"--{spec.name}", f"--no_{spec.name}")
         section.add_argument(*names, action=_BoolAction, nargs=0, dest=spec.name, help=help_text)
         return
-    if told is None and spec.default is not None and spec.default != ():
+    if own_help is None and spec.default is not None and spec.default != ():
         shown = " ".join(map(str, spec.default)) if spec.many else spec.default
         help_text += f" (default: {shown})"
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.scalar.__name__.upper()
@@ -175,35 +233,3 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str], known: lis
             raise UserError(f"unexpected argument {name!r}: every value follows a flag (`--help` lists them).")
         raise UserError(f"unknown flag `{name}`.{nearest(name.removeprefix('--'), known).replace('`', '`--', 1)}")
     return vars(arguments)
-
-
-def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
-    """The mapping in a YAML configuration file.
-
-    Raises:
-        UserError: no such file, not YAML, not a mapping, a key that stands twice, or an unknown key (its nearest
-            neighbour is named).
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`--config {path}` cannot be read: {one_line(error)}.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        # A date that does not exist, such as 2024-99-99, is a plain ValueError.
-        raise UserError(f"`--config {path}` is not valid YAML: {' '.join(str(error).split())}.") from None
-    if values is None or node is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"`--config {path}` must hold `key: value` lines, not a {type(values).__name__}.")
-    for key in values:
-        if key not in known:
-            raise UserError(f"unknown key `{key}` in `--config {path}`.{nearest(str(key), known)}")
-    keys = [key.value for key, _ in node.value]
-    for key in values:
-        # YAML itself would take the last one without a word.
-        if keys.count(key) > 1:
-            raise UserError(f"`{key}` stands twice in `--config {path}`: leave one.")
-    return values

@@ -13,14 +13,12 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from ..config.config import Config
+from ..config.config import Config, all_flags
 from ..config.settings import ValidationConfig
 from ..errors import UserError
 from ..method.objective import NoiseSchedule, Objective
 
 Conditions = dict[str, Tensor]
-# What says how flow matching draws and weighs noise levels.
-FLOW_FLAGS = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 
 
 class Family(ABC):
@@ -44,13 +42,14 @@ class Family(ABC):
     # What gets an adapter unless the user says otherwise: the attention projections, as in diffusers' scripts.
     lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     needs_captions: ClassVar[bool] = True
-    # What means nothing to the family, and is refused rather than ignored.
-    refused_flags: ClassVar[tuple[str, ...]] = (*FLOW_FLAGS, "max_sequence_length", "guidance_scale")
+    # What flags may ask for (`needs` in config/flags.py); one that asks for something else is refused, not ignored.
+    features: ClassVar[tuple[str, ...]] = ("noise schedule", "prompts")
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         self.pipeline = pipeline
         self.config = config
-        self.refuse(*self.refused_flags, *(() if self.needs_captions else ("caption_column", "caption_dropout")))
+        features = (None, *self.features, *(("captions",) if self.needs_captions else ()))
+        self.refuse(*(name for name, spec in all_flags().items() if spec.needs not in features))
         self.network: Callable[..., Any] = self.denoiser
         self.objective = self.make_objective()
 

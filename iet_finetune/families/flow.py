@@ -27,7 +27,7 @@ class FlowFamily(Family):
     """
 
     denoiser_name = "transformer"
-    refused_flags: ClassVar[tuple[str, ...]] = ("prediction_type", "snr_gamma", "guidance_scale")
+    features: ClassVar[tuple[str, ...]] = ("flow matching", "T5", "prompts")
     # Unless the user says otherwise: as in diffusers' script of the family, and as long as its pipeline's default.
     weighting_scheme: ClassVar[str]
     default_sequence_length: ClassVar[int]

@@ -23,7 +23,7 @@ class Flux(FlowFamily):
     """
 
     caption_encoders = ("text_encoder", "text_encoder_2")
-    refused_flags = ("prediction_type", "snr_gamma")
+    features = (*FlowFamily.features, "guidance embedding")
     lora_layers = (
         *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
         *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),

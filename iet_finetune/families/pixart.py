@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config.config import Config
-from .base import FLOW_FLAGS, Conditions, check_resolution
+from .base import Conditions, check_resolution
 from .stable_diffusion import StableDiffusion
 from .text import require_parts
 
@@ -23,7 +23,7 @@ class PixArt(StableDiffusion):
     """
 
     denoiser_name = "transformer"
-    refused_flags = (*FLOW_FLAGS, "guidance_scale")
+    features = (*StableDiffusion.features, "T5")
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         super().__init__(pipeline, config)

@@ -8,32 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..config.config import Config
+from ..config.config import Config, all_flags
+from ..config.flags import KEPT
 from ..errors import UserError, one_line
 
-# What becomes of the flags, whatever the recipe says; two rounds of one step a clone.
-SHRUNK: dict[str, Any] = {
-    "merge_every_epochs": None,
-    "merge_every_steps": 1,
-    "max_train_steps": 2,
-    "max_train_samples": None,
-    "holdout_fraction": 0.0,
-    "train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "mixed_precision": "no",
-    "lr_warmup_steps": 0,
-    "use_8bit_adam": False,
-    "num_validation_images": 1,
-    "validation_rounds": 1,
-    "validation_inference_steps": 2,
-    "checkpoints_total_limit": 1,
-    "offload_dir": None,
-    "report_to": "none",
-    "push_to_hub": False,
-    "audit": False,
-    "smoke": False,
-}
 IMAGES_A_SHARD = 2
 # Pipelines of recipes by their ids on the Hub, which need not be reached then.
 KNOWN = {
@@ -55,7 +33,8 @@ def shrink(config: Config, folder: Path) -> Config:
     Raises:
         UserError: the kind of model is not known, or cannot be found out.
     """
-    changes = SHRUNK | {"output_dir": f"{config.training.output_dir}-smoke", "cache_dir": str(folder / "cache")}
+    changes = {name: spec.smoke for name, spec in all_flags().items() if spec.smoke is not KEPT}
+    changes |= {"output_dir": f"{config.training.output_dir}-smoke", "cache_dir": str(folder / "cache")}
     if config.model.model_config is not None:
         from .scratch import small_recipe
 

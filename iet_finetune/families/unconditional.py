@@ -34,8 +34,7 @@ class Unconditional(Family):
     caption_encoders = ()
     has_posterior = False
     needs_captions = False
-    # Without prompts there is nothing to guide by.
-    refused_flags = (*Family.refused_flags, "validation_guidance_scale")
+    features = ("noise schedule",)
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         super().__init__(pipeline, config)

@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ..audit.report.report import LOCAL_BEGINS, LOCAL_ENDS
-from ..config.config import SECRET_FLAGS, all_flags
+from ..config.config import all_flags
+from ..config.flags import FlagSpec
 from ..errors import UserError, one_line
 from ..files import LORA_NAME
 
@@ -26,12 +27,6 @@ OWN_FILES = (INDEX_NAME, LORA_NAME, CARD_NAME, CONFIG_NAME, AUDIT_NAME, REPORT_N
 COMPONENT_SUFFIXES = (".json", ".safetensors")
 TOKENIZER_FILES = ("merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "chat_template.jinja")
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
-LOCAL_FLAGS = (
-    *("train_data_dir", "output_dir", "cache_dir", "offload_dir", "logging_dir", "resume_from_checkpoint"),
-    *("holdout_data_dir", "generated_dir", "prompts", "features", "clip_model", "reference_model"),
-    *SECRET_FLAGS,
-)
-NAMED_FLAGS = ("pretrained_model_name_or_path", "dataset_name")  # a Hub id or a folder
 # diffusers and transformers note in a configuration where it was loaded from: a folder of this machine.
 ORIGIN_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 LOCAL_PATH = re.compile(r"(file://|~/|/[^/\s]+/|[A-Za-z]:[\\/]|\\\\)")
@@ -164,14 +159,15 @@ def public_flags(values: Mapping[str, Any], public: Collection[Any]) -> dict[str
     """The flags among `values`, in the order of `--help`, that may leave this machine.
 
     Args:
-        public: ids on the Hub; a base pipeline or data set that is not among them is a folder, and left out.
+        public: ids on the Hub; a base pipeline or dataset that is not among them is a folder, and left out.
     """
-    hidden = {name for name in NAMED_FLAGS if values.get(name) not in public} | set(LOCAL_FLAGS)
-    return {
-        name: values[name]
-        for name, spec in all_flags().items()
-        if name in values and name not in hidden and spec.scope in ("public", None) and not _is_path(values[name])
-    }
+
+    def is_public(spec: FlagSpec, value: Any) -> bool:
+        named = spec.scope == "named" and value in (None, *spec.known, *public)
+        return (spec.scope == "public" or named) and not _is_path(value)
+
+    specs = all_flags()
+    return {name: values[name] for name, spec in specs.items() if name in values and is_public(spec, values[name])}
 
 
 def _listed(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iet_finetune.config.config import GROUPS, SECRET_FLAGS, Config, flag_names
+from iet_finetune.config.config import GROUPS, Config, flag_names
 from iet_finetune.config.flags import FlagSpec, flag_specs
 from iet_finetune.errors import UserError
 
@@ -75,7 +75,7 @@ def configs(draw: st.DrawFn) -> Config:
 
 def without_secrets(config: Config) -> Config:
     """The same configuration with every secret at its default."""
-    return dataclasses.replace(config, hub=dataclasses.replace(config.hub, **dict.fromkeys(SECRET_FLAGS)))
+    return dataclasses.replace(config, hub=dataclasses.replace(config.hub, hub_token=None))
 
 
 def base_of(config: Config) -> dict[str, Any]:

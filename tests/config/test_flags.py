@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from iet_finetune.config.flags import (
     flag_specs,
     nearest,
     parse_arguments,
-    read_yaml,
 )
+from iet_finetune.config.recipes import read_yaml
 from iet_finetune.errors import UserError, one_line
 
 
@@ -26,14 +27,14 @@ from iet_finetune.errors import UserError, one_line
 class Oven:
     """A field of every kind that a flag may have."""
 
-    degrees: int = flag(180, "How hot, up to 100 % of what it can.")
-    hours: float = flag(1.5, "How long.")
-    minutes: int | None = flag(None, "How long, instead of hours.")
-    fan: bool = flag(False, "Whether the fan runs.")
-    dish: str = flag("bread", "What is in it.")
-    cook: str | None = flag(None, "Who put it there.")
-    heat: str = flag("top", "Where the heat is.", choices=("top", "bottom"))
-    guests: tuple[str, ...] = flag((), "Who eats.")
+    degrees: int = flag(180, "How hot, up to 100 % of what it can.", resume="other")
+    hours: float = flag(1.5, "How long.", resume="other")
+    minutes: int | None = flag(None, "How long, instead of hours.", resume="other")
+    fan: bool = flag(False, "Whether the fan runs.", resume="other")
+    dish: str = flag("bread", "What is in it.", resume="other", scope="public")
+    cook: str | None = flag(None, "Who put it there.", resume="other", scope="local")
+    heat: str = flag("top", "Where the heat is.", choices=("top", "bottom"), resume="fixed")
+    guests: tuple[str, ...] = flag((), "Who eats.", resume="free", scope="public", smoke=())
 
 
 SPECS = {spec.name: spec for spec in flag_specs(Oven)}
@@ -54,8 +55,10 @@ def message_of(function, *arguments) -> str:
 
 
 def test_a_flag_is_read_off_its_field():
-    assert SPECS["minutes"] == FlagSpec("minutes", int, True, False, None, "How long, instead of hours.", None)
-    assert SPECS["guests"] == FlagSpec("guests", str, False, True, (), "Who eats.", None)
+    assert SPECS["minutes"] == FlagSpec(
+        "minutes", int, True, False, None, "How long, instead of hours.", None, resume="other"
+    )
+    assert SPECS["guests"] == FlagSpec("guests", str, False, True, (), "Who eats.", None, resume="free", smoke=())
     assert SPECS["heat"].choices == ("top", "bottom")
     assert list(SPECS) == [field.name for field in dataclasses.fields(Oven)]
 
@@ -146,6 +149,38 @@ def test_whatever_yaml_holds_is_converted_or_refused_in_one_line(spec, value):
     if not refusals:
         items = converted if spec.many else [converted]
         assert all(type(item) is spec.scalar or (item is None and spec.optional) for item in items)
+
+
+def test_what_names_a_place_may_differ_between_machines():
+    assert [spec.name for spec in SPECS.values() if spec.is_per_machine] == ["cook"]
+
+
+@pytest.mark.parametrize(
+    ("planted", "message"),
+    [
+        (
+            dataclasses.field(default=1),
+            "`Planted.timer` is no flag: declare it with `flag(default, help, resume=...)`.",
+        ),
+        (flag(1, "How long."), "the flag `Planted.timer` must declare resume= as one of fixed, free, other."),
+        (flag(1, "How long.", resume="never"), "must declare resume= as one of fixed, free, other."),
+        (flag("1", "How long.", resume="free"), "must declare scope= as one of public, local, named, secret."),
+        (
+            flag(1, "How long.", resume="free", scope="mine"),
+            "must declare scope= as one of public, local, named, secre",
+        ),
+        (
+            flag(1, "How long.", resume="free", audit=True),
+            "must declare audit= as one of given, run, recorded, noted.",
+        ),
+        (flag(1, "How long.", resume="free", smok=2), "declares smok=, which is no fact of a flag."),
+    ],
+)
+def test_a_flag_without_its_facts_is_refused_by_name(planted, message):
+    kind = str if planted.default == "1" else int
+    group = dataclasses.make_dataclass("Planted", [("timer", kind, planted)], frozen=True)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        flag_specs(group)
 
 
 def test_only_what_is_on_the_command_line_is_given():

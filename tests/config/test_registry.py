@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import pytest
 import yaml
@@ -12,6 +12,8 @@ from iet_finetune.config.config import all_flags, flag_names
 from iet_finetune.config.flags import flag
 from iet_finetune.config.identity import check_identity, common_flags, free_settings, run_identity
 from iet_finetune.config.registry import MERGE_RULES, REGISTRIES, SHARDINGS, SKIP_RULES
+from iet_finetune.families.smoke import shrink
+from iet_finetune.publish.upload_list import public_flags
 
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 
@@ -32,7 +34,7 @@ def rule() -> type:
         @dataclass(frozen=True)
         class Config:
             reference_share: float = flag(0.8, "Skip below this share.", resume="fixed")
-            reference_warmth: int = flag(3, "Changes the weights.", resume="free")
+            reference_warmth: int = flag(3, "Changes the weights.", resume="free", smoke=1)
             reference_file: str | None = flag(None, "Lies on this machine.", resume="other", scope="local")
 
     return BelowReference
@@ -96,6 +98,21 @@ def test_what_its_flags_mean_for_a_run_follows_from_their_facts(rule):
         check_identity(identity | {"`--reference_share`": 0.6}, identity, "checkpoint-1")
 
 
+def test_what_a_push_publishes_of_its_flags_follows_from_their_facts(rule):
+    flags = Config.from_command_line([*SOURCES, *CHOSEN, "--reference_file", "means/mine.pt"]).to_flags()
+    published = public_flags(flags, ())
+    assert {
+        name: flags[name] for name in ("skip_rule", "reference_share", "reference_warmth")
+    }.items() <= published.items()
+    assert "means/mine.pt" not in published.values()
+
+
+def test_a_smoke_run_sets_what_they_ask_for(rule, tmp_path):
+    flags = {"model_config": "cifar10", "train_data_dir": "x", "skip_rule": "reference", "reference_warmth": 9}
+    small = shrink(Config.from_flags(**flags), tmp_path)
+    assert small.chosen(SKIP_RULES)[1] == rule.Config(reference_warmth=1)
+
+
 def test_a_checkpoint_from_before_a_flag_was_made_with_its_default(rule):
     identity = run_identity(Config(), "", "")
     older = {name: value for name, value in identity.items() if name not in ("`--skip_rule`", "`--merge_rule`")}
@@ -137,6 +154,13 @@ class OfAGC:
 @dataclass
 class CanBeChanged:
     warmth: int = flag(3, "How warm.", resume="fixed")
+
+
+def test_a_flag_without_facts_is_refused_where_its_rule_is_registered():
+    group = make_dataclass("Group", [("warmth", int, flag(3, "How warm."))], frozen=True)
+    with pytest.raises(TypeError, match="the flag `Group.warmth` must declare resume="):
+        register_skip_rule("warm", group)(object)
+    assert SKIP_RULES.names() == ("agc",)
 
 
 @pytest.mark.parametrize("name", ["agc", "reference"])

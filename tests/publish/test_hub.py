@@ -211,6 +211,13 @@ def test_a_public_base_and_data_set_stay_in_the_uploaded_settings(copy: Path):
     assert yaml.safe_load(bytes(upload_list(copy)["training_config.yaml"])) == named | {"seed": 3}
 
 
+@pytest.mark.parametrize(("network", "published"), [("cifar10", True), ("networks/mine.yaml", False), ("mine", False)])
+def test_a_network_is_published_by_its_name_and_never_by_its_file(copy: Path, network: str, published: bool):
+    (copy / "training_config.yaml").write_text(yaml.safe_dump({"model_config": network, "seed": 3}))
+    public = yaml.safe_load(bytes(upload_list(copy)["training_config.yaml"]))
+    assert public == ({"model_config": network} if published else {}) | {"seed": 3}
+
+
 def test_the_card_on_the_hub_loads_from_its_own_repository(hub: HubServer, finished: Path, tmp_path: Path):
     push_to(hub.url, tmp_path, str(finished), "--hub_model_id", "cats")
     card = hub.repositories["user/cats"].files["README.md"].decode()

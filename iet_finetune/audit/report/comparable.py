@@ -3,10 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ...config.config import all_flags
 from .record import AuditRecord
 
 # Settings that no metric depends on, or that other parts of an audit cover.
-_FREE = ("model", "output_dir", "compare", "train_data_dir", "holdout_data_dir", "num_images", "eval_batch_size")
+_FREE = {
+    *("model", "compare", "num_images"),
+    *(name for name, spec in all_flags().items() if spec.is_per_machine or spec.audit == "noted"),
+}
 
 
 def differing_conditions(labels: Sequence[str], audits: Sequence[AuditRecord]) -> Iterator[str]:

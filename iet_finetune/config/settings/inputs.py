@@ -1,0 +1,164 @@
+"""What goes into a run: the pipeline and the images."""
+
+from dataclasses import dataclass
+
+from ..flags import fixed, free, other
+from .checks import at_least_one, not_negative, probability, require
+
+# Networks that `--model_config` knows by name.
+PRESETS = ("afhq_dog", "cifar10", "cifar100", "fashion_mnist")
+UNUSED = "Makes no difference here."
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pipeline that is fine-tuned."""
+
+    pretrained_model_name_or_path: str | None = other(
+        None,
+        "Hub id or folder of the diffusers pipeline to fine-tune.",
+        scope="named",
+        audit="run",
+        audit_help="Hub id or folder of the pipeline that a LoRA file is for.",
+    )
+    model_config: str | None = other(
+        None,
+        "Instead, train from scratch: a JSON or YAML file with the configuration of a UNet2DModel and, if wanted, "
+        "of a DDPMScheduler as `scheduler`, or one of " + ", ".join(PRESETS) + ".",
+        scope="named",
+        known=PRESETS,
+        instead_of="pretrained_model_name_or_path",
+    )
+    revision: str | None = other(
+        None, "Revision of the pipeline on the Hub: branch, tag or commit.", scope="public", audit="given"
+    )
+    variant: str | None = other(
+        None, "Variant of the weight files to load, such as fp16.", scope="public", audit="given"
+    )
+    cache_dir: str | None = other(
+        None, "Where downloaded models, datasets and encoded images are kept.", scope="local", audit="run"
+    )
+    prediction_type: str | None = fixed(
+        None,
+        "What the denoiser predicts, if the scheduler's own setting is to be overridden.",
+        choices=("epsilon", "v_prediction"),
+        needs="noise schedule",
+        audit="run",
+    )
+    save_dtype: str | None = other(
+        None, "Precision of the saved denoiser; as loaded when not given.", choices=("float32", "float16", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        if self.model_config is None:
+            return
+        for name in ("pretrained_model_name_or_path", "revision", "variant"):
+            value = getattr(self, name)
+            require(
+                value is None, f"`--model_config` starts from scratch, without `--{name} {value}`: give one of them."
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images, their captions, and what is done to them before training."""
+
+    train_data_dir: str | None = other(
+        None, "Folder of images, with captions in metadata.jsonl or metadata.csv.", scope="local", audit="run"
+    )
+    dataset_name: str | None = other(
+        None,
+        "Dataset on the Hub, or a folder in any format that `datasets` reads.",
+        scope="named",
+        instead_of="train_data_dir",
+        audit="run",
+    )
+    dataset_config_name: str | None = other(
+        None, "Configuration of the dataset, where it has several.", scope="public", audit="run"
+    )
+    dataset_split: str = other(
+        "train",
+        "Split of the dataset to train on.",
+        scope="public",
+        audit_help="Split of the dataset that was trained on. (default: train)",
+        audit="run",
+    )
+    image_column: str = other("image", "Column with the images.", scope="public", audit="run")
+    caption_column: str = other(
+        "text",
+        "Column with the captions: text, or a list of texts of which one is drawn.",
+        needs="captions",
+        scope="public",
+        audit="run",
+    )
+    class_column: str | None = other(
+        None,
+        "Column with the classes, for a model that takes them: numbers from 0, or texts, numbered in sorted order.",
+        scope="public",
+        audit="run",
+    )
+    max_train_samples: int | None = other(
+        None,
+        "Train on a random subset of this many images.",
+        smoke=None,
+        audit="recorded",
+        audit_help="The training was on a random subset of this many images.",
+    )
+    holdout_fraction: float = other(
+        0.0, "Share of the images kept out of training, for the audit.", smoke=0.0, audit="recorded"
+    )
+    resolution: int = fixed(
+        512,
+        "Side of the square training images in pixels.",
+        audit="recorded",
+        audit_help="Side of the square images in pixels; by default that of training, else that of the pipeline.",
+    )
+    center_crop: bool = free(
+        False, "Crop at the centre; otherwise at a place drawn once for each image.", audit="recorded"
+    )
+    random_flip: bool = free(
+        False,
+        "Mirror half of the images, drawn anew in every pass.",
+        audit_help="Makes no difference here: mirrored copies are always looked for.",
+        audit="run",
+    )
+    image_interpolation_mode: str = free(
+        "lanczos",
+        "Filter for resizing.",
+        choices=("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
+        audit="recorded",
+    )
+    caption_dropout: float = free(
+        0.0,
+        "Probability that a caption is replaced by the empty one.",
+        needs="captions",
+        audit="run",
+        audit_help=UNUSED,
+    )
+    cache_latents: bool = other(
+        True,
+        "Encode images and captions once, before training, and keep that for this run and others.",
+        audit="run",
+        audit_help=UNUSED,
+    )
+    dataloader_num_workers: int = other(
+        0,
+        "Processes that read images ahead; 0 reads in the main process.",
+        per_machine=True,
+        smoke=0,
+        audit="run",
+        audit_help=UNUSED,
+    )
+
+    def __post_init__(self) -> None:
+        require(
+            self.train_data_dir is None or self.dataset_name is None,
+            "`--train_data_dir` and `--dataset_name` cannot both be given: choose one source of images.",
+        )
+        require(self.resolution >= 8, f"`--resolution` must be at least 8 pixels, not {self.resolution}.")
+        at_least_one("max_train_samples", self.max_train_samples)
+        probability("caption_dropout", self.caption_dropout)
+        require(
+            0 <= self.holdout_fraction < 1, f"`--holdout_fraction` must be in [0, 1), not {self.holdout_fraction}."
+        )
+        not_negative("dataloader_num_workers", self.dataloader_num_workers)

@@ -1,0 +1,139 @@
+"""The method's settings: shards, clones and merges, LoRA adapters, and anti-gradient control."""
+
+from dataclasses import dataclass, fields
+
+from ..flags import fixed, free, other
+from ..registry import MERGE_RULES, SHARDINGS, SKIP_RULES, Entry
+from .checks import at_least_one, require
+
+DEFAULT_MERGE_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class EnsembleConfig:
+    """Iterative ensemble training: how the data is split, and when and how the clones are merged."""
+
+    num_shards: int = fixed(
+        4, "K: how many shards the data is split into, each with its own clone. 1 is plain training."
+    )
+    merge_every_epochs: int | None = fixed(
+        None, "Passes of each clone between two merges (5 if neither is given).", smoke=None
+    )
+    merge_every_steps: int | None = fixed(
+        None, "Steps of each clone between two merges, instead of passes.", smoke=1, instead_of="merge_every_epochs"
+    )
+    shard_strategy: str = fixed("iid", "How images are spread over the shards.", choices=SHARDINGS.names)
+    shard_by_column: str | None = fixed(
+        None, "Column whose values every shard holds in equal shares (stratified).", scope="public"
+    )
+    merge_weighting: str = fixed(
+        "samples",
+        "Weight of a clone in the merge: its shard's number of images, or 1.",
+        choices=("samples", "uniform"),
+    )
+    merge_rule: str = fixed("mean", "How the clones become the next denoiser.", choices=MERGE_RULES.names)
+    optimizer_across_rounds: str = free(
+        "keep",
+        "Optimizer state at a merge: each clone keeps its own, starts anew, or takes over the average of all.",
+        choices=("keep", "reset", "average"),
+    )
+    outer_lr: float = free(1.0, "Step from the round's start towards the mean of the clones; 1 goes all the way.")
+    outer_momentum: float = free(0.0, "Nesterov momentum of that step over the rounds; DiLoCo's is 0.9.")
+    offload_dir: str | None = other(
+        None,
+        "Folder on a fast disk for the tensors of idle clones, instead of the machine's memory.",
+        scope="local",
+        smoke=None,
+    )
+
+    def __post_init__(self) -> None:
+        at_least_one("num_shards", self.num_shards)
+        at_least_one("merge_every_epochs", self.merge_every_epochs)
+        at_least_one("merge_every_steps", self.merge_every_steps)
+        require(
+            self.merge_every_epochs is None or self.merge_every_steps is None,
+            "`--merge_every_epochs` and `--merge_every_steps` cannot both be given: choose one.",
+        )
+        require(
+            self.shard_strategy not in ("iid", "stratified")
+            or (self.shard_strategy == "stratified") == (self.shard_by_column is not None),
+            "`--shard_strategy stratified` and `--shard_by_column COLUMN` go together: give both or neither.",
+        )
+        require(self.outer_lr > 0, f"`--outer_lr` must be above 0, not {self.outer_lr}.")
+        require(0 <= self.outer_momentum < 1, f"`--outer_momentum` must be in [0, 1), not {self.outer_momentum}.")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Training a LoRA adapter (arXiv 2106.09685) instead of the whole denoiser."""
+
+    use_lora: bool = fixed(False, "Train a LoRA adapter on the frozen denoiser.")
+    rank: int = fixed(4, "r, the rank of the adapter's matrices.")
+    lora_alpha: int | None = fixed(None, "The adapter's update is multiplied by alpha / r; alpha = r if not given.")
+    lora_dropout: float = free(0.0, "Dropout before the adapter's matrices.")
+    lora_layers: str | None = fixed(
+        None,
+        "Names of the layers that get an adapter, separated by commas; the attention projections if not given.",
+        scope="public",
+    )
+    use_rslora: bool = fixed(False, "Multiply by alpha / sqrt(r) instead, as rsLoRA does.")
+    use_dora: bool = other(False, "Refused: a DoRA update is not low-rank, so clones could not be merged exactly.")
+    lora_merge: str = fixed(
+        "exact",
+        "exact: the merged update is the mean of the clones' updates. average: the mean of each matrix, as in FedIT. "
+        "freeze_a: only B is trained, and averaged, as in FFA-LoRA.",
+        choices=("exact", "average", "freeze_a"),
+    )
+    lora_export: str | None = other(
+        None,
+        "What is saved if the update needs more than rank r. truncate: the best LoRA file of rank r. full_rank: an "
+        "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: full_rank up to rank 4 r, else fuse.",
+        choices=("truncate", "full_rank", "fuse"),
+    )
+
+    def __post_init__(self) -> None:
+        at_least_one("rank", self.rank)
+        at_least_one("lora_alpha", self.lora_alpha)
+        require(0 <= self.lora_dropout < 1, f"`--lora_dropout` must be in [0, 1), not {self.lora_dropout}.")
+        require(
+            not self.use_dora,
+            "`--use_dora`: a DoRA update is not low-rank, so clones could not be merged exactly; leave it out.",
+        )
+        require(
+            self.lora_layers is None or all(self.layer_names),
+            f"`--lora_layers {self.lora_layers}` has an empty name: separate names of layers by single commas.",
+        )
+        if not self.use_lora:
+            self._require_nothing_else()
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The names in `--lora_layers`."""
+        return tuple(name.strip() for name in (self.lora_layers or "").split(","))
+
+    def _require_nothing_else(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            given = field.name if value is True else f"{field.name} {value}"
+            require(value == field.default, f"`--{given}` does nothing without `--use_lora`: give both.")
+
+
+@dataclass(frozen=True)
+class AGCConfig:
+    """Anti-gradient control: which samples of a step give no gradient."""
+
+    agc_threshold: float = fixed(
+        0.8, "Skip samples whose loss is below this share of the loss bank's value; 0 switches AGC off."
+    )
+    agc_decay: float = fixed(0.8, "d: how slowly the loss bank's moving average forgets.")
+    agc_bins: int | None = fixed(
+        None, "Entries of the loss bank, by noise level; one a timestep if not given, 100 with flow matching."
+    )
+
+    def __post_init__(self) -> None:
+        require(0 <= self.agc_threshold < 1, f"`--agc_threshold` must be in [0, 1), not {self.agc_threshold}.")
+        at_least_one("agc_bins", self.agc_bins)
+        require(0 <= self.agc_decay < 1, f"`--agc_decay` must be in [0, 1), not {self.agc_decay}.")
+
+
+SKIP_RULES.entries["agc"] = Entry("agc", "iet_finetune.method.agc:AntiGradientControl", AGCConfig)
