@@ -16,8 +16,9 @@ import torch
 from measured_run import peak_resident, read_status
 from running import MB, describe_machine, finish, print_table
 
-from iet_finetune.lora.low_rank import LowRank, Matrix, Merged, as_matrix, merge_layer
-from iet_finetune.lora.spectra import dense
+from iet_finetune.lora.factors import as_matrix
+from iet_finetune.lora.low_rank import Merged, merge_layer
+from iet_finetune.lora.spectra import LowRank, Matrix, dense
 
 # Transformer blocks by their width: two on the way down and three on the way up at each, and one in the middle.
 BLOCKS = {320: 5, 640: 5, 1280: 6}

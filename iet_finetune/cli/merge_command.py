@@ -165,7 +165,8 @@ def _publish(output: Path, save: Callable[[Path], None]) -> None:
 
 
 def _merge_lora_files(inputs: Sequence[Path], weights: Sequence[float], rank: int | None, output: Path) -> str:
-    from ..lora.file import merge_loras, read_lora, write_lora
+    from ..lora.file import merge_loras, write_lora
+    from ..lora.reading import read_lora
 
     files = [read_lora(path / LORA_NAME if path.is_dir() else path) for path in inputs]
     _check_same_layers(inputs, files)

@@ -77,10 +77,11 @@ class Config:
             not (self.optimizer.use_8bit_adam and self.ensemble.optimizer_across_rounds == "average"),
             "`--optimizer_across_rounds average` cannot average the 8-bit moments of `--use_8bit_adam`: choose one.",
         )
-        for name, plain in (("outer_lr", 1), ("outer_momentum", 0)) if self.merges_exactly else ():
+        plain = {"outer_lr": 1, "outer_momentum": 0, "merge_rule": "mean"}
+        for name, default in plain.items() if self.merges_exactly else ():
             value = getattr(self.ensemble, name)
             require(
-                value == plain,
+                value == default,
                 f"`--{name} {value}` does not go with `--lora_merge exact`: leave it out, or choose another merge.",
             )
         for registry in REGISTRIES:

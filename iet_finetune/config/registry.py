@@ -91,10 +91,10 @@ SKIP_RULES = Registry("skip_rule", "skip rule")
 SHARDINGS = Registry(
     "shard_strategy",
     "sharding",
-    Entry("iid", "iet_finetune.method.sharding:shard_indices"),
-    Entry("stratified", "iet_finetune.method.sharding:shard_indices"),
+    Entry("iid", "iet_finetune.method.sharding:iid"),
+    Entry("stratified", "iet_finetune.method.sharding:stratified"),
 )
-MERGE_RULES = Registry("merge_rule", "merge rule", Entry("mean", "iet_finetune.ensemble.merger:Merger"))
+MERGE_RULES = Registry("merge_rule", "merge rule", Entry("mean", "iet_finetune.method.merging:Mean"))
 REGISTRIES = (SKIP_RULES, SHARDINGS, MERGE_RULES)
 # Options that are no rule's; `Config` adds its own flags.
 RESERVED = {"config", "help"}

@@ -40,6 +40,16 @@ class Placement:
         """How many ranks train one clone together."""
         return max(1, self.num_ranks // self.num_shards)
 
+    @property
+    def at_once(self) -> int:
+        """How many clones train at the same time, at most."""
+        return min(self.num_shards, self.num_ranks)
+
+    @property
+    def only_clone(self) -> bool:
+        """Whether there is a single clone, on a single rank: nothing has to be brought together."""
+        return self.num_shards == self.num_ranks == 1
+
     def leader(self, shard: int) -> int:
         """The first rank of the shard's group, which writes its clone."""
         return self.members(shard)[0]

@@ -1,8 +1,8 @@
-"""Whether the machine has the memory that a run needs on the host."""
+"""What the parts of a run need in bytes, added up, and whether the machine has that memory."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import psutil
@@ -12,95 +12,31 @@ from ..files import gigabytes
 
 
 @dataclass(frozen=True)
-class HostNeed:
-    """Bytes that a rank needs on the host, beside its pipeline, batches and libraries.
+class Need:
+    """Bytes that a part of a run takes on each rank, beside the pipeline's weights, batches and libraries.
+
+    Each part states its own where it is defined; those of all parts add up.
 
     Attributes:
-        merged: what all clones start a round from.
-        sums: this rank's slice of the running sums over the clones, or its share of the clones' adapters.
-        outer: its slice of the outer optimizer's momentum.
-        moments: optimizer moments of its resting clones.
-        live: what the live clone needs beside its loaded weights, where the device is the host; else 0.
-        returning: the part of `live` that rests at the end of the clone's turn. In memory it changes owner; a file
-            has to be there for it as well.
+        device: where the clones train, while one is live.
+        host: idle on the host: in memory, or in files with `--offload_dir`.
+        shared: the part of `host` that a clone takes to the device while it is live. Where the device is the host it
+            changes owner, and is not needed twice; a file has to be there for it all the same.
+        checkpoint: in the largest checkpoint, one in the middle of a round, of all ranks together.
     """
 
-    merged: int
-    sums: int
-    outer: int
-    moments: int
-    live: int
-    returning: int
+    device: int = 0
+    host: int = 0
+    shared: int = 0
+    checkpoint: int = 0
 
-    @property
-    def resting(self) -> int:
-        """Bytes in memory that need not be there with `--offload_dir`."""
-        return self.merged + self.sums + self.outer + self.moments
+    def __add__(self, other: "Need") -> "Need":
+        return Need(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
-    @property
-    def total(self) -> int:
-        """Bytes of memory without `--offload_dir`; with it `live` are left."""
-        return self.resting + self.live
-
-    @property
-    def offloaded(self) -> int:
-        """Bytes on the disk with `--offload_dir`."""
-        return self.resting + self.returning
-
-
-def host_need(
-    *,
-    weights: int,
-    ranks: int,
-    shards_of_rank: int,
-    num_shards: int,
-    ema: bool,
-    moments: str,
-    outer_momentum: bool,
-    device_is_host: bool,
-    state_bytes_per_weight_byte: float = 2.0,
-    outer: bool = False,
-    adapted: int = 0,
-) -> HostNeed:
-    """What a rank needs on the host (DESIGN rule 2).
-
-    Args:
-        weights: bytes of the trained tensors in fp32: P.
-        ranks: of the run, over all machines: W. Sums are cut into W slices.
-        shards_of_rank: number of clones whose moments rest with this rank.
-        num_shards: K.
-        ema: whether a moving average is kept and merged.
-        moments: `--optimizer_across_rounds`.
-        outer_momentum: whether the outer optimizer has a momentum.
-        device_is_host: whether the clones train on the CPU. The live clone then needs gradients, moments and moving
-            average in the same memory, but its moments are those that the rank's other clones keep resting: of
-            `shards_of_rank` sets one is live.
-        state_bytes_per_weight_byte: size of the optimizer's state by that of the weights: 2 for Adam, 0.5 in 8 bits.
-        outer: whether the outer optimizer does anything; implied by its momentum.
-        adapted: bytes of the frozen weights under LoRA adapters that are merged exactly; 0 if there are none. They
-            rest as they came, beside remainders that may grow as large. Of the clones' adapters each is held once,
-            and once more while they are brought together.
-    """
-    state = math.ceil(weights * state_bytes_per_weight_byte)
-    average = state if moments == "average" else 0
-    others = (weights if ema else 0) + average
-    only_clone = num_shards == 1 and ranks == 1
-    # In float64, so twice the size. A clone that is the only one is its own mean, unless an outer optimizer needs it.
-    summed = 0 if only_clone else others
-    summed += 0 if only_clone and not (outer or outer_momentum) else weights
-    if adapted:
-        summed = average + num_shards * (weights * (2 if ema else 1))
-    copies = (3 if ema else 2) if num_shards > 1 else 0
-    kept = shards_of_rank if moments == "keep" else 0
-    returning = state if device_is_host and kept else 0
-    return HostNeed(
-        merged=weights + others + copies * adapted,
-        sums=math.ceil(2 * summed / ranks),
-        outer=math.ceil(weights / ranks) if outer_momentum else 0,
-        moments=kept * state - returning,
-        live=weights + state + (weights if ema else 0) if device_is_host else 0,
-        returning=returning,
-    )
+    def memory(self, *, device_is_host: bool, offloaded: bool) -> int:
+        """Bytes of host memory; with `--offload_dir`, only what is live on a CPU."""
+        live = self.device if device_is_host else 0
+        return live if offloaded else self.host + live - (self.shared if device_is_host else 0)
 
 
 # --- what the machine has --------------------------------------------------------------------------------------------
@@ -177,8 +113,8 @@ def check_memory(needed: int, ranks_on_machine: int, *, can_offload: bool, can_r
     if together <= free:
         return
     ways = [
-        "let what waits lie on a fast disk with `--offload_dir`" if can_offload else "",
-        "drop the clones' moments with `--optimizer_across_rounds reset`" if can_reset else "",
+        "offload idle tensors to a fast disk with `--offload_dir`" if can_offload else "",
+        "drop the clones' optimizer state with `--optimizer_across_rounds reset`" if can_reset else "",
         f"start fewer than {ranks_on_machine} ranks on a machine" if ranks_on_machine > 1 else "",
     ]
     advice = ", or ".join(filter(None, ways)) or "use a machine with more memory"

@@ -6,70 +6,26 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
 from ..files import no_space_named, partial_name, remove_folder, removed_on_error, replaced_folder, to_disk
+from .pieces import Piece
 
 MANIFEST = "manifest.json"
 PART = "part-{:05d}.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FORMAT = 1
 _GIVEN_UP = ".given-up"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One file of a checkpoint.
-
-    Attributes:
-        version: changes whenever the content does; a file of the same version is linked, not written again.
-        write: writes the content to a path.
-    """
-
-    version: str
-    write: Callable[[Path], None]
-
-
-def tensors_piece(version: str, tensors: Mapping[str, Tensor]) -> Piece:
-    """A piece holding named tensors, as safetensors."""
-    return Piece(version, lambda path: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path))
-
-
-def slice_piece(version: str, start: int, numbers: Tensor) -> Piece:
-    """A piece holding the numbers (n,) from `start` on of a vector of which other ranks hold the rest."""
-    facts = {"start": str(start)}
-    return Piece(version, lambda path: save_file({"numbers": numbers.cpu()}, path, metadata=facts))
-
-
-def state_piece(version: str, state: Any) -> Piece:
-    """A piece holding nested dicts and lists of tensors and numbers, loadable without pickle's dangers."""
-
-    def write(path: Path) -> None:
-        with path.open("wb") as stream, _ctrl_c_unmasked():
-            torch.save(state, stream)
-
-    return Piece(version, write)
-
-
-@contextlib.contextmanager
-def _ctrl_c_unmasked() -> Iterator[None]:
-    """Around `torch.save`, which finishes its file when it is interrupted, and fails at that with another error."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise error.__context__ from None
-        raise
 
 
 @dataclass(frozen=True)
@@ -94,7 +50,7 @@ class Checkpoint:
             return torch.load(self.path / name, map_location="cpu", weights_only=True)
 
     def read_slice(self, prefix: str, start: int, out: Tensor) -> None:
-        """Fills `out` (n,) with the numbers from `start` on of a vector that lies in pieces beginning with `prefix`.
+        """Fills `out` (n,) with the numbers from `start` on of a vector of which pieces named `prefix`… hold parts.
 
         However many pieces there are, and wherever they begin; beyond the last of them the numbers are 0.
         """
@@ -192,7 +148,7 @@ class CheckpointStore:
         return self._previous
 
     def go_back_to(self, checkpoint: Checkpoint) -> None:
-        """The later checkpoints belong to a course that is given up: put aside now, removed when a new one stands."""
+        """Puts aside later checkpoints, from which the run does not go on; removed once there is a new one."""
         for later in self.all():
             if _number(later) > _number(checkpoint.path):
                 aside = later.with_name(f".{later.name}{_GIVEN_UP}")
@@ -210,7 +166,7 @@ class CheckpointStore:
     ) -> Path:
         """Writes this rank's part of `checkpoint-{step}`, and completes it if all others have written theirs.
 
-        No rank waits for another. The last one moves the checkpoint to its place and then, unless told to keep them,
+        No rank waits for another. The last one moves the checkpoint to its place and then, unless they are to be kept,
         removes the oldest ones beyond the limit. All ranks save the same checkpoints in the same order.
 
         Args:

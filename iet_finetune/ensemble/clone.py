@@ -42,17 +42,22 @@ class Clone:
     drift: float = 0.0
 
     @property
+    def took_part(self) -> bool:
+        """Whether it has taken a step since its latest round began."""
+        return self.step > self.began
+
+    @property
     def folder(self) -> str:
         """Of its files in a checkpoint."""
         return f"shard-{self.shard:05d}"
 
     @property
     def live_files(self) -> list[str]:
-        """Those that a checkpoint holds of it in the middle of its round, but for its moments."""
+        """Those that a checkpoint holds of it in the middle of its round, except its optimizer state."""
         return [f"{self.folder}/{name}" for name in ("live.safetensors", "live_ema.safetensors", "clone.pt")]
 
     def state(self) -> dict[str, Any]:
-        """Everything but weights and moments, for a checkpoint."""
+        """Everything except weights and optimizer state, for a checkpoint."""
         plain = {name: getattr(self, name) for name in self._PLAIN}
         return {**plain, **{name: getattr(self, name).state_dict() for name in self._MODULES}}
 
@@ -62,7 +67,7 @@ class Clone:
         return self.state() | {name: {n: t.clone() for n, t in state.items()} for name, state in modules.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state` gave."""
+        """Restores what `state` gave."""
         for name in self._PLAIN:
             setattr(self, name, state[name])
         for name in self._MODULES:

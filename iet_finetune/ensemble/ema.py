@@ -1,4 +1,4 @@
-"""A moving average of the weights that a clone can take up and hand on, and that stands still when a step does."""
+"""A moving average of the weights that clones hand on from round to round, and that skips masked steps."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from ..distributed.placement import Placement
+from .budget import Need
 from .trainable import copy_together
 
 # Name of the number that tells how much of the average is still what it started from.
@@ -16,7 +18,7 @@ class EMA:
     """ema ← decay · ema + (1 − decay) · θ, with the warm-up of diffusers' `EMAModel`.
 
     The decay depends on the clone's own step number over the whole run. `EMAModel` itself starts again with decay 0 in
-    every new instance and cannot be told to leave out a step, so only its decay rule is used.
+    every new instance and cannot leave out a step, so only its decay rule is used.
 
     Args:
         parameters: name -> live parameter.
@@ -37,9 +39,14 @@ class EMA:
             self.tensors[START_SHARE] = torch.ones((), device=device)
         self._rule = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=max_decay)
 
+    def need(self, placement: Placement) -> Need:
+        """Bytes of the live average, and of those of the live clones in a checkpoint."""
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        return Need(device=size, checkpoint=placement.at_once * size)
+
     @torch.no_grad()
     def update(self, step: int, masked: Tensor) -> None:
-        """Takes up the weights after a clone's step.
+        """Updates the average with the weights after a clone's step.
 
         Args:
             step: number of steps this clone has taken, this one included.

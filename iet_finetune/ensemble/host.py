@@ -1,7 +1,5 @@
-"""Where tensors rest on the host between the clones' turns: in ordinary memory, pinned, or in files."""
+"""Where idle tensors are on the host: in ordinary memory, pinned, or in files."""
 
-import ctypes
-import functools
 import math
 import mmap
 import os
@@ -25,10 +23,10 @@ _ALIGNMENT = 64
 
 
 class HostMemory:
-    """Where tensors rest on the host: in ordinary memory, in pinned memory, or in files mapped into memory.
+    """Where idle tensors are on the host: in ordinary memory, in pinned memory, or in files mapped into memory.
 
     Tensors of up to `TINY` numbers are always in ordinary memory. A file has no name, so that nothing is left of it
-    after a kill; file and pinned memory are given back when the last tensor that lies there is dropped.
+    after a kill; file and pinned memory are released with the last tensor in them.
 
     Args:
         device: where the clones train. With a CUDA device, memory is pinned.
@@ -70,7 +68,7 @@ class HostMemory:
         Args:
             state: is left as it is.
             into: what an earlier `keep` returned. Its tensors are written over where one of the same shape and dtype
-                lies at the same place of the state, so that a file does not have to be made anew each round.
+                is at the same place of the state, so that a file does not have to be made anew each round.
 
         Raises:
             UserError: as for `empty`.
@@ -94,10 +92,10 @@ class HostMemory:
         return _over_tensors(moved, state, into)
 
     def rest(self, *states: Any) -> None:
-        """Lets the process's memory go that holds what lies in files; it is read from there when it is next used.
+        """Releases resident pages of tensors mapped from files; they are read from there when they are next used.
 
         Args:
-            states: tensors, or states of them; those that lie elsewhere are passed over.
+            states: tensors, or states of them; those that are elsewhere are ignored.
         """
         if self._folder is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -113,14 +111,6 @@ class HostMemory:
         for region in regions.values():
             # The mapping is shared: what was written stays in the file and the system's cache of it.
             region.madvise(mmap.MADV_DONTNEED)
-
-    def give_back(self) -> None:
-        """With files, gives the system the memory that was freed when tensors went there.
-
-        The C library would keep most of it, in pieces too small for what is allocated next, and more with every clone.
-        """
-        if self._folder is not None and (trim := _malloc_trim()) is not None:
-            trim(0)
 
     def _new(self, like: Sequence[Tensor]) -> list[Tensor]:
         """Uninitialised tensors at rest with the shapes, dtypes and strides of others, large ones in one region."""
@@ -155,7 +145,7 @@ class HostMemory:
 
 
 def _over_tensors(function: Callable[[Tensor, Any], Tensor], state: Any, beside: Any = None) -> Any:
-    """A state with function(tensor, what lies at its place in `beside`) instead of each tensor."""
+    """A state with function(tensor, what is at its place in `beside`) instead of each tensor."""
     if isinstance(state, Tensor):
         return function(state, beside)
     if isinstance(state, dict):
@@ -178,12 +168,6 @@ def _aligned_size(tensor: Tensor) -> int:
 
 def _address(region: mmap.mmap) -> int:
     return torch.frombuffer(region, dtype=torch.uint8).data_ptr()
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    """The C library's function that gives freed memory back; glibc has it."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 # --- pinned memory and files -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What all clones start a round from, and the merge of what they made of it: summed by slices, one slice a rank."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -8,16 +7,20 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from ..distributed.groups import Ranks
-from ..method.merging import Layout, add_weighted, outer_step
-from .checkpoint import Checkpoint, Piece, slice_piece, tensors_piece
+from ..distributed.groups import Placement, Ranks
+from ..method.merging import CloneRule, Layout, Mean, SumRule, outer_step
+from .budget import Need
+from .checkpoint import Checkpoint
+from .collected import collected_bytes, collection
+from .distance import ROW, Distance
 from .host import HostMemory
+from .pieces import Piece, slice_piece, tensors_piece
 from .trainable import Trainable
 
-# Distances are summed by rows of so many numbers, and slices end at rows: the same rows on any number of ranks.
-ROW = 1 << 10
 # Numbers that leave a device, or a rank, at once: 256 MB together; within one CPU as many as stay in its cache.
 BUCKET, ALONE = 1 << 26, 1 << 17
+# An outer optimizer with learning rate 1 and without momentum changes nothing.
+PLAIN = (1.0, 0.0)
 
 
 class MergesClones(ABC):
@@ -27,8 +30,8 @@ class MergesClones(ABC):
 
     Attributes:
         tensors: the value at the start of the round, on the host; changed in place by `merge`.
-        rebased: names of the parameters whose moments do not belong to them any more since the last merge.
-        facts: numbers by name that are told of the last merge.
+        rebased: names of the parameters that the last merge put into another basis: their optimizer state is void.
+        facts: numbers by name about the last merge, for the metrics.
     """
 
     tensors: dict[str, Tensor]
@@ -46,7 +49,7 @@ class MergesClones(ABC):
 
     @abstractmethod
     def collect(self, clone: Mapping[str, Tensor] | None, weights: Sequence[float]) -> float:
-        """Takes up one wave of clones.
+        """Collects one wave of clones.
 
         Args:
             clone: the live tensors of this rank's clone; None if it has none.
@@ -75,11 +78,11 @@ class MergesClones(ABC):
 
     @abstractmethod
     def restore(self, checkpoint: Checkpoint, total: float) -> None:
-        """Takes up what `pieces` of any number of ranks gave."""
+        """Restores what `pieces` of any number of ranks wrote."""
 
     @abstractmethod
     def rest(self) -> None:
-        """Lets the process's memory go that holds what lies under `--offload_dir`."""
+        """Releases resident pages of tensors mapped from `--offload_dir`."""
 
 
 class Merger(MergesClones):
@@ -94,7 +97,8 @@ class Merger(MergesClones):
         tensors: what the first round starts from; on the device where the clones train.
         only_clone: whether there is but one clone, on one rank: it is its own mean, and no sum is kept.
         measured: whether `collect` and `merge` are asked how far the tensors have moved; otherwise they answer 0.
-        outer: (lr, momentum) of the outer optimizer; (1, 0) is the mean itself.
+        outer: (lr, momentum) of the outer optimizer; (1, 0) takes what the rule made as it is.
+        rule: what the clones become; the mean unless given.
 
     Attributes:
         tensors: the value at the start of the round, on the host; changed in place by `merge`.
@@ -109,7 +113,8 @@ class Merger(MergesClones):
         *,
         only_clone: bool = False,
         measured: bool = True,
-        outer: tuple[float, float] = (1.0, 0.0),
+        outer: tuple[float, float] = PLAIN,
+        rule: SumRule | CloneRule | None = None,
     ) -> None:
         self._name = name
         self._ranks = ranks
@@ -117,8 +122,9 @@ class Merger(MergesClones):
         self._layout = Layout(tensors)
         self._device = next(iter(tensors.values())).device if ranks.size == 1 else ranks.device
         self._measured = measured
-        self._outer = outer if outer != (1.0, 0.0) else None
-        self._only_clone = only_clone and self._outer is None
+        self._outer = outer if outer != PLAIN else None
+        rule = rule or Mean()
+        self._only_clone = only_clone and _leaves_one_alone(rule, outer)
         self._slice = slice_size(self._layout.size, ranks.size)
         alone = ranks.size == 1 and self._device.type == "cpu"
         self._chunk = min(self._slice, ALONE if alone else max(BUCKET // ranks.size // ROW, 1) * ROW)
@@ -129,16 +135,33 @@ class Merger(MergesClones):
         self._counters = {name: counter.clone() for name, counter in counters.items()}
         for start in range(0, len(self._value), ALONE):
             self._layout.read(tensors, start, self._value[start : start + ALONE])
-        self._sum = self._velocity = None
-        if not self._only_clone:
-            self._sum = host.empty((self._slice,), torch.float64)
+        self._collected = None if self._only_clone else collection(rule, self._slice, host)
+        self._velocity: Tensor | None = None
         if self._outer and self._outer[1]:
             self._velocity = host.empty((self._slice,), torch.float32).zero_()
-        self._total: float = 0
+        self._weights: list[float] = []
         self._moved = 0.0
         # ‖θ‖² of the round's start, from the first time it is asked for to the merge.
         self._norm: float | None = None
         self.rest()
+
+    @classmethod
+    def need(
+        cls,
+        size: int,
+        placement: Placement,
+        outer: tuple[float, float] = PLAIN,
+        rule: SumRule | CloneRule | None = None,
+    ) -> Need:
+        """Bytes on each rank of fp32 tensors of `size` bytes: their value, and slices of what is collected."""
+        rule = rule or Mean()
+        velocity = size if outer[1] else 0
+        collected = collected_bytes(rule, size, placement.num_shards)
+        held = 0 if placement.only_clone and _leaves_one_alone(rule, outer) else collected
+        return Need(
+            host=size + -(-(held + velocity) // placement.num_ranks),
+            checkpoint=size + velocity + (collected if placement.num_shards > 1 else 0),
+        )
 
     def load_into(self, trainable: Trainable) -> None:
         """Puts what all clones start from into the live tensors."""
@@ -148,19 +171,11 @@ class Merger(MergesClones):
 
     @torch.no_grad()
     def collect(self, clone: Mapping[str, Tensor] | None, weights: Sequence[float]) -> float:
-        """Adds one wave of clones to the sum; every rank takes part.
-
-        Args:
-            clone: the live tensors of this rank's clone; None if it has none.
-            weights: of each rank's clone in the merge; 0 for one that is left out.
-
-        Returns:
-            ‖θ_k − θ‖ / ‖θ‖ of this rank's clone, θ being the start of the round.
-        """
+        """As `MergesClones.collect`; returns ‖θ_k − θ‖ / ‖θ‖ of this rank's clone, θ being the start of the round."""
         moved = Distance(self._norm)
         if not any(weights):
             return 0.0
-        if not self._total:
+        if not self._weights:
             self._take_counters(clone, next(rank for rank, weight in enumerate(weights) if weight))
         self._ranks.barrier()
         buffer = torch.empty(self._ranks.size * self._chunk, dtype=torch.float32, device=self._device)
@@ -168,17 +183,15 @@ class Merger(MergesClones):
             parts = buffer[: self._ranks.size * (stop - start)]
             if clone is not None:
                 self._read_clone(clone, start, stop, parts, moved)
-            self._add(start, stop, self._ranks.all_to_all(parts, barrier=False), weights)
-        self._total += sum(weights)
+            self._add(start, self._ranks.all_to_all(parts, barrier=False), weights)
+        self._weights += [weight for weight in weights if weight]
         self._moved = moved.relative
         if self._measured and clone is not None:
             self._norm = moved.norm
         self.rest()
         return self._moved
 
-    def _read_clone(
-        self, clone: Mapping[str, Tensor], start: int, stop: int, parts: Tensor, moved: "Distance"
-    ) -> None:
+    def _read_clone(self, clone: Mapping[str, Tensor], start: int, stop: int, parts: Tensor, moved: Distance) -> None:
         for rank, part in enumerate(self._by_rank(parts)):
             first = rank * self._slice + start
             self._layout.read(clone, first, part)
@@ -188,14 +201,12 @@ class Merger(MergesClones):
             if self._only_clone:
                 value.copy_(part)
 
-    def _add(self, start: int, stop: int, parts: Tensor, weights: Sequence[float]) -> None:
-        if self._sum is None:
+    def _add(self, start: int, parts: Tensor, weights: Sequence[float]) -> None:
+        if self._collected is None:
             return
-        first = not self._total
-        for part, weight in zip(self._by_rank(parts.cpu()), weights, strict=True):
-            if weight:
-                add_weighted(self._sum[start:stop], part, weight, first=first)
-                first = False
+        of_clones = zip(self._by_rank(parts.cpu()), weights, strict=True)
+        for number, (part, weight) in enumerate(pair for pair in of_clones if pair[1]):
+            self._collected.add(len(self._weights) + number, weight, start, part)
 
     def _take_counters(self, clone: Mapping[str, Tensor] | None, source: int) -> None:
         for name, counter in self._counters.items():
@@ -209,34 +220,35 @@ class Merger(MergesClones):
 
     @torch.no_grad()
     def merge(self) -> float:
-        """θ ← Σ n_k θ_k / Σ n_k, or what the outer optimizer makes of it; every rank takes part.
+        """θ ← Σ n_k θ_k / Σ n_k, or what another rule and the outer optimizer make of it; every rank takes part.
 
         Returns:
             ‖θ_new − θ‖ / ‖θ‖; 0 if no clone was collected.
         """
-        if not self._total:
+        if not self._weights:
             return 0.0
         moved = Distance(self._norm)
         self._ranks.barrier()
-        for start, stop in self._chunks() if self._sum is not None else ():
-            part = self._mean(start, stop).to(self._device)
+        for start, stop in self._chunks() if self._collected is not None else ():
+            part = self._merged(start, stop).to(self._device)
             self._take_over(start, self._by_rank(self._ranks.all_gather(part, barrier=False).cpu()), moved)
         for name, counter in self._counters.items():
             self.tensors[name].copy_(counter)
-        self._total, self._norm = 0, None
+        self._weights, self._norm = [], None
         self.rest()
         return self._moved if self._only_clone else moved.relative
 
-    def _mean(self, start: int, stop: int) -> Tensor:
-        assert self._sum is not None
-        mean = self._sum[start:stop] / self._total
+    def _merged(self, start: int, stop: int) -> Tensor:
+        assert self._collected is not None
+        first = self._ranks.rank * self._slice
+        theta = self._value[first + start : first + stop]
+        merged = self._collected.merged(self._weights, start, theta)
         if self._outer is None:
-            return mean.to(torch.float32)
-        first = self._ranks.rank * self._slice + start
+            return merged.to(torch.float32)
         velocity = self._velocity[start:stop] if self._velocity is not None else None
-        return outer_step(self._value[first : first + len(mean)], mean, velocity, *self._outer)
+        return outer_step(theta, merged, velocity, *self._outer)
 
-    def _take_over(self, start: int, parts: Sequence[Tensor], moved: "Distance") -> None:
+    def _take_over(self, start: int, parts: Sequence[Tensor], moved: Distance) -> None:
         for rank, part in enumerate(parts):
             first = rank * self._slice + start
             value = self._value[first : first + len(part)]
@@ -252,90 +264,53 @@ class Merger(MergesClones):
             yield start, min(start + self._chunk, self._slice)
 
     def rest(self) -> None:
-        """Lets the process's memory go that holds what lies under `--offload_dir`."""
-        self._host.rest(*(tensor for tensor in (self._value, self._sum, self._velocity) if tensor is not None))
+        """Releases resident pages of tensors mapped from `--offload_dir`."""
+        collected = self._collected.tensors if self._collected is not None else []
+        self._host.rest(self._value, *collected, *([] if self._velocity is None else [self._velocity]))
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     @property
     def total(self) -> float:
         """Σ n_k of the clones that have been added in this round."""
-        return self._total
+        return sum(self._weights)
 
     def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
-        """What this rank writes of it into a checkpoint, by file name; rank 0 writes what all ranks hold.
-
-        Args:
-            start: version of the round's start.
-            so_far: version of the sum.
-        """
+        """As `MergesClones.pieces`."""
         pieces: dict[str, Piece] = {}
         if self._ranks.is_main:
             pieces[f"{self._name}.safetensors"] = tensors_piece(start, self.tensors)
-            if self._counters and self._total:
+            if self._counters and self._weights:
                 pieces[f"{self._name}_counters.safetensors"] = tensors_piece(so_far, self._counters)
         first = self._ranks.rank * self._slice
         end = f"{self._ranks.rank + 1:05d}-of-{self._ranks.size:05d}.safetensors"
         if first >= self._layout.size:
             return pieces
-        if self._total and self._sum is not None:
-            pieces[f"{self._name}_sum-{end}"] = slice_piece(so_far, first, self._sum)
+        if self._weights and self._collected is not None:
+            pieces |= self._collected.pieces(self._name, self._weights, end, first, start, so_far)
         if self._velocity is not None:
             pieces[f"{self._name}_velocity-{end}"] = slice_piece(start, first, self._velocity)
         return pieces
 
     def restore(self, checkpoint: Checkpoint, total: float) -> None:
-        """Takes up what `pieces` of any number of ranks gave."""
+        """Restores what `pieces` of any number of ranks wrote."""
         for name, tensor in checkpoint.tensors(f"{self._name}.safetensors").items():
             self.tensors[name].copy_(tensor)
         first = self._ranks.rank * self._slice
-        if total and self._sum is not None:
-            checkpoint.read_slice(f"{self._name}_sum-", first, self._sum)
+        self._weights = [total] if total else []  # of sums only their total is known, which is enough
+        if total and self._collected is not None:
+            self._weights = self._collected.restore(checkpoint, self._name, first) or self._weights
         if total and self._counters:
             self._counters = checkpoint.tensors(f"{self._name}_counters.safetensors")
         if self._velocity is not None:
             checkpoint.read_slice(f"{self._name}_velocity-", first, self._velocity)
-        self._total, self._norm = total, None
+        self._norm = None
         self.rest()
 
 
-class Distance:
-    """‖a − b‖ / ‖b‖ over the parts of two vectors, the same number whatever the parts and their order.
-
-    Args:
-        norm: ‖b‖² where it is known from an earlier measurement; it is not computed again then.
-    """
-
-    def __init__(self, norm: float | None = None) -> None:
-        self._moved: list[float] = []
-        self._parts_of_norm: list[float] = []
-        self._norm = norm
-
-    def add(self, ours: Tensor, theirs: Tensor) -> None:
-        """One part: (n,) fp32, n a multiple of 1024."""
-        rows = [_sums_of_squares(ours - theirs)]
-        if self._norm is None:
-            rows.append(_sums_of_squares(theirs.clone()))
-        # Both at once: reading waits for the device.
-        numbers = torch.cat(rows).tolist() if len(rows) > 1 else rows[0].tolist()
-        self._moved += numbers[: len(rows[0])]
-        self._parts_of_norm += numbers[len(rows[0]) :]
-
-    @property
-    def norm(self) -> float:
-        """‖b‖², of what was added so far where it was not given."""
-        return math.fsum(self._parts_of_norm) if self._norm is None else self._norm
-
-    @property
-    def relative(self) -> float:
-        """The distance so far; 0 if nothing was added or everything is 0."""
-        norm = self.norm
-        return math.sqrt(math.fsum(self._moved) / norm) if norm else 0.0
-
-
-def _sums_of_squares(numbers: Tensor) -> Tensor:
-    """Σ x² of each row of a part, which is overwritten: a second large temporary would cost more than the sums."""
-    return numbers.view(-1, ROW).square_().sum(dim=1)
+def _leaves_one_alone(rule: SumRule | CloneRule, outer: tuple[float, float]) -> bool:
+    """Whether a single clone is what it merges to."""
+    return isinstance(rule, Mean) and outer == PLAIN
 
 
 def slice_size(numbers: int, ranks: int) -> int:

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..distributed.placement import Placement
+from .budget import Need
+
 Tensors = Mapping[str, Tensor]
 
 
@@ -30,6 +33,12 @@ class Trainable:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, detached and live: they change with the next step."""
         return {name: tensor.detach() for name, tensor in (*self.parameters.items(), *self.buffers.items())}
+
+    def need(self, placement: Placement) -> Need:
+        """Bytes of the gradients, and of the live clones in a checkpoint."""
+        tensors = sum(tensor.nbytes for tensor in self.tensors.values())
+        gradients = sum(parameter.nbytes for parameter in self.parameters.values())
+        return Need(device=gradients, checkpoint=placement.at_once * tensors)
 
     @torch.no_grad()
     def load(self, values: Tensors) -> None:

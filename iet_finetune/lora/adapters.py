@@ -11,10 +11,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from ..config.settings import AdapterConfig
+from ..distributed.groups import Placement
+from ..ensemble.budget import Need
 from ..errors import UserError
 from ..method.seeding import adapter_seed
-from .low_rank import LowRank, Matrix, as_matrix, fold_scaling, unfold_scaling
-from .spectra import apart, dense
+from .factors import as_matrix, fold_scaling, unfold_scaling
+from .spectra import LowRank, Matrix, apart, dense
 
 NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
 Tensors = Mapping[str, Tensor]
@@ -49,10 +51,10 @@ class AdaptedLayer:
 
 
 class Adapter:
-    """The LoRA layers of a denoiser, and what of earlier rounds lies in the frozen weights below them.
+    """The LoRA layers of a denoiser, and the part of earlier rounds that is folded into the frozen weights below them.
 
     The *remainder* of a layer is the part of the update that an adapter of rank r could not hold. It is added to the
-    layer's frozen weight, so that it costs no step any time; the weight as it came waits on the host from then on.
+    layer's frozen weight, and so adds no per-step cost; the original weight stays on the host from then on.
 
     Args:
         denoiser: with the adapter that `add_adapter` gave it, still on the host.
@@ -61,7 +63,7 @@ class Adapter:
         layers: module's name -> layer, in the module's order.
         rank: r.
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
-        folded: module's name -> remainder that lies in the frozen weights now.
+        folded: module's name -> remainder that is in the frozen weights now.
         is_rounded: whether the frozen weights are held in half precision.
     """
 
@@ -140,6 +142,10 @@ class Adapter:
         for matrix in added:
             total += dense(matrix)
         return total.to(torch.float32)
+
+    def need(self, placement: Placement) -> Need:
+        """Bytes of the frozen weights as they came, which stay on the host once there are remainders."""
+        return Need(host=self.nbytes if placement.num_shards > 1 else 0)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The adapters of a round's clones, and how the ranks share out what is made of them, layer by layer."""
+"""The adapters of a round's clones, and how the ranks divide the merge of their layers among themselves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..distributed.groups import Ranks
-from ..ensemble.checkpoint import Checkpoint, Piece, state_piece, tensors_piece
+from ..ensemble.checkpoint import Checkpoint
 from ..ensemble.host import HostMemory
+from ..ensemble.pieces import Piece, state_piece, tensors_piece
 from ..method.merging import Layout
 from .adapters import Adapter
-from .low_rank import LowRank, Matrix
+from .spectra import LowRank, Matrix
 
 Tensors = Mapping[str, Tensor]
 
@@ -35,7 +36,7 @@ class CollectedAdapters:
         self.own: dict[int, Tensors] = {}
 
     def add(self, clone: Tensors | None, weights: Sequence[float]) -> None:
-        """Takes a wave of clones up: this rank's, and the weights of all."""
+        """Collects a wave of clones: this rank's, and the weights of all."""
         rank = self._ranks.rank
         if clone is not None and weights[rank]:
             number = len(self.weights) + sum(weight > 0 for weight in weights[:rank])
@@ -108,7 +109,7 @@ class CollectedAdapters:
         return pieces
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes up what any number of ranks wrote; which rank holds a clone does not matter."""
+        """Restores what any number of ranks wrote; which rank holds a clone does not matter."""
         self.clear()
         if checkpoint.has(f"{self._name}_weights.pt"):
             self.weights = checkpoint.state(f"{self._name}_weights.pt")
@@ -120,7 +121,7 @@ class CollectedAdapters:
 
 
 def share_matrices(ranks: Ranks, layers: Sequence[str], own: Mapping[str, Matrix]) -> dict[str, Matrix]:
-    """Lets every rank have the matrices that each made, in fp32 on the host, in the order of the layers.
+    """Gives every rank the matrices of all ranks, in fp32 on the host, in the order of the layers.
 
     Args:
         layers: the names of all layers, the same on every rank; one for which no rank has a matrix is left out.

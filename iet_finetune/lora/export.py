@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from .adapters import AdaptedLayer, Adapter
+from .factors import as_weights
 from .file import LoraLayer
-from .low_rank import LowRank, Matrix, as_weights, combine, compress, split
-from .spectra import energy
+from .low_rank import combine, compress
+from .spectra import LowRank, Matrix, energy
+from .splitting import split
 
 # Without `--lora_export` a LoRA file may have up to so many times the rank that was trained.
 MOST_TIMES_RANK = 4

@@ -6,19 +6,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.groups import Ranks
-from ..ensemble.checkpoint import Checkpoint, Piece, tensors_piece
-from ..ensemble.ema import START_SHARE
+from ..distributed.groups import Placement, Ranks
+from ..ensemble.budget import Need
+from ..ensemble.checkpoint import Checkpoint
 from ..ensemble.host import HostMemory
 from ..ensemble.merger import Merger, MergesClones
+from ..ensemble.pieces import Piece, tensors_piece
 from ..ensemble.trainable import Trainable
 from .adapters import Adapter
 from .clones import CollectedAdapters, matrices_of, matrices_piece, share_matrices
-from .low_rank import LowRank, Matrix, align, combine, merge_layer, weighted_sum
-from .spectra import apart, energy
+from .low_rank import align, merge_layer, weighted_sum
+from .spectra import LowRank, Matrix, apart, energy
 
 Tensors = Mapping[str, Tensor]
-# A layer's moments go on if the merge moved its factors by less than this share of their length.
+# A layer's optimizer state is kept if the merge moved its factors by less than this share of their length.
 SAME_BASIS = 0.5
 
 
@@ -28,8 +29,8 @@ class _Settled(NamedTuple):
     Attributes:
         kept: the adapter's matrices B and A, fp32.
         rest: what is left of the update beside it; None if nothing is.
-        facts: what all ranks are told: energies of the rest, of what is kept and of the change, and whether the
-            moments start anew.
+        facts: gathered on all ranks: energies of the rest, of what is kept and of the change, and whether the
+            optimizer state starts anew.
     """
 
     kept: LowRank
@@ -70,13 +71,13 @@ class ExactMerger(MergesClones):
     """LoRA clones merged by their updates: remainder + B A ← remainder + Σ n_k B_k A_k / Σ n_k, layer by layer.
 
     B A is the best approximation of rank r, on which the clones of the next round train; the remainder holds the
-    rest and lies in the frozen weights. B A leaves the basis of its factors open: they are turned to where they are
-    nearest to the mean of the clones' factors (orthogonal Procrustes). Adam's moments belong to the numbers in the
-    factors and cannot be turned with them: the second moment of a sum does not follow from those of its terms. So a
-    layer's moments go on only where the turned factors are near that mean, and start anew elsewhere: as after the
+    rest and is folded into the frozen weights. B A leaves the basis of its factors open: they are rotated to where
+    they are nearest to the mean of the clones' factors (orthogonal Procrustes). Adam's state belongs to the numbers in
+    the factors and cannot be rotated with them: the second moment of a sum does not follow from those of its terms. So
+    a layer's state is kept only where the rotated factors are near that mean, and starts anew elsewhere: as after the
     first merge, which balances an A that was drawn with a B that has only just left 0.
 
-    Ranks share the layers out; all have the same bits afterwards, whatever their number.
+    The layers are divided among the ranks; all have the same bits afterwards, whatever their number.
 
     Args:
         name: of the files in a checkpoint.
@@ -85,8 +86,8 @@ class ExactMerger(MergesClones):
     Attributes:
         tensors: the adapter's parameters at the start of the round, fp32 on the host; changed in place by `merge`.
         remainders: module's name -> remainder, fp32 on the host; replaced by `merge`.
-        rebased: names of the parameters whose moments do not belong to them any more since the last merge.
-        facts: what else is told of the last merge.
+        rebased: names of the parameters that the last merge put into another basis: their optimizer state is void.
+        facts: numbers by name about the last merge, for the metrics.
         means: the mean update of each layer that this rank merged, for the moving average, until a clone begins anew.
     """
 
@@ -97,6 +98,19 @@ class ExactMerger(MergesClones):
         self.remainders: dict[str, Matrix] = {}
         self.facts = {"remainder_share": 0.0}
         self.means: dict[str, LowRank] = {}
+
+    @staticmethod
+    def need(size: int, adapter: Adapter, placement: Placement) -> Need:
+        """Bytes on each rank of adapters of `size` bytes: the merged one, the clones', and a dense remainder.
+
+        Each clone's adapter is on one rank, and once more while they are brought together.
+        """
+        clones = placement.num_shards * size
+        remainders = adapter.nbytes if placement.num_shards > 1 else 0
+        return Need(
+            host=size + remainders + -(-2 * clones // placement.num_ranks),
+            checkpoint=size + remainders + (clones if placement.num_shards > 1 else 0),
+        )
 
     @property
     def total(self) -> float:
@@ -110,7 +124,7 @@ class ExactMerger(MergesClones):
         trainable.load(self.tensors)
 
     def collect(self, clone: Tensors | None, weights: Sequence[float]) -> float:
-        """Takes up one wave of clones; see `Merger.collect`.
+        """Collects one wave of clones; see `Merger.collect`.
 
         Returns:
             ‖ΔW_k − ΔW‖ / ‖W‖ of this rank's clone, W being the layers' weights before training.
@@ -131,15 +145,15 @@ class ExactMerger(MergesClones):
         if not self._clones.weights:
             return 0.0
         settled = {name: self._settle(name, updates) for name, updates in self._clones.updates()}
-        facts = self._tell(settled)
+        facts = self._gather(settled)
         self.rebased = [key for name in facts if facts[name]["rebased"] for key in self._keys(name)]
         lost, kept, moved = ([each[what] for each in facts.values()] for what in ("lost", "kept", "moved"))
         self.facts = {"remainder_share": sum(lost) / (sum(lost) + sum(kept)) if sum(lost) else 0.0}
         self._clones.clear()
         return self._adapter.relative(moved)
 
-    def _tell(self, settled: Mapping[str, _Settled]) -> dict[str, dict[str, float]]:
-        """Lets every rank take up what each made of its layers; returns the facts by layer."""
+    def _gather(self, settled: Mapping[str, _Settled]) -> dict[str, dict[str, float]]:
+        """Gives every rank what each made of its layers; returns the facts by layer."""
         layers = list(self._adapter.layers)
         gathered = self._ranks.all_gather_object({name: layer.facts for name, layer in settled.items()})
         kept = share_matrices(self._ranks, layers, {name: layer.kept for name, layer in settled.items()})
@@ -161,7 +175,7 @@ class ExactMerger(MergesClones):
         self.means[name] = mean = weighted_sum(updates, weights)
         kept, rebased = merged.kept, False
         if not (torch.equal(kept.up, updates[0].up) and torch.equal(kept.down, updates[0].down)):
-            like = LowRank(_mean([u.up for u in updates], weights), _mean([u.down for u in updates], weights))
+            like = LowRank(mean_of([u.up for u in updates], weights), mean_of([u.down for u in updates], weights))
             kept = align(kept, like)
             rebased = not _near(kept, like)
         facts = {
@@ -183,7 +197,7 @@ class ExactMerger(MergesClones):
         return pieces
 
     def restore(self, checkpoint: Checkpoint, total: float) -> None:
-        """Takes up what `pieces` of any number of ranks gave."""
+        """Restores what `pieces` of any number of ranks wrote."""
         for name, tensor in checkpoint.tensors(f"{self._name}.safetensors").items():
             self.tensors[name].copy_(tensor)
         file = f"{self._name}_remainders.safetensors"
@@ -191,112 +205,12 @@ class ExactMerger(MergesClones):
         self._clones.restore(checkpoint)
 
     def rest(self) -> None:
-        """Lets the process's memory go that holds what lies under `--offload_dir`."""
+        """Releases resident pages of tensors mapped from `--offload_dir`."""
         self._host.rest(self.remainders, self._clones.own)
 
 
-class ExactAverageMerger(MergesClones):
-    """The moving averages of LoRA clones, merged by their updates.
-
-    A clone's average is remainder + s C + B̄ Ā: its factors B̄ and Ā follow the adapter's from the start of the round
-    on, and s C is what is left of how far the average was from the denoiser then, s being the product of the decays
-    since. A merge turns the adapter to another basis, in which old factors mean nothing; so the merged average starts
-    at the merged adapter's factors, with s = 1 and C ← s C + mean of B̄_k Ā_k − mean of B_k A_k. A single clone's
-    average goes on as it is.
-
-    Args:
-        name: of the files in a checkpoint.
-        tensors: the live average, with its `START_SHARE`.
-        main: merges the clones themselves, always before this.
-
-    Attributes:
-        tensors: the average's factors and s at the start of the round, fp32 on the host; changed in place by `merge`.
-    """
-
-    def __init__(
-        self, name: str, adapter: Adapter, tensors: Tensors, main: ExactMerger, ranks: Ranks, host: HostMemory
-    ) -> None:
-        self._name, self._adapter, self._main, self._ranks, self._host = name, adapter, main, ranks, host
-        self._clones = CollectedAdapters(name, adapter, tensors, ranks, host)
-        self.tensors = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-        self._away: dict[str, Matrix] = {}
-
-    @property
-    def total(self) -> float:
-        """Σ n_k of the averages that have been added in this round."""
-        return sum(self._clones.weights)
-
-    @property
-    def remainders(self) -> dict[str, Matrix]:
-        """Module's name -> remainder + s C, float64."""
-        share = self.tensors[START_SHARE].item()
-        parts = {name: [(1.0, matrix)] for name, matrix in self._main.remainders.items()}
-        for name, away in self._away.items():
-            parts.setdefault(name, []).append((share, away))
-        return {name: combine(terms) for name, terms in parts.items()}
-
-    def load_into(self, trainable: Trainable) -> None:
-        """Puts the average into the live adapter and the weights below it."""
-        self._adapter.fold_remainders(self.remainders)
-        trainable.load({name: tensor for name, tensor in self.tensors.items() if name != START_SHARE})
-
-    def collect(self, clone: Tensors | None, weights: Sequence[float]) -> float:
-        """Takes up one wave of averages; see `Merger.collect`. Distances are not measured."""
-        self._clones.add(clone, weights)
-        return 0.0
-
-    @torch.no_grad()
-    def merge(self) -> float:
-        """Merges what was collected; every rank takes part. The change is not measured."""
-        if len(self._clones.weights) == 1:
-            values: Tensors = self._clones.first()
-        elif self._clones.weights:
-            self._take_apart()
-            values = {**self._main.tensors, START_SHARE: torch.ones(())}
-        else:
-            return 0.0
-        for name, value in values.items():
-            self.tensors[name].copy_(value)
-        self._clones.clear()
-        return 0.0
-
-    def _take_apart(self) -> None:
-        weights = self._clones.weights
-        share = float(_mean(self._clones.numbers(START_SHARE), weights))
-        own: dict[str, Matrix] = {}
-        for name, updates in self._clones.updates():
-            mean = weighted_sum(updates, weights)
-            terms: list[tuple[float, Matrix]] = [(1.0, mean), (-1.0, self._main.means[name])]
-            if name in self._away:
-                terms.append((share, self._away[name]))
-            away = combine(terms)
-            if isinstance(away, Tensor) or away.rank:
-                own[name] = away
-        self._away = self._host.keep(share_matrices(self._ranks, list(self._adapter.layers), own))
-
-    def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
-        """What this rank writes of it into a checkpoint; see `Merger.pieces`."""
-        pieces = self._clones.pieces(start, so_far)
-        if self._ranks.is_main:
-            pieces[f"{self._name}.safetensors"] = tensors_piece(start, self.tensors)
-            if self._away:
-                pieces[f"{self._name}_away.safetensors"] = matrices_piece(start, self._away)
-        return pieces
-
-    def restore(self, checkpoint: Checkpoint, total: float) -> None:
-        """Takes up what `pieces` of any number of ranks gave."""
-        for name, tensor in checkpoint.tensors(f"{self._name}.safetensors").items():
-            self.tensors[name].copy_(tensor)
-        file = f"{self._name}_away.safetensors"
-        self._away = self._host.keep(matrices_of(checkpoint.tensors(file)) if checkpoint.has(file) else {})
-        self._clones.restore(checkpoint)
-
-    def rest(self) -> None:
-        """Lets the process's memory go that holds what lies under `--offload_dir`."""
-        self._host.rest(self._away, self._clones.own)
-
-
-def _mean(values: Sequence[Any], weights: Sequence[float]) -> Any:
+def mean_of(values: Sequence[Any], weights: Sequence[float]) -> Any:
+    """Σ w_k x_k / Σ w_k."""
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 

@@ -1,7 +1,12 @@
-"""The merge of iterative ensemble training: θ ← Σ_k n_k θ_k / Σ_k n_k, in float64, in the order of the clones."""
+"""The merge of iterative ensemble training: θ ← Σ_k n_k θ_k / Σ_k n_k, in float64, in the order of the clones.
 
+Other merge rules take the place of `Mean`: `SumRule` where the sum is enough, `CloneRule` where it is not.
+"""
+
+from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +28,64 @@ def add_weighted(total: Tensor, values: Tensor, weight: float, *, first: bool = 
             sums.copy_(block).mul_(weight)
         else:
             sums.add_(block, alpha=weight)
+
+
+class SumRule(ABC):
+    """A merge rule that needs only the sum of the clones, which pass by one at a time.
+
+    It works number by number: it is given any part of the parameters, and what it makes of a number depends on that
+    number alone. So it gives the same bits on any number of ranks.
+
+    Args:
+        config: the values of the rule's flags, if it has any.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+
+    @abstractmethod
+    def merge(self, total: Tensor, weight: float, start: Tensor) -> Tensor:
+        """What the next round starts from.
+
+        Args:
+            total: (n,) float64, Σ_k n_k θ_k over the clones that trained in this round; not to be changed.
+            weight: Σ_k n_k.
+            start: (n,) fp32, the θ that this round started from; not to be changed.
+
+        Returns:
+            (n,) float64, rounded to fp32 afterwards.
+        """
+
+
+class CloneRule(ABC):
+    """A merge rule that needs all clones at once, which wait in host memory or `--offload_dir` until the merge.
+
+    It works number by number, and is made, as a `SumRule`.
+    """
+
+    def __init__(self, config: Any = None) -> None:
+        self.config = config
+
+    @abstractmethod
+    def merge(self, clones: Tensor, weights: Tensor, start: Tensor) -> Tensor:
+        """What the next round starts from.
+
+        Args:
+            clones: (K, n) fp32, θ_k of the clones that trained in this round, in the order of their shards.
+            weights: (K,) float64, n_k.
+            start: (n,) fp32, the θ that this round started from; not to be changed.
+
+        Returns:
+            (n,) of a floating dtype, rounded to fp32 afterwards.
+        """
+
+
+class Mean(SumRule):
+    """θ ← Σ_k n_k θ_k / Σ_k n_k."""
+
+    def merge(self, total: Tensor, weight: float, start: Tensor) -> Tensor:
+        """As `SumRule.merge`; divided once."""
+        return total / weight
 
 
 def outer_step(start: Tensor, mean: Tensor, velocity: Tensor | None, lr: float, momentum: float) -> Tensor:

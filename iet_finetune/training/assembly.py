@@ -11,22 +11,22 @@ from accelerate import Accelerator
 from ..config.config import Config
 from ..config.identity import common_flags, run_identity
 from ..distributed.groups import Group, Placement, Ranks
-from ..ensemble.budget import check_memory, host_need
+from ..ensemble.across_rounds import POLICIES
+from ..ensemble.budget import Need, check_memory
 from ..ensemble.clone import Clone
 from ..ensemble.ema import EMA
 from ..ensemble.ensemble import Ensemble
 from ..ensemble.host import HostMemory, check_offload
 from ..ensemble.ledger import ShardLedger
 from ..ensemble.meter import RoundMeter
-from ..ensemble.optimizers import build_optimizer, learning_rate_schedule
-from ..ensemble.trainable import Trainable
+from ..ensemble.optimizers import build_optimizer, learning_rate_schedule, state_bytes
 from ..errors import UserError
 from ..families import Family, family_class, find_pipeline
 from ..method.agc import AntiGradientControl
 from .compiling import TOLERANCE
 from .data import Data, find_images, read_shards, split
 from .local import LocalTraining
-from .mergers import build_mergers
+from .mergers import build_mergers, need_of_mergers
 from .model import Model, load_model, prepare_model
 
 
@@ -37,6 +37,7 @@ class Run:
     Attributes:
         ranks, placement: all ranks of the run, and which of them trains which shard.
         learning_rates: each clone's learning rate by its step.
+        need: bytes that all of this takes on a rank.
         identity: what a run that resumes this one must share with it.
     """
 
@@ -46,6 +47,7 @@ class Run:
     ensemble: Ensemble
     local: LocalTraining
     learning_rates: list[Callable[[int], float]]
+    need: Need
     identity: dict[str, Any]
 
 
@@ -107,47 +109,38 @@ def _build_run(
     ema = None
     if config.optimizer.use_ema:
         ema = EMA(trainable.parameters, config.optimizer.ema_max_decay, start_share=config.merges_exactly)
-    adapted = adapter.nbytes if adapter is not None and config.merges_exactly else 0
-    host = _host_memory(config, trainable, adapted, device, ranks, placement)
+    policy = POLICIES[config.ensemble.optimizer_across_rounds]
+    size = sum(parameter.nbytes for parameter in trainable.parameters.values())
+    needs = [
+        trainable.need(placement),
+        policy.need(state_bytes(size, config.optimizer), placement, ranks.rank),
+        need_of_mergers(config, trainable, adapter, ema, placement),
+        *([ema.need(placement)] if ema is not None else []),
+    ]
+    need = sum(needs, Need())
+    host = _host_memory(config, need, device, ranks)
     ensemble = Ensemble(
         trainable,
-        optimizer,
         ema,
         [_new_clone(config, shard, len(part), family, device) for shard, part in enumerate(data.indices)],
-        build_mergers(config, trainable, adapter, optimizer, ema, ranks, host),
+        build_mergers(config, trainable, adapter, ema, ranks, host),
+        policy(optimizer, ranks, placement, host),
         ranks,
         placement,
-        host,
-        moments=config.ensemble.optimizer_across_rounds,
         seed=config.training.seed,
     )
     local = LocalTraining(family, trainable, optimizer, ema, config, device, group, accelerator.scaler)
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
-    return Run(accelerator, ranks, placement, ensemble, local, rates, identity)
+    return Run(accelerator, ranks, placement, ensemble, local, rates, need, identity)
 
 
-def _host_memory(
-    config: Config, trainable: Trainable, adapted: int, device: torch.device, ranks: Ranks, placement: Placement
-) -> HostMemory:
-    """Where the ensemble's tensors will wait; a `UserError` if there is not room for them."""
+def _host_memory(config: Config, need: Need, device: torch.device, ranks: Ranks) -> HostMemory:
+    """Where the ensemble's idle tensors will be; a `UserError` if there is not room for them."""
     ensemble, folder = config.ensemble, config.ensemble.offload_dir
-    need = host_need(
-        weights=sum(parameter.numel() * 4 for parameter in trainable.parameters.values()),
-        ranks=ranks.size,
-        shards_of_rank=len(placement.shards_of(ranks.rank)),
-        num_shards=ensemble.num_shards,
-        ema=config.optimizer.use_ema,
-        moments=ensemble.optimizer_across_rounds,
-        outer_momentum=ensemble.outer_momentum > 0,
-        device_is_host=device.type == "cpu",
-        state_bytes_per_weight_byte=0.5 if config.optimizer.use_8bit_adam else 2.0,
-        outer=ensemble.outer_lr != 1,
-        adapted=adapted,
-    )
     if folder is not None:
-        check_offload(Path(folder), need.offloaded, ranks.local_size)
+        check_offload(Path(folder), need.host, ranks.local_size)
     check_memory(
-        need.live if folder is not None else need.total,
+        need.memory(device_is_host=device.type == "cpu", offloaded=folder is not None),
         ranks.local_size,
         can_offload=folder is None,
         can_reset=ensemble.optimizer_across_rounds == "keep",

@@ -7,6 +7,7 @@ import torch
 
 from ..cache.caching import encode_data
 from ..config.config import Config
+from ..config.registry import SHARDINGS
 from ..config.settings import DEFAULT_MERGE_EPOCHS
 from ..data.dataset import TrainingImages, load_images
 from ..data.loader import Shard
@@ -15,7 +16,7 @@ from ..distributed.groups import Ranks
 from ..errors import UserError
 from ..families import Family
 from ..method.schedule import Schedule
-from ..method.sharding import shard_indices
+from ..method.sharding import checked_shards
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,18 @@ def find_images(config: Config, needs_captions: bool) -> tuple[TrainingImages, T
 
 
 def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
-    """Which images are in each shard, and the schedule that follows from the shards' sizes."""
-    indices = shard_indices(len(images), config.ensemble.num_shards, config.training.seed, images.shard_labels)
+    """Which images are in each shard, and the schedule that follows from the shards' sizes.
+
+    Raises:
+        UserError: the sharding leaves images out, or uses them twice.
+    """
+    entry, settings = config.chosen(SHARDINGS)
+    clones, seed = config.ensemble.num_shards, config.training.seed
+    parts = entry.load()(images, clones, seed, *([] if settings is None else [settings]))
+    try:
+        indices = checked_shards(parts, len(images), clones)
+    except ValueError as error:
+        raise UserError(f"`--shard_strategy {entry.name}`: {error}.") from None
     return indices, _schedule(config, tuple(len(part) for part in indices))
 
 

@@ -113,7 +113,7 @@ class Trainer:
         """How many steps each of the shards still takes in this round; the same on every rank."""
         steps = []
         for clone in (self.ensemble.clones[shard] for shard in shards):
-            began = clone.began if self.ensemble.is_amid(clone.shard) else clone.step
+            began = clone.began if self.ensemble.is_midway(clone.shard) else clone.step
             steps.append(self.schedule.round_end(clone.shard, began) - clone.step)
         return Wave(tuple(shards), tuple(steps), self.ensemble.step)
 
@@ -318,25 +318,10 @@ class Trainer:
         return {**dataclasses.asdict(settings), "validation_prompts": list(settings.validation_prompts)}
 
     def _check_space(self) -> None:
-        weights = sum(tensor.nbytes for tensor in self.ensemble.denoiser.values())
-        ensemble, clones = self.config.ensemble, len(self.ensemble.clones)
-        averages = 2 if self.config.optimizer.use_ema else 1
-        live = min(clones, self.ranks.size)
-        moments = clones if ensemble.optimizer_across_rounds == "keep" else live
-        merged = averages + (2 if ensemble.optimizer_across_rounds == "average" else 0)
-        sums = 2 * merged if clones > 1 else 0
-        adapted = 0
-        if self.model.adapter is not None and self.config.merges_exactly and clones > 1:
-            sums = 2 * (merged - averages) + clones * averages
-            adapted = averages * self.model.adapter.nbytes
-        velocity = 1 if ensemble.outer_momentum else 0
         components = self.model.family.pipeline.components.values()
         models = [component for component in components if isinstance(component, torch.nn.Module)]
         pipeline = sum(parameter.nbytes for model in models for parameter in model.parameters())
-        # A checkpoint in the middle of a round: the round's start, its sums in float64, live clones, and moments; for
-        # adapters, the clones instead of their sums, and remainders.
-        checkpoint = (merged + sums + velocity + live * averages + 2 * moments) * weights + adapted
-        outputs.check_space(self.output, checkpoint + pipeline)
+        outputs.check_space(self.output, self.run.need.checkpoint + pipeline)
 
     def _card_facts(self, picture: Path | None, result: Result) -> CardFacts:
         return CardFacts(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_sd, tiny_sd
 
 from iet_finetune import cli, merge_state_dicts
-from iet_finetune.lora.file import read_lora
+from iet_finetune.lora.reading import read_lora
 
 ROOT = Path(__file__).parents[2]
 NAME = "pytorch_lora_weights.safetensors"

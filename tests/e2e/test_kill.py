@@ -19,7 +19,8 @@ from accelerate.state import AcceleratorState
 from e2e.command import SCRIPT, assert_same, environment, flags, leftovers, repeatable, words
 
 from iet_finetune import cli
-from iet_finetune.ensemble.checkpoint import CheckpointStore, tensors_piece
+from iet_finetune.ensemble.checkpoint import CheckpointStore
+from iet_finetune.ensemble.pieces import tensors_piece
 from iet_finetune.files import clean
 
 pytestmark = pytest.mark.timeout(600)

@@ -7,124 +7,129 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loras import adapted_unet
 
 from iet_finetune import UserError
-from iet_finetune.ensemble.budget import available_memory, cgroup_memory, check_memory, host_need
+from iet_finetune.config.settings import OptimizerConfig
+from iet_finetune.distributed.groups import Placement
+from iet_finetune.ensemble.across_rounds import POLICIES
+from iet_finetune.ensemble.budget import Need, available_memory, cgroup_memory, check_memory
+from iet_finetune.ensemble.merger import Merger
+from iet_finetune.ensemble.optimizers import state_bytes
+from iet_finetune.lora.merger import ExactMerger
 
 MB = 1_000_000
 GB = 1_000_000_000
 
 # --- what a run needs ------------------------------------------------------------------------------------------------
 
-# The UNet of Stable Diffusion 1.5 in fp32.
-SD15: dict[str, Any] = {"weights": 3_438_000_000, "ranks": 1, "shards_of_rank": 4, "num_shards": 4}
-SD15 |= {"outer_momentum": False, "device_is_host": False}
+
+def host_need(weights: int, clones: int, ranks: int = 1, *, policy: str = "reset", eight_bits: bool = False, **others):
+    """What the first rank needs: gradients, optimizer state, the merge, and a moving average if there is one."""
+    placement = Placement.plan(clones, ranks)
+    state = state_bytes(weights, OptimizerConfig(use_8bit_adam=eight_bits))
+    need = Need(device=weights) + POLICIES[policy].need(state, placement, 0)
+    need += Merger.need(weights, placement, others.get("outer", (1.0, 0.0)))
+    return need + Need(device=weights) + Merger.need(weights, placement) if others.get("ema") else need
 
 
 def test_stable_diffusion_needs_what_the_design_says():
-    keep = host_need(**SD15, ema=False, moments="keep")
-    reset = host_need(**SD15, ema=False, moments="reset")
-    assert round(keep.total / GB) == 38
-    assert round(reset.total / GB) == 10
-    assert round(host_need(**SD15, ema=True, moments="reset").total / GB) == 21
-    assert keep.live == keep.returning == 0
-    assert keep.offloaded == keep.resting == keep.total
+    sd15 = 3_438_000_000, 4
+    keep, reset = host_need(*sd15, policy="keep"), host_need(*sd15)
+    assert round(keep.host / GB) == 38
+    assert round(reset.host / GB) == 10
+    assert round(host_need(*sd15, ema=True).host / GB) == 21
+    # On a GPU that is all the memory, and with `--offload_dir` nothing of it.
+    assert keep.memory(device_is_host=False, offloaded=False) == keep.host
+    assert keep.memory(device_is_host=False, offloaded=True) == 0
 
 
 @given(
     parameters=st.integers(1, 10**10),
     ranks=st.integers(1, 64),
-    num_shards=st.integers(2, 64),
+    times=st.integers(1, 8),
     ema=st.booleans(),
-    moments=st.sampled_from(["keep", "reset"]),
+    policy=st.sampled_from(["keep", "reset"]),
 )
-def test_on_a_gpu_the_need_is_that_of_the_design(parameters, ranks, num_shards, ema, moments):
-    shards = -(-num_shards // ranks)
-    need = host_need(
-        weights=4 * parameters,
-        ranks=ranks,
-        shards_of_rank=shards,
-        num_shards=num_shards,
-        ema=ema,
-        moments=moments,
-        outer_momentum=False,
-        device_is_host=False,
-    )
-    formula = parameters * (4 + 8 / ranks) * (2 if ema else 1) + 8 * parameters * shards * (moments == "keep")
-    assert need.resting == pytest.approx(formula, rel=1e-9, abs=2)
-    assert need.live == 0
+def test_on_a_gpu_the_need_is_that_of_the_design(parameters, ranks, times, ema, policy):
+    num_shards = ranks * times + 1
+    need = host_need(4 * parameters, num_shards, ranks, policy=policy, ema=ema)
+    formula = parameters * (4 + 8 / ranks) * (2 if ema else 1) + 8 * parameters * (times + 1) * (policy == "keep")
+    assert need.host == pytest.approx(formula, rel=1e-9, abs=2)
 
 
 def test_exactly_merged_adapters_need_the_weights_below_them_and_their_remainders():
-    adapter: dict[str, Any] = {"weights": 100, "ranks": 2, "shards_of_rank": 2, "num_shards": 4}
-    adapter |= {"outer_momentum": False, "device_is_host": False, "moments": "reset"}
-    need = host_need(**adapter, ema=False, adapted=5000)
-    assert (need.merged, need.sums) == (100 + 2 * 5000, 2 * 4 * 100 // 2)
-    averaged = host_need(**adapter, ema=True, adapted=5000)
-    assert (averaged.merged, averaged.sums) == (200 + 3 * 5000, 2 * 4 * 200 // 2)
-    single = host_need(**adapter | {"num_shards": 1, "ranks": 1, "shards_of_rank": 1}, ema=False, adapted=5000)
-    assert single.merged == 100
+    _, adapter, _ = adapted_unet(rank=3)
+
+    def needs(clones, ranks):
+        placement = Placement.plan(clones, ranks)
+        return adapter.need(placement), ExactMerger.need(100, adapter, placement)
+
+    below, merged = needs(4, 2)
+    assert adapter.nbytes > 1000
+    assert (below.host, below.checkpoint) == (adapter.nbytes, 0)
+    # Of the four clones' adapters each is on one rank, and once more while they are brought together.
+    assert (merged.host, merged.checkpoint) == (100 + adapter.nbytes + 2 * 4 * 100 // 2, 500 + adapter.nbytes)
+    below, merged = needs(1, 1)
+    assert below.host == 0
+    assert (merged.host, merged.checkpoint) == (100 + 2 * 100, 100)
 
 
-def needs(**changes: Any) -> tuple[int, int, int]:
-    """(resting, live, offloaded) for weights of 1000 bytes; four shards, one rank, on the CPU unless changed."""
-    settings: dict[str, Any] = {"weights": 1000, "ranks": 1, "shards_of_rank": 4, "num_shards": 4, "ema": False}
-    settings |= {"moments": "reset", "outer_momentum": False, "device_is_host": True}
-    need = host_need(**{**settings, **changes})
-    assert need.total == need.resting + need.live
-    return need.resting, need.live, need.offloaded
+def needs(clones: int = 4, ranks: int = 1, **settings: Any) -> tuple[int, int, int]:
+    """(idle in memory, live, offloaded) for weights of 1000 bytes, on the CPU."""
+    need = host_need(1000, clones, ranks, **settings)
+    live = need.memory(device_is_host=True, offloaded=True)
+    return need.memory(device_is_host=True, offloaded=False) - live, live, need.host
 
 
-def test_on_a_cpu_the_live_clone_needs_gradients_moments_and_average():
+def test_on_a_cpu_the_live_clone_needs_gradients_optimizer_state_and_average():
     assert needs() == (3000, 3000, 3000)
     assert needs(ema=True) == (6000, 4000, 6000)
-    assert needs(device_is_host=False) == (3000, 0, 3000)
 
 
-def test_on_a_cpu_one_set_of_moments_is_live_and_has_a_file_all_the_same():
-    assert needs(moments="keep") == (3000 + 3 * 2000, 3000, 3000 + 4 * 2000)
-    assert needs(moments="keep", ranks=4, shards_of_rank=1) == (1500, 3000, 1500 + 2000)
-    assert needs(moments="keep", ranks=5, shards_of_rank=0) == (1400, 3000, 1400)
+def test_on_a_cpu_one_optimizer_state_is_live_and_has_a_file_all_the_same():
+    assert needs(policy="keep") == (3000 + 3 * 2000, 3000, 3000 + 4 * 2000)
+    assert needs(4, 4, policy="keep") == (1500, 3000, 1500 + 2000)
 
 
-def test_averaged_moments_are_merged_like_the_weights():
-    assert needs(moments="average") == (3000 + 2000 + 4000, 3000, 9000)
-    assert needs(moments="average", ranks=4, shards_of_rank=1) == (1500 + 2000 + 1000, 3000, 4500)
+def test_an_averaged_optimizer_state_is_merged_like_the_weights():
+    assert needs(policy="average") == (3000 + 2000 + 4000, 3000, 9000)
+    assert needs(4, 4, policy="average") == (1500 + 2000 + 1000, 3000, 4500)
 
 
 def test_a_clone_that_is_the_only_one_needs_no_sum_but_for_an_outer_optimizer():
-    alone = {"num_shards": 1, "shards_of_rank": 1}
-    assert needs(**alone) == (1000, 3000, 1000)
-    assert needs(**alone, ema=True) == (2000, 4000, 2000)
-    assert needs(**alone, outer=True, ema=True) == (2000 + 2000, 4000, 4000)
-    assert needs(**alone, outer_momentum=True) == (1000 + 2000 + 1000, 3000, 4000)
-    assert needs(**alone, ranks=2) == (2000, 3000, 2000)
+    assert needs(1) == (1000, 3000, 1000)
+    assert needs(1, ema=True) == (2000, 4000, 2000)
+    assert needs(1, outer=(0.5, 0.0), ema=True) == (2000 + 2000, 4000, 4000)
+    assert needs(1, outer=(1.0, 0.9)) == (1000 + 2000 + 1000, 3000, 4000)
+    assert needs(1, 2) == (2000, 3000, 2000)
 
 
 def test_the_outer_momentum_is_cut_into_slices():
-    assert needs(outer_momentum=True, ranks=4, shards_of_rank=1) == (1000 + 500 + 250, 3000, 1750)
+    assert needs(4, 4, outer=(1.0, 0.9)) == (1000 + 500 + 250, 3000, 1750)
 
 
-def test_moments_in_eight_bits_take_a_quarter():
-    assert needs(moments="keep", state_bytes_per_weight_byte=0.5) == (3000 + 3 * 500, 1500, 3000 + 4 * 500)
+def test_an_optimizer_state_in_eight_bits_takes_a_quarter_in_memory_in_files_and_in_checkpoints():
+    assert needs(policy="keep", eight_bits=True) == (3000 + 3 * 500, 1500, 3000 + 4 * 500)
+    for policy, states in (("keep", 4), ("reset", 1)):
+        whole, eighth = (host_need(1000, 4, policy=policy, eight_bits=bits).checkpoint for bits in (False, True))
+        assert whole - eighth == states * (2000 - 500)
 
 
 @given(
-    shards=st.integers(1, 9),
+    clones=st.integers(2, 9),
     ranks=st.integers(1, 9),
     ema=st.booleans(),
-    moments=st.sampled_from(["keep", "reset", "average"]),
-    outer_momentum=st.booleans(),
+    policy=st.sampled_from(["keep", "reset", "average"]),
+    outer=st.sampled_from([(1.0, 0.0), (0.7, 0.9)]),
     device_is_host=st.booleans(),
 )
-def test_more_shards_on_a_rank_need_more_only_for_the_moments_they_keep(shards, moments, **settings):
-    few, many = (
-        host_need(weights=1000, shards_of_rank=n, num_shards=n + 1, moments=moments, **settings)
-        for n in (shards, shards + 1)
-    )
-    assert many.total - few.total == (2000 if moments == "keep" else 0)
-    assert many.offloaded - few.offloaded == (2000 if moments == "keep" else 0)
-    assert many.live == few.live
+def test_more_shards_on_a_rank_need_more_only_for_the_state_they_keep(clones, ranks, policy, device_is_host, **others):
+    few, many = (host_need(1000, n * ranks, ranks, policy=policy, **others) for n in (clones, clones + 1))
+    for offloaded in (False, True):
+        one, other = (need.memory(device_is_host=device_is_host, offloaded=offloaded) for need in (few, many))
+        assert other - one == (2000 if policy == "keep" and not offloaded else 0)
+    assert many.host - few.host == (2000 if policy == "keep" else 0)
 
 
 # --- what the machine has --------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import torch
 
 from iet_finetune import UserError
 from iet_finetune.distributed.groups import Ranks
-from iet_finetune.ensemble.checkpoint import CheckpointStore, Piece, state_piece, tensors_piece
+from iet_finetune.ensemble.checkpoint import CheckpointStore
+from iet_finetune.ensemble.pieces import Piece, state_piece, tensors_piece
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from iet_finetune.distributed.groups import Ranks
 from iet_finetune.ensemble.checkpoint import CheckpointStore
 from iet_finetune.ensemble.host import HostMemory
 from iet_finetune.ensemble.merger import ROW, Merger, slice_size
+from iet_finetune.method.merging import CloneRule, SumRule
 
 CPU = torch.device("cpu")
 # Of five clones in the merge over ranks; the third takes no part.
@@ -75,7 +76,7 @@ def test_a_clone_of_weight_0_is_left_out_and_without_any_nothing_changes():
 
 def test_the_only_clone_is_its_own_mean_without_a_sum():
     merger = alone(tensors(0), only_clone=True)
-    assert merger._sum is None
+    assert merger._collected is None
     moved = merger.collect(tensors(1), [7])
     assert merger.merge() == moved > 0
     assert_equal(merger.tensors, tensors(1))
@@ -121,7 +122,44 @@ def test_an_outer_step_of_1_without_momentum_is_the_mean_and_0_momentum_a_part_o
         torch.testing.assert_close(half[name], (tensors(0)[name] + mean[name]) / 2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"outer": (0.7, 0.9)}], ids=["mean", "outer"])
+class Median(CloneRule):
+    """Of each number over the clones, whatever their weights."""
+
+    def merge(self, clones, weights, start):
+        return clones.median(dim=0).values
+
+
+class HalfWay(SumRule):
+    """Half of the way to the mean."""
+
+    def merge(self, total, weight, start):
+        return (total / weight + start) / 2
+
+
+def test_a_rule_takes_the_place_of_the_mean_number_by_number():
+    clones = [tensors(seed) for seed in (1, 2, 3)]
+    for rule in (Median(), HalfWay()):
+        merger = alone(tensors(0), rule=rule)
+        for _ in range(2):  # the second round has nothing left of the first
+            start = {name: tensor.clone() for name, tensor in merger.tensors.items()}
+            for clone, weight in zip(clones, (4, 1, 2), strict=True):
+                merger.collect(clone, [weight])
+            merger.merge()
+        for name in ("a", "b", "c", "d"):
+            values = torch.stack([clone[name] for clone in clones])
+            mean = (4 * values[0] + values[1] + 2 * values[2]) / 7
+            expected = values.median(dim=0).values if isinstance(rule, Median) else (mean + start[name]) / 2
+            torch.testing.assert_close(merger.tensors[name], expected)
+
+
+def test_a_rule_is_asked_even_where_there_is_a_single_clone():
+    merger = alone(tensors(0), only_clone=True, rule=HalfWay())
+    merger.collect(tensors(1), [4])
+    merger.merge()
+    torch.testing.assert_close(merger.tensors["a"], (tensors(0)["a"] + tensors(1)["a"]) / 2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"outer": (0.7, 0.9)}, {"rule": Median()}], ids=["mean", "outer", "median"])
 def test_a_sum_that_was_saved_goes_on_to_the_same_bits(tmp_path, settings):
     whole, first, second = (alone(tensors(0), **settings) for _ in range(3))
     for merger in (whole, first):
@@ -154,10 +192,11 @@ from pathlib import Path
 from iet_finetune.ensemble.checkpoint import CheckpointStore
 from iet_finetune.ensemble.host import HostMemory
 from iet_finetune.ensemble import merger as room
-from ensemble.test_merger import WEIGHTS, digest, tensors
+from ensemble.test_merger import WEIGHTS, Median, digest, tensors
 
 room.BUCKET = 2 * room.ROW * ranks.size
 merger = room.Merger("denoiser", tensors(0), ranks, HostMemory(torch.device("cpu")), outer=(0.7, 0.9))
+median = room.Merger("ema", tensors(0), ranks, HostMemory(torch.device("cpu")), rule=Median())
 store = CheckpointStore(Path("FOLDER"), None, ranks)
 placement = Placement.plan(5, ranks.size)
 drifts = []
@@ -169,10 +208,14 @@ for round_ in range(2):
             by_rank[placement.leader(shard)] = WEIGHTS[shard]
         clone = tensors(1 + round_ * 5 + mine[0]) if mine else None
         drifts.append(merger.collect(clone, by_rank))
+        median.collect(clone, by_rank)
         if round_ == 1 and wave[-1] < 4:
-            store.save(wave[-1], merger.pieces("round 1", f"after {wave[-1]}"), {"total": merger.total})
+            versions = "round 1", f"after {wave[-1]}"
+            pieces = merger.pieces(*versions) | median.pieces(*versions)
+            store.save(wave[-1], pieces, {"total": merger.total})
     moved = merger.merge()
-emit([digest(merger.tensors), moved])
+    median.merge()
+emit([digest(merger.tensors), moved, digest(median.tensors)])
 """
 
 
@@ -192,12 +235,14 @@ def on_ranks(tmp_path_factory):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_rank_of_any_number_ends_with_the_same_bits(on_ranks, size):
     clones = [[tensors(1 + round_ * 5 + shard) for shard in range(5)] for round_ in range(2)]
-    merger = alone(tensors(0), outer=(0.7, 0.9))
+    merger, median = alone(tensors(0), outer=(0.7, 0.9)), alone(tensors(0), rule=Median())
     for round_ in clones:
         for clone, weight in zip(round_, WEIGHTS, strict=True):
             merger.collect(clone, [weight])
+            median.collect(clone, [weight])
         moved = merger.merge()
-    assert on_ranks[size][1] == [[digest(merger.tensors), moved]] * size
+        median.merge()
+    assert on_ranks[size][1] == [[digest(merger.tensors), moved, digest(median.tensors)]] * size
 
 
 @pytest.mark.parametrize(("written_by", "step"), [(1, 1), (2, 1), (2, 3), (4, 3)])
@@ -206,8 +251,10 @@ def test_what_several_ranks_saved_is_taken_up_by_one(on_ranks, written_by, step)
     found = CheckpointStore(folder).find(f"checkpoint-{step}")
     assert found is not None
     merger = alone(tensors(0), outer=(0.7, 0.9))
-    merger.restore(found, found.manifest["total"])
-    for shard in range(step + 1, 5):
-        merger.collect(tensors(6 + shard), [WEIGHTS[shard]])
-    merger.merge()
-    assert digest(merger.tensors) == output[0][0]
+    median = Merger("ema", tensors(0), Ranks.alone(), HostMemory(CPU), rule=Median())
+    for each in (merger, median):
+        each.restore(found, found.manifest["total"])
+        for shard in range(step + 1, 5):
+            each.collect(tensors(6 + shard), [WEIGHTS[shard]])
+        each.merge()
+    assert [digest(merger.tensors), digest(median.tensors)] == [output[0][0], output[0][2]]

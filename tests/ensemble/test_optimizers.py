@@ -36,7 +36,7 @@ def test_scale_lr_multiplies_by_the_samples_of_a_step():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_masked_step_changes_neither_weights_nor_moments(fused):
+def test_a_masked_step_changes_neither_weights_nor_optimizer_state(fused):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
 
@@ -54,7 +54,7 @@ def test_a_masked_step_changes_neither_weights_nor_moments(fused):
     assert not torch.equal(parameter, weights)
 
 
-def test_fresh_moments_are_those_of_an_optimizer_that_has_not_stepped_yet():
+def test_a_fresh_state_is_that_of_an_optimizer_that_has_not_stepped_yet():
     torch.manual_seed(0)
     start = [torch.randn(3, 4), torch.randn(5)]
     results = []
@@ -73,29 +73,14 @@ def test_fresh_moments_are_those_of_an_optimizer_that_has_not_stepped_yet():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_fresh_moments_lie_in_one_block_as_their_parameters_lie_in_memory():
-    shapes = [(3, 2, 5, 5), (7,), (), (4, 3, 3, 3)]
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    parameters[3] = torch.nn.Parameter(parameters[3].detach().to(memory_format=torch.channels_last))
-    moments = fresh_optimizer_state(torch.optim.AdamW(parameters, fused=True))
-    tensors = list(named_state(moments).values())
-    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    for parameter, own in zip(parameters, moments.values(), strict=True):
-        assert own["exp_avg"].stride() == own["exp_avg_sq"].stride() == parameter.stride()
-    # None lies over another.
-    for number, tensor in enumerate(tensors):
-        tensor.fill_(number)
-    assert all(bool((tensor == number).all()) for number, tensor in enumerate(tensors))
-
-
-def test_a_name_of_moments_tells_the_parameter():
+def test_a_name_in_the_state_tells_the_parameter():
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(12)]
     names = list(named_state(fresh_optimizer_state(torch.optim.AdamW(parameters))))
     assert [parameter_of(name) for name in names] == [number for number in range(12) for _ in range(3)]
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_parameter_whose_moments_were_dropped_starts_anew_and_the_other_goes_on(fused):
+def test_a_parameter_whose_state_was_dropped_starts_anew_and_the_other_goes_on(fused):
     def two():
         parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3))]
         return parameters, torch.optim.AdamW(parameters, lr=0.1, fused=fused)
@@ -122,7 +107,7 @@ def test_a_parameter_whose_moments_were_dropped_starts_anew_and_the_other_goes_o
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_moments_that_are_taken_up_are_worked_in_and_give_the_steps_of_an_optimizer_that_went_on(fused):
+def test_a_state_that_is_loaded_is_worked_in_and_gives_the_steps_of_an_optimizer_that_went_on(fused):
     torch.manual_seed(0)
     start = [torch.randn(3, 4), torch.randn(5), torch.randn(2)]
     gradients = [[torch.randn_like(value) for value in start] for _ in range(6)]

@@ -14,7 +14,7 @@ from iet_finetune import UserError
 from iet_finetune.config.settings import AdapterConfig
 from iet_finetune.ensemble.trainable import Trainable
 from iet_finetune.lora.adapters import add_adapter
-from iet_finetune.lora.low_rank import LowRank
+from iet_finetune.lora.spectra import LowRank
 
 ALL_LAYERS = ",".join(EVERYTHING)
 

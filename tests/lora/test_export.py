@@ -8,8 +8,9 @@ from tiny import tiny_sd
 from torch import Tensor
 
 from iet_finetune.lora.export import MOST_TIMES_RANK, plan_export
-from iet_finetune.lora.file import read_lora, write_lora
-from iet_finetune.lora.low_rank import LowRank
+from iet_finetune.lora.file import write_lora
+from iet_finetune.lora.reading import read_lora
+from iet_finetune.lora.spectra import LowRank
 
 LAYERS = ",".join(EVERYTHING)
 

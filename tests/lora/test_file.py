@@ -28,7 +28,8 @@ from tiny import tiny_sd
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from iet_finetune import UserError
-from iet_finetune.lora.file import LoraLayer, merge_loras, read_lora, write_lora
+from iet_finetune.lora.file import LoraLayer, merge_loras, write_lora
+from iet_finetune.lora.reading import read_lora
 
 NAME = "pytorch_lora_weights.safetensors"
 HEADERS = {

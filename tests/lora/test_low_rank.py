@@ -10,20 +10,10 @@ from peft.tuners.lora import Conv2d, Linear, LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iet_finetune.lora.low_rank import (
-    LowRank,
-    align,
-    as_matrix,
-    as_weights,
-    combine,
-    compress,
-    fold_scaling,
-    lora_scaling,
-    merge_layer,
-    split,
-    unfold_scaling,
-    weighted_sum,
-)
+from iet_finetune.lora.factors import as_matrix, as_weights, fold_scaling, lora_scaling, unfold_scaling
+from iet_finetune.lora.low_rank import align, combine, compress, merge_layer, weighted_sum
+from iet_finetune.lora.spectra import LowRank
+from iet_finetune.lora.splitting import split
 
 sides = st.integers(1, 24)
 ranks = st.integers(1, 9)

@@ -13,7 +13,8 @@ from torch import Tensor
 from iet_finetune.distributed.groups import Ranks
 from iet_finetune.ensemble.ema import EMA, START_SHARE
 from iet_finetune.ensemble.host import HostMemory
-from iet_finetune.lora.merger import ExactAverageMerger, ExactMerger, FactorMerger
+from iet_finetune.lora.average import ExactAverageMerger
+from iet_finetune.lora.merger import ExactMerger, FactorMerger
 
 CPU = torch.device("cpu")
 GO = torch.tensor(0.0)

@@ -6,6 +6,7 @@ from loras import adapted_unet
 
 from iet_finetune.config.config import Config
 from iet_finetune.distributed.groups import Placement, Ranks
+from iet_finetune.ensemble.across_rounds import POLICIES
 from iet_finetune.ensemble.checkpoint import CheckpointStore
 from iet_finetune.ensemble.clone import Clone
 from iet_finetune.ensemble.ensemble import Ensemble
@@ -28,18 +29,17 @@ class Run:
         _, self.adapter, self.trainable = adapted_unet(rank=3)
         self.optimizer = build_optimizer(self.trainable.parameters.values(), config.optimizer, config.training)
         ranks, host = Ranks.alone(), HostMemory(CPU, folder)
-        mergers = build_mergers(config, self.trainable, self.adapter, self.optimizer, None, ranks, host)
-        self.merger, self.averaged = mergers["denoiser"], mergers.get("moments")
+        mergers = build_mergers(config, self.trainable, self.adapter, None, ranks, host)
+        policy = POLICIES[moments](self.optimizer, ranks, placement := Placement.plan(2, 1), host)
+        self.merger, self.averaged = mergers["denoiser"], getattr(policy, "merger", None)
         self.ensemble = Ensemble(
             self.trainable,
-            self.optimizer,
             None,
             [Clone(k, 3 + k, AntiGradientControl(1000, 0.0, 0.8), ShardLedger(4), RoundMeter(CPU)) for k in (0, 1)],
             mergers,
+            policy,
             ranks,
-            Placement.plan(2, 1),
-            host,
-            moments=moments,
+            placement,
             seed=0,
         )
 

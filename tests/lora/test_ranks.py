@@ -12,7 +12,8 @@ from iet_finetune.distributed.groups import Placement, Ranks
 from iet_finetune.ensemble.checkpoint import CheckpointStore
 from iet_finetune.ensemble.ema import EMA
 from iet_finetune.ensemble.host import HostMemory
-from iet_finetune.lora.merger import ExactAverageMerger, ExactMerger
+from iet_finetune.lora.average import ExactAverageMerger
+from iet_finetune.lora.merger import ExactMerger
 
 CPU = torch.device("cpu")
 CLONES = 5

@@ -4,7 +4,9 @@ import pytest
 import torch
 from lora.test_low_rank import as_dense, assert_balanced, assert_close, dense_mean, draw_factors, generator_of
 
-from iet_finetune.lora.low_rank import LowRank, merge_layer, split
+from iet_finetune.lora.low_rank import merge_layer
+from iet_finetune.lora.spectra import LowRank
+from iet_finetune.lora.splitting import split
 
 
 def with_values(values, m, n, seed=0):

@@ -140,7 +140,7 @@ def test_the_device_holds_one_base_and_one_adapter_whatever_the_number_of_clones
     def step(total: int, samples: int) -> None:
         seen.append({name: parameter.shape for name, parameter in denoiser.named_parameters()})
         assert list(denoiser.peft_config) == ["default"]
-        moments = trainer.ensemble._optimizer.state
+        moments = trainer.run.local._optimizer.state
         assert sum(state["exp_avg"].numel() for state in moments.values()) <= trained
 
     trained = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iet_finetune import shard_indices
+from iet_finetune.method.sharding import checked_shards
 
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 99))
@@ -39,3 +40,19 @@ def test_the_split_depends_on_the_seed_alone():
 def test_more_shards_than_images_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="8 shards need at least 8 samples, not 5"):
         shard_indices(5, 8, 0)
+
+
+def test_the_shards_of_a_rule_are_put_in_order_and_refused_where_they_are_no_split():
+    shards = checked_shards([[3, 0], np.array([2, 1])], 4, 2)
+    assert [shard.tolist() for shard in shards] == [[0, 3], [1, 2]]
+    assert all(shard.dtype == np.int64 for shard in shards)
+    for parts, fault in (
+        ([[0, 1, 2, 3]], "2 shards with at least one image each are wanted, not shards of 4 images"),
+        ([[0, 1, 2, 3], []], "not shards of 4, 0 images"),
+        ([[0, 1], [1, 2, 3]], "image 1 is in 2 shards"),
+        ([[0, 1], [3]], "image 2 is in 0 shards"),
+        ([[0, 1, 2], [3, 4]], "there is no image 4"),
+        ([[-1, 1, 2], [3, 0]], "there is no image -1"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            checked_shards(parts, 4, 2)
