@@ -163,7 +163,7 @@ def train(name: str, folder: Path) -> Path:
 
 
 def recorded(output: Path) -> dict[str, Any]:
-    """What a run left: tensors by hash, metrics, ledger, settings."""
+    """What a run left: tensors by hash, metrics, ledger."""
     from pyarrow import parquet
     from safetensors.numpy import load_file
 
@@ -202,7 +202,12 @@ IGNORED = {"date", "command", "version", "versions", "iet_finetune", "model", "f
 def comparable(value: Any) -> Any:
     """A record with its keys as they are called now, and without what differs between any two runs."""
     if isinstance(value, dict):
-        return {RENAMED.get(key, key): comparable(item) for key, item in value.items() if key not in IGNORED}
+        # The ledger names images by their paths, in a temporary folder here.
+        return {
+            RENAMED.get(key, key): Path(item).name if key == "image" else comparable(item)
+            for key, item in value.items()
+            if key not in IGNORED
+        }
     return [comparable(item) for item in value] if isinstance(value, list) else value
 
 
