@@ -229,7 +229,7 @@ def compare(before: Path, after: Path) -> int:
     """Prints where the records differ; returns the exit code."""
     records = [comparable(json.loads(path.read_text("utf-8"))) for path in (before, after)]
     found = differences(*records)
-    print("\n".join(found[:40]) or f"the same bits in {len(records[0]) - 1} runs and an audit")
+    print("\n".join(line[:200] for line in found[:40]) or f"the same bits in {len(records[0]) - 1} runs and an audit")
     if len(found) > 40:
         print(f"... and {len(found) - 40} more")
     return 1 if found else 0
