@@ -11,10 +11,10 @@ from unittest import mock
 
 import torch
 
-from iet_finetune import Config, Trainer
+from iet_finetune import Callback, Config, Trainer
 from iet_finetune.data.loader import micro_batches
-from iet_finetune.method.schedule import Step
 from iet_finetune.training import local as local_training
+from iet_finetune.training.callbacks import StepFacts
 
 # A program calls what it is given after every step, and does not go on before its next turn.
 Program = Callable[[Callable[[], None]], None]
@@ -82,21 +82,26 @@ class Turns:
             raise Over
 
 
+class AfterStep(Callback):
+    """Calls a function after each step."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self._action = action
+
+    def on_step_end(self, facts: StepFacts) -> None:
+        """Calls it."""
+        self._action()
+
+
 class SteppedTrainer(Trainer):
-    """The trainer, which tells of each step and writes no checkpoints."""
+    """The trainer, which calls a function after each step and writes no checkpoints."""
 
     def __init__(self, config: Config, after_step: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._after_step = after_step
+        super().__init__(config, callbacks=[AfterStep(after_step)])
 
     def save_checkpoint(self, step: int, *, keep_older: bool = False) -> Path:
         """Nothing: the disk is not what is measured."""
         return self.output
-
-    def _steps(self, *of: Any) -> Iterator[Step]:
-        for step in super()._steps(*of):
-            yield step
-            self._after_step()
 
 
 def timed(function: Callable[..., Any], spent: dict[str, float], part: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .method.objective import NoiseSchedule as NoiseSchedule
     from .method.objective import per_sample_loss as per_sample_loss
     from .method.sharding import shard_indices as shard_indices
+    from .training.callbacks import Callback as Callback
     from .training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 # Each public name and the module it comes from. It is imported at first use, so that `--help` need not wait for torch.
 _HOMES = {
     "AntiGradientControl": "method.agc",
+    "Callback": "training.callbacks",
     "ClassConditionalPipeline": "families.pipelines",
     "Config": "config.config",
     "NoiseSchedule": "method.objective",

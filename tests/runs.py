@@ -2,6 +2,8 @@
 
 import json
 import textwrap
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,38 +12,50 @@ import torch
 from PIL import Image
 from ranks import Ended, run_ranks
 
-from iet_finetune import Config, Trainer
+from iet_finetune import Callback, Config, Trainer
+from iet_finetune.training.callbacks import StepFacts
 
 
 class Killed(BaseException):
     """Stands for a process that is gone."""
 
 
-def run_until(trainer: Trainer, steps: int) -> None:
-    """Trains until the run has taken `steps` more steps, and then is gone without cleaning up."""
-    taken = 0
+class AtStepEnd(Callback):
+    """Passes what is known of each step to a function."""
 
-    def step(total: int, samples: int) -> None:
-        nonlocal taken
-        if taken == steps:
+    def __init__(self, action: Callable[[StepFacts], object]) -> None:
+        self.on_step_end = action  # type: ignore[method-assign]  # that is all there is to it
+
+
+def killed_after(steps: int) -> Callback:
+    """Ends a run that has taken `steps` steps, before it does anything else."""
+    taken = count(1)
+
+    def die(facts: StepFacts) -> None:
+        if next(taken) == steps:
             raise Killed
-        taken += samples > 0
 
-    trainer.reporter.step = step
+    return AtStepEnd(die)
+
+
+def run_until(settings: Config, steps: int) -> Trainer:
+    """Trains until the run has taken `steps` more steps, and then is gone without cleaning up."""
+    trainer = Trainer(settings, callbacks=[killed_after(steps)])
     with pytest.raises(Killed):
         trainer.train()
+    return trainer
 
 
 def train_on_ranks(size: int, settings: Config, before: str = "") -> list[Ended]:
-    """Trains on so many ranks; `before` are lines that each runs before, with its `trainer`."""
+    """Trains on so many ranks; `before` are lines that each runs first, and that may fill its list `callbacks`."""
     environment = {"ACCELERATE_USE_CPU": "true", "FLAGS": json.dumps(settings.to_flags())}
     # What is told on stdout is for tests to read.
     body = f"""
 sys.stdout = sys.stderr
-from iet_finetune import Config, Trainer
-trainer = Trainer(Config.from_flags(**json.loads(os.environ["FLAGS"])))
+from iet_finetune import Callback, Config, Trainer
+callbacks = []
 {textwrap.dedent(before)}
-trainer.train()
+Trainer(Config.from_flags(**json.loads(os.environ["FLAGS"])), callbacks).train()
 """
     return run_ranks(body, size, environments={rank: {**environment, "LOCAL_RANK": str(rank)} for rank in range(size)})
 

@@ -230,6 +230,7 @@ def test_without_its_packages_an_audit_ends_in_a_line_that_says_how_to_get_them(
 
 PUBLIC = {
     "AntiGradientControl": "method.agc",
+    "Callback": "training.callbacks",
     "ClassConditionalPipeline": "families.pipelines",
     "Config": "config.config",
     "NoiseSchedule": "method.objective",

@@ -54,6 +54,9 @@ class LocalTraining:
         device: where the denoiser is.
         group: the ranks that train the clone together, each a share of every micro-batch.
         scaler: the gradient scaler of fp16 training, or None.
+
+    Attributes:
+        judged: the samples of the last step.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class LocalTraining:
         self._device = device
         self._group = group
         self._scaler = scaler
+        self.judged: Judged | None = None
         self._fresh_scaler = scaler.state_dict() if scaler is not None else {}
         # On a CPU a VAE gives latents in this layout, for which convolutions are faster there. Another has other bits.
         channels_last = config.training.channels_last or device.type == "cpu"
@@ -133,6 +137,7 @@ class LocalTraining:
         self._record(clone, step, everyone, broken)
 
     def _record(self, clone: Clone, step: Step, judged: Judged, broken: Tensor) -> None:
+        self.judged = judged
         loss, timesteps, keep, members = judged
         bins = self._bins(clone, timesteps)
         clone.ledger.record(members, keep, loss, clone.agc.expected_loss(bins))

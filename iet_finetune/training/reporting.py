@@ -1,18 +1,18 @@
-"""What a run tells while it goes on: progress, metrics by round, validation pictures, trackers."""
+"""The facts of a run as they come, and the run's own callback, which writes them down."""
 
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from ..config.config import Config
+import torch
+
 from ..ensemble.clone import Clone
 from ..ensemble.meter import RoundSums
-from . import validation
 from .assembly import Run
+from .callbacks import Callback, LoggedFacts, RoundFacts, RunFacts, SampleFacts, StepFacts
 from .data import Data
-from .model import Model
-from .tracking import Progress, Trackers, append_line, cut_back, read_lines
+from .tracking import Progress, Trackers, append_line, cut_back
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 
@@ -22,133 +22,130 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-class Reporter:
-    """Keeps the records of a run; begins with those of the rounds that are already done.
+class Reporter(Callback):
+    """Keeps the records of a run: progress bar, `metrics.jsonl`, `timings.jsonl`, trackers.
 
-    Every rank has one and calls it in the same way; the main one alone writes, draws and speaks.
+    Every rank has one; that of the main rank alone writes and prints.
 
     Args:
-        config: the run's settings.
-        data, model, run: what it works with; read, and for pictures the merged weights are put into the live denoiser.
-        same_pictures: whether the pictures that are there were drawn with the present settings.
+        output: the run's output folder.
+        is_main: whether this is the main rank.
+        trackers: which numbers are sent to.
     """
 
-    def __init__(self, config: Config, data: Data, model: Model, run: Run, same_pictures: bool) -> None:
-        self._config = config
-        self._model = model
-        self._run = run
-        self._output = config.output_path
-        self._speaks = run.ranks.is_main
-        if self._speaks:
-            for name in (METRICS, TIMINGS):
-                cut_back(self._output / name, run.ensemble.round)
-            # Pictures of rounds that are done again, or all if they were drawn in another way.
-            validation.forget_rounds(self._output, run.ensemble.round if same_pictures else -1)
-        self._trackers = Trackers(run.accelerator, config.logging.tracker_project_name, config.to_flags())
-        self._step = run.ensemble.step
-        self._progress = Progress(sum(data.schedule.total_steps), self._step, silent=not self._speaks)
-        self._round_began = time.perf_counter()
-        self._last = RoundSums.nothing()
+    def __init__(self, output: Path, is_main: bool, trackers: Trackers) -> None:
+        self._output, self._is_main, self._trackers = output, is_main, trackers
+        self._progress: Progress | None = None
         self._closed = False
-        remaining = data.schedule.remaining_rounds(run.ensemble.steps)
-        # All steps may be done and the merge not.
-        self._rounds = run.ensemble.round + max(remaining, int(run.ensemble.in_midst_of_round))
 
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        """The metrics of the rounds done so far."""
-        return read_lines(self._output / METRICS)
+    def on_run_begin(self, facts: RunFacts) -> None:
+        """Cuts the records of rounds that are trained again, and starts the progress bar."""
+        if self._is_main:
+            for name in (METRICS, TIMINGS):
+                cut_back(self._output / name, facts.round)
+        self._progress = Progress(facts.total_steps, facts.step, silent=not self._is_main)
+        self._num_shards, self._rounds = facts.num_shards, facts.total_rounds
+        self._round_began = time.perf_counter()
 
-    def begin_clone(self, clone: Clone) -> None:
-        """A clone starts or goes on: what its meter holds has been told already."""
-        self._last = clone.meter.read()
+    def on_step_end(self, facts: StepFacts) -> None:
+        """Moves the progress bar; with logged facts, shows and tracks them."""
+        assert self._progress is not None
+        self._progress.reach(facts.step, facts.images)
+        if (logged := facts.logged) is not None:
+            place = f"round {facts.round}/{self._rounds} shard {facts.shard + 1}/{self._num_shards}"
+            self._progress.describe(place, logged.loss, logged.skip_rate)
+            values = {"loss": logged.loss, "skip_rate": logged.skip_rate, "lr": logged.learning_rate}
+            self._trackers.log(values, facts.step)
 
-    def step(self, total: int, samples: int) -> None:
-        """All clones together have taken `total` steps, after `samples` images more."""
-        self._step = total
-        self._progress.reach(total, samples)
-
-    def log(self, clone: Clone) -> RoundSums:
-        """Reads the device once and tells what came since the last time; returns the clone's sums of the round."""
-        sums = clone.meter.read()
-        since, self._last = sums.combined(self._last, -1), sums
-        ensemble = self._run.ensemble
-        place = f"round {ensemble.round + 1}/{self._rounds} shard {clone.shard + 1}/{len(ensemble.clones)}"
-        self._progress.describe(place, since.loss, since.skip_rate)
-        rate = self._run.learning_rates[clone.shard](clone.step - 1)
-        self._trackers.log({"loss": since.loss, "skip_rate": since.skip_rate, "lr": rate}, self._step)
-        return sums
-
-    def round(self, drift: float) -> None:
-        """A round is merged: its line of metrics; the clones' meters start again. Every rank takes part."""
-        ensemble = self._run.ensemble
-        line = self._round_line(drift)
-        for clone in ensemble.clones:
-            clone.meter.clear()
-        if not self._speaks:
+    def on_round_end(self, facts: RoundFacts) -> None:
+        """Writes the round's lines of metrics and timings."""
+        assert self._progress is not None
+        self._progress.reach(facts.step, 0)
+        if not self._is_main:
             return
-        append_line(self._output / METRICS, line)
+        line = facts.metrics
+        append_line(self._output / METRICS, dict(line))
         numbers = {f"round/{name}": value for name, value in line.items() if isinstance(value, float)}
-        self._trackers.log(numbers, ensemble.step)
+        self._trackers.log(numbers, facts.step)
         self._progress.say(
-            f"round {ensemble.round}/{self._rounds}: loss {line['loss']:.4f}, skipped {line['skip_rate']:.1%}"
+            f"round {facts.round}/{self._rounds}: loss {line['loss']:.4f}, skipped {line['skip_rate']:.1%}"
         )
         now = time.perf_counter()
-        append_line(self._output / TIMINGS, {"round": ensemble.round, "seconds": round(now - self._round_began, 3)})
+        append_line(self._output / TIMINGS, {"round": facts.round, "seconds": round(now - self._round_began, 3)})
         self._round_began = now
 
-    def _round_line(self, drift: float) -> dict[str, Any]:
-        clones = self._run.ensemble.clones
-        own = [(clone.shard, clone.drift, clone.meter.read().numbers) for clone in self._run.ensemble.own]
-        told = sorted(facts for rank in self._run.ranks.all_gather_object(own) for facts in rank)
-        sums = [RoundSums(*numbers) for _, _, numbers in told]
-        total = sums[0]
-        for other in sums[1:]:
-            total = total.combined(other)
-        return {
-            "round": self._run.ensemble.round,
-            "step": self._run.ensemble.step,
-            "loss": total.loss,
-            "skip_rate": total.skip_rate,
-            "skip_rate_by_noise_level": total.skip_rate_by_level,
-            "merge_drift": drift,
-            **self._run.ensemble.facts_of_merge,
-            "clone_drift": [drift for _, drift, _ in told],
-            "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
-            "shard_skip_rate": [shard.skip_rate for shard in sums],
-            "lr": [self._run.learning_rates[clone.shard](max(clone.step - 1, 0)) for clone in clones],
-        }
-
-    def draw_base(self) -> None:
-        """Pictures from the pipeline as it came; to be called while the live denoiser still holds its weights."""
-        self._draw(0)
-
-    def draw_round(self) -> None:
-        """Pictures from the merged denoiser of the round just done, when they are due."""
-        round_ = self._run.ensemble.round
-        if self._speaks and (round_ % self._config.validation.validation_rounds == 0 or round_ == self._rounds):
-            self._run.ensemble.load_result()
-            self._draw(round_)
-
-    def _draw(self, round_: int) -> None:
-        settings, path = self._config.validation, validation.round_file(self._output, round_)
-        prompts = list(self._model.family.prompts(settings))
-        if not self._speaks or not prompts or path.exists():
-            return
-        rows = validation.draw_images(
-            self._model.family, settings, self._config.training.seed, self._config.data.resolution
-        )
-        validation.save_picture(validation.grid(rows, prompts), path)
-        flat = [(picture, prompt) for row, prompt in zip(rows, prompts, strict=True) for picture in row]
-        self._trackers.log_images("validation", [p for p, _ in flat], [c for _, c in flat], self._run.ensemble.step)
-
-    def before_after(self) -> Path | None:
-        """The picture that shows the first drawing beside the last; None if nothing was drawn."""
-        return validation.save_before_after(self._output, self._rounds)
-
     def close(self) -> None:
-        """Ends the progress bar and writes out what the trackers hold; again, it does nothing."""
-        self._progress.close()
+        """Ends the progress bar and flushes the trackers; calling it again does nothing."""
+        if self._progress is not None:
+            self._progress.close()
         if not self._closed:
             self._trackers.close()
         self._closed = True
+
+
+def round_metrics(run: Run, drift: float) -> dict[str, Any]:
+    """The line of `metrics.jsonl` for the round that has just been merged. Every rank takes part.
+
+    Args:
+        drift: ‖θ' − θ‖ / ‖θ‖ of the merge.
+    """
+    ensemble = run.ensemble
+    own = [(clone.shard, clone.drift, clone.meter.read().numbers) for clone in ensemble.own]
+    gathered = sorted(facts for rank in run.ranks.all_gather_object(own) for facts in rank)
+    sums = [RoundSums(*numbers) for _, _, numbers in gathered]
+    total = sums[0]
+    for other in sums[1:]:
+        total = total.combined(other)
+    return {
+        "round": ensemble.round,
+        "step": ensemble.step,
+        "loss": total.loss,
+        "skip_rate": total.skip_rate,
+        "skip_rate_by_noise_level": total.skip_rate_by_level,
+        "merge_drift": drift,
+        **ensemble.facts_of_merge,
+        "clone_drift": [drift for _, drift, _ in gathered],
+        "shard_loss": [shard.loss if sum(shard.seen) else None for shard in sums],
+        "shard_skip_rate": [shard.skip_rate for shard in sums],
+        "lr": [run.learning_rates[clone.shard](max(clone.step - 1, 0)) for clone in ensemble.clones],
+    }
+
+
+def run_facts(data: Data, run: Run, output: Path, total_rounds: int) -> RunFacts:
+    """Where the run stands."""
+    return RunFacts(
+        output=output,
+        rank=run.ranks.rank,
+        num_images=len(data.images),
+        num_shards=len(data.shards),
+        total_steps=sum(data.schedule.total_steps),
+        total_rounds=total_rounds,
+        step=run.ensemble.step,
+        round=run.ensemble.round,
+    )
+
+
+def step_facts(
+    data: Data, run: Run, clone: Clone, step: int, images: int, since: RoundSums | None, wants_losses: bool
+) -> StepFacts:
+    """The step that a clone has just taken.
+
+    Args:
+        step: steps of all clones together.
+        images: in this step, over all clones that train at the same time.
+        since: what to log, or None.
+        wants_losses: whether to read the samples' losses from the device.
+    """
+    logged = None
+    if since is not None:
+        rate = run.learning_rates[clone.shard](clone.step - 1)
+        logged = LoggedFacts(since.loss, since.skip_rate, rate)
+    samples = _sample_facts(data, run, clone) if wants_losses else None
+    return StepFacts(step, run.ensemble.round + 1, clone.shard, clone.step, images, logged, samples)
+
+
+def _sample_facts(data: Data, run: Run, clone: Clone) -> SampleFacts:
+    judged = run.local.judged
+    assert judged is not None
+    images = torch.from_numpy(data.indices[clone.shard])[judged.members.cpu()]
+    return SampleFacts(images, judged.loss.cpu(), judged.timesteps.cpu(), judged.keep.cpu())

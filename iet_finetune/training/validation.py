@@ -1,42 +1,111 @@
-"""Pictures drawn while training, always from the same prompts and seeds, and put side by side."""
+"""Validation images: drawn while training, always from the same prompts and noise, and put side by side."""
 
 from pathlib import Path
 
 import torch
+from diffusers.utils.pil_utils import make_image_grid
 from PIL import Image, ImageDraw
 
-from ..config.settings import ValidationConfig
+from ..config.config import Config
 from ..families.base import Family, evaluating
 from ..files import written_beside
 from .compiling import uncompiled
+from .tracking import Trackers
 
 FOLDER = "validation"
 BEFORE_AFTER = f"{FOLDER}/before_after.png"
 
 
-def draw_images(family: Family, validation: ValidationConfig, seed: int, resolution: int) -> list[list[Image.Image]]:
-    """`num_validation_images` pictures for each prompt, from the denoiser as it stands.
+class Validation:
+    """The validation images of a run, on the main rank; on the others nothing is ever due or drawn.
 
-    Image i of every prompt starts from the noise of seed + i; torch's global generators are left alone.
+    Args:
+        config: the run's settings.
+        family: the pipeline; images are drawn with its denoiser as it stands.
+        trackers: which images are sent to.
+        last_round: the number of the run's last round, which is always drawn.
+        is_main: whether this is the main rank.
     """
-    device, rows = next(family.denoiser.parameters()).device, []
-    # Encoders that wait on the host go back there. A compiled denoiser would be compiled once more for this.
-    encoders = family.lent((*family.image_encoders, *family.caption_encoders), device)
-    with encoders, evaluating(family.denoiser), torch.no_grad(), uncompiled():
-        pipeline = family.sampling_pipeline().to(device)
-        for prompt in family.prompts(validation):
-            generators = [torch.Generator().manual_seed(seed + i) for i in range(validation.num_validation_images)]
-            rows.append(family.draw(pipeline, prompt, generators, validation, resolution))
-    return rows
+
+    def __init__(self, config: Config, family: Family, trackers: Trackers, last_round: int, *, is_main: bool) -> None:
+        self._config, self._family, self._trackers = config, family, trackers
+        self._last_round, self._is_main = last_round, is_main
+        self._output = config.output_path
+        self._prompts = list(family.prompts(config.validation))
+
+    def is_due(self, round_: int) -> bool:
+        """Whether a round is to have images and has none yet."""
+        every = self._config.validation.validation_rounds
+        return (round_ % every == 0 or round_ == self._last_round) and self._is_missing(round_)
+
+    def _is_missing(self, round_: int) -> bool:
+        return self._is_main and bool(self._prompts) and not self._file(round_).exists()
+
+    def draw(self, round_: int, step: int) -> None:
+        """Draws the images of a round, unless they are there; round 0 is the pipeline before training.
+
+        Args:
+            step: steps of all clones together, for the trackers.
+        """
+        if not self._is_missing(round_):
+            return
+        rows = self._images()
+        save_image(grid(rows, self._prompts), self._file(round_))
+        labelled = [(image, prompt) for row, prompt in zip(rows, self._prompts, strict=True) for image in row]
+        self._trackers.log_images("validation", [i for i, _ in labelled], [p for _, p in labelled], step)
+
+    def _images(self) -> list[list[Image.Image]]:
+        """`num_validation_images` images of each prompt. Image i starts from the noise of seed + i.
+
+        torch's global generators are left alone.
+        """
+        family, settings, data = self._family, self._config.validation, self._config.data
+        device, seed = next(family.denoiser.parameters()).device, self._config.training.seed
+        # Idle encoders return to the host afterwards. A compiled denoiser would be compiled once more for this.
+        encoders = family.lent((*family.image_encoders, *family.caption_encoders), device)
+        with encoders, evaluating(family.denoiser), torch.no_grad(), uncompiled():
+            pipeline, rows = family.sampling_pipeline().to(device), []
+            for prompt in self._prompts:
+                generators = [torch.Generator().manual_seed(seed + i) for i in range(settings.num_validation_images)]
+                rows.append(family.draw(pipeline, prompt, generators, settings, data.resolution))
+        return rows
+
+    def forget(self, above: int) -> None:
+        """Removes the images of rounds later than `above`, and the comparison made with them."""
+        if self._is_main:
+            for file in (self._output / FOLDER).glob("round-*.png"):
+                if int(file.stem.removeprefix("round-")) > above:
+                    file.unlink()
+            (self._output / BEFORE_AFTER).unlink(missing_ok=True)
+
+    def before_after(self) -> Path | None:
+        """`validation/before_after.png`: the images of round 0 beside those of the last round; None without them."""
+        files = [self._file(0), self._file(self._last_round)]
+        if not all(file.is_file() for file in files):
+            return None
+        before, after = (Image.open(file).convert("RGB") for file in files)
+        gap, band = 24, 20
+        sheet = Image.new("RGB", (before.width + gap + after.width, max(before.height, after.height) + band), "white")
+        pen = ImageDraw.Draw(sheet)
+        titled = ((0, "before", before), (before.width + gap, f"after {self._last_round} rounds", after))
+        for x, title, image in titled:
+            pen.text((x + 2, 4), title, fill="black")
+            sheet.paste(image, (x, band))
+        save_image(sheet, self._output / BEFORE_AFTER)
+        return self._output / BEFORE_AFTER
+
+    def _file(self, round_: int) -> Path:
+        return self._output / FOLDER / f"round-{round_:04d}.png"
 
 
 def grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """One row of pictures for each label, with the label above it.
-
-    Without a label, as pictures without a prompt are, they stand in rows of eight.
-    """
+    """One row of images for each label, with the label above it; images without a label fill rows of eight."""
     if labels == [""]:
-        return _sheet(rows[0], columns=8)
+        (images,) = rows
+        columns = min(8, len(images))
+        blank = Image.new("RGB", images[0].size, "white")
+        images = [*images, *[blank] * (-len(images) % columns)]
+        return make_image_grid(images, len(images) // columns, columns)
     width, height = rows[0][0].size
     band = 16
     columns = max(len(row) for row in rows)
@@ -44,50 +113,12 @@ def grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
     pen = ImageDraw.Draw(sheet)
     for y, (row, label) in enumerate(zip(rows, labels, strict=True)):
         pen.text((2, y * (height + band) + 2), label, fill="black")
-        for x, picture in enumerate(row):
-            sheet.paste(picture, (x * width, y * (height + band) + band))
+        sheet.paste(make_image_grid(row, 1, len(row)), (0, y * (height + band) + band))
     return sheet
 
 
-def _sheet(pictures: list[Image.Image], columns: int) -> Image.Image:
-    width, height = pictures[0].size
-    sheet = Image.new("RGB", (min(columns, len(pictures)) * width, -(-len(pictures) // columns) * height), "white")
-    for place, picture in enumerate(pictures):
-        sheet.paste(picture, (place % columns * width, place // columns * height))
-    return sheet
-
-
-def round_file(output: Path, round_: int) -> Path:
-    """Where the pictures drawn after a round are kept; round 0 is before training."""
-    return output / FOLDER / f"round-{round_:04d}.png"
-
-
-def forget_rounds(output: Path, above: int) -> None:
-    """Removes the pictures of later rounds than `above`, and the comparison made with them."""
-    for file in (output / FOLDER).glob("round-*.png"):
-        if int(file.stem.removeprefix("round-")) > above:
-            file.unlink()
-    (output / BEFORE_AFTER).unlink(missing_ok=True)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Writes a PNG beside its place and moves it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as partial:
-        picture.save(partial, format="PNG")
-
-
-def save_before_after(output: Path, last_round: int) -> Path | None:
-    """`validation/before_after.png`: the pictures of round 0 beside those of the last round; None without them."""
-    files = [round_file(output, 0), round_file(output, last_round)]
-    if not all(file.is_file() for file in files):
-        return None
-    before, after = (Image.open(file).convert("RGB") for file in files)
-    gap, band = 24, 20
-    sheet = Image.new("RGB", (before.width + gap + after.width, max(before.height, after.height) + band), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, title, picture in ((0, "before", before), (before.width + gap, f"after {last_round} rounds", after)):
-        pen.text((x + 2, 4), title, fill="black")
-        sheet.paste(picture, (x, band))
-    save_picture(sheet, output / BEFORE_AFTER)
-    return output / BEFORE_AFTER
+        image.save(partial, format="PNG")

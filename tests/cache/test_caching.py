@@ -19,7 +19,7 @@ from families.lending import travelling
 from families.pixels import tiny_pixels
 from PIL import Image
 from ranks import Ended, run_ranks
-from runs import assert_equal, run_until
+from runs import Killed, assert_equal, killed_after, run_until
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import RESOLUTION, save_tiny_sd, tiny_sd, tiny_tokenizer
@@ -196,7 +196,7 @@ def test_the_cache_changes_no_bit_of_the_weights(world, tmp_path, base, flags):
 def test_a_run_may_be_resumed_with_the_cache_or_without_it(world, tmp_path, first, capsys):
     flags = {**FLIPS, **CAPTIONS, "num_train_epochs": 3, "checkpointing_steps": 1}
     whole = train(config(world, tmp_path / "whole", cache_latents=first, **flags))
-    run_until(Trainer(config(world, tmp_path / "out", cache_latents=first, **flags)), 5)
+    run_until(config(world, tmp_path / "out", cache_latents=first, **flags), 5)
     capsys.readouterr()
     assert_equal(train(config(world, tmp_path / "out", cache_latents=not first, **flags, **LATEST)), whole)
     assert "resuming, but" not in capsys.readouterr().err
@@ -205,11 +205,12 @@ def test_a_run_may_be_resumed_with_the_cache_or_without_it(world, tmp_path, firs
 def test_training_with_the_cache_reads_and_encodes_nothing(world, tmp_path):
     shutil.copytree(world / "mixed", tmp_path / "mixed")
     settings = config(world, tmp_path / "out", train_data_dir=str(tmp_path / "mixed"), caption_dropout=0.2, **FLIPS)
-    trainer = Trainer(settings)
+    trainer = Trainer(settings, callbacks=[killed_after(4)])
     shutil.rmtree(tmp_path / "mixed")
     del trainer.model.family.pipeline.vae.encoder
     trainer.model.family.encode_captions = None
-    run_until(trainer, 4)
+    with pytest.raises(Killed):
+        trainer.train()
 
 
 @pytest.mark.parametrize("base", ["sd", "sdxl", "sd3", "flux dev", "pixart alpha", "pixels"])

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny import save_images
 from tiny_families import PIPELINES, tiny_pipeline
 
-from iet_finetune import Config, Trainer, UserError
+from iet_finetune import Config, UserError
 from iet_finetune.config.settings import ModelConfig
 from iet_finetune.families import PipelineSource, family_class, find_pipeline, load_family
 
@@ -129,7 +129,7 @@ def test_learning_rate_zero_returns_the_same_bits(runs, tmp_path):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_resumed_in_the_midst_of_a_round_ends_with_the_same_bits(runs, tmp_path, mode):
-    run_until(Trainer(config(runs.world, tmp_path / "cut", **runs.flags[mode])), 5)
+    run_until(config(runs.world, tmp_path / "cut", **runs.flags[mode]), 5)
     assert not (tmp_path / "cut" / "model_index.json").exists()
     resumed = train(runs.world, tmp_path / "cut", resume_from_checkpoint="latest", **runs.flags[mode])
     assert_equal(weights(resumed), weights(runs.outputs[mode]))

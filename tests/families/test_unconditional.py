@@ -158,7 +158,7 @@ def test_a_resumed_run_ends_with_the_same_bits(world, tmp_path, start, use_lora)
     flags = {"use_lora": True, "rank": 2} if use_lora else {}
     whole = load_file(train(world, tmp_path / "whole", start, **flags) / UNET)
     AcceleratorState._reset_state(reset_partial_state=True)
-    run_until(Trainer(config(world, tmp_path / "cut", start, **flags)), 5)
+    run_until(config(world, tmp_path / "cut", start, **flags), 5)
     resumed = train(world, tmp_path / "cut", start, resume_from_checkpoint="latest", **flags)
     assert_equal(load_file(resumed / UNET), whole)
 

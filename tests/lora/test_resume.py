@@ -7,11 +7,12 @@ import pytest
 from accelerate.state import AcceleratorState
 from e2e.command import assert_same, repeatable
 from lora_runs import LATEST, LORA, UNET, config, metrics, train
-from runs import Killed, files, run_until
+from runs import AtStepEnd, Killed, files, run_until
 from tiny import save_images, save_tiny_sd
 
 from iet_finetune import Trainer, UserError
 from iet_finetune.publish import outputs
+from iet_finetune.training.callbacks import StepFacts
 
 # Stops by the steps taken since the process began. They go on amid a clone, between two, after a merge, and then again
 # amid a clone and between two that train on what a merge has left.
@@ -46,7 +47,7 @@ def test_a_run_stopped_anywhere_and_resumed_leaves_the_same_files(world, tmp_pat
     output, places = tmp_path / "out", []
     for stop in STOPS:
         AcceleratorState._reset_state(reset_partial_state=True)
-        run_until(Trainer(config(world, output, **of(name))), stop)
+        run_until(config(world, output, **of(name)), stop)
         places.append(max(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")))
     assert places == [2, 4, 12, 14, 16]
     assert_same(repeatable(train(world, output, **of(name))), repeatable(world / name))
@@ -63,13 +64,11 @@ def test_the_runs_are_such_that_agc_skips_and_exact_merges_leave_remainders(worl
 
 
 def test_a_run_that_breaks_is_set_back_and_goes_on_to_the_same_files(world, tmp_path):
-    trainer = Trainer(config(world, tmp_path / "out", **of("exact")))
-
-    def poison(total: int, samples: int) -> None:
-        if trainer.ensemble.step == 13:
+    def poison(facts: StepFacts) -> None:
+        if facts.step == 13:
             trainer.model.family.objective.alphas_cumprod.fill_(float("nan"))
 
-    trainer.reporter.step = poison
+    trainer = Trainer(config(world, tmp_path / "out", **of("exact")), callbacks=[AtStepEnd(poison)])
     with pytest.raises(UserError, match="not finite in round 2, shard 1 of 3, step 6"):
         trainer.train()
     assert_same(repeatable(train(world, tmp_path / "out", **of("exact"))), repeatable(world / "exact"))

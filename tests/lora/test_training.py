@@ -9,12 +9,13 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from lora_runs import LATEST, LORA, config, fused, train
 from peft.utils import get_peft_model_state_dict
 from reference import OneRoundOfAdapters, Reference, with_adapter
-from runs import assert_close, assert_equal, samples
+from runs import AtStepEnd, assert_close, assert_equal, samples
 from safetensors.torch import load_file
 from tiny import save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Trainer
 from iet_finetune.lora.adapters import Adapter
+from iet_finetune.training.callbacks import StepFacts
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 MERGES = ["exact", "average", "freeze_a"]
@@ -134,19 +135,19 @@ def test_the_device_holds_one_base_and_one_adapter_whatever_the_number_of_clones
     pipeline = with_adapter(tiny_sd(), r=2, lora_alpha=2, target_modules=ATTENTION)
     expected = {name: parameter.shape for name, parameter in pipeline.unet.named_parameters()}
     seen = []
-    trainer = Trainer(config(world, tmp_path / "out", num_shards=4, num_train_epochs=4, use_ema=True))
-    denoiser = trainer.model.family.denoiser
 
-    def step(total: int, samples: int) -> None:
+    def look(facts: StepFacts) -> None:
         seen.append({name: parameter.shape for name, parameter in denoiser.named_parameters()})
         assert list(denoiser.peft_config) == ["default"]
         moments = trainer.run.local._optimizer.state
         assert sum(state["exp_avg"].numel() for state in moments.values()) <= trained
 
+    settings = config(world, tmp_path / "out", num_shards=4, num_train_epochs=4, use_ema=True)
+    trainer = Trainer(settings, callbacks=[AtStepEnd(look)])
+    denoiser = trainer.model.family.denoiser
     trained = sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad)
-    trainer.reporter.step = step
     trainer.train()
-    assert len(seen) > 32
+    assert len(seen) == 32
     assert all(shapes == expected for shapes in seen)
     frozen = [name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad]
     assert all("lora_" not in name for name in frozen)

@@ -77,8 +77,8 @@ def test_channels_last_learns_the_same_and_leaves_files_in_the_usual_order(world
 def test_with_channels_last_a_stopped_run_goes_on_to_the_same_bits(world, tmp_path):
     flags = {"channels_last": True, "checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
     Trainer(config(world, tmp_path / "whole", **flags)).train()
-    for steps in (1, 4):
-        run_until(Trainer(config(world, tmp_path / "stopped", **flags)), steps)
+    for steps in (2, 5):
+        run_until(config(world, tmp_path / "stopped", **flags), steps)
     Trainer(config(world, tmp_path / "stopped", **flags)).train()
     assert_equal(load_file(tmp_path / "stopped" / WEIGHTS), load_file(tmp_path / "whole" / WEIGHTS))
 
@@ -94,7 +94,7 @@ def test_the_weights_of_a_run_with_channels_last_lie_so_from_merge_to_merge(worl
 
 
 def test_another_layout_is_another_run(world, tmp_path):
-    run_until(Trainer(config(world, tmp_path / "out", checkpointing_steps=1)), 2)
+    run_until(config(world, tmp_path / "out", checkpointing_steps=1), 2)
     with pytest.raises(UserError, match=r"`--channels_last` has changed \(False then, True now\)"):
         Trainer(config(world, tmp_path / "out", channels_last=True, resume_from_checkpoint="latest"))
 

@@ -1,0 +1,99 @@
+"""What is left to do when all rounds are done: save, write the records, audit, push."""
+
+import shlex
+from pathlib import Path
+
+from ..config.config import Config
+from ..ensemble.ledger import LEDGER, write_ledger
+from ..environment import environment
+from ..errors import UserError
+from ..publish import outputs
+from ..publish.card import CardFacts, base_license, write_model_card
+from ..publish.hub import push
+from ..publish.result import Result
+from .assembly import Run
+from .data import Data
+from .model import Model
+from .reporting import METRICS
+from .tracking import read_lines
+
+
+def finish(config: Config, data: Data, model: Model, run: Run, picture: Path | None) -> None:
+    """Saves the pipeline, the ledger and the model card; audits and pushes them if asked to. For rank 0 alone.
+
+    Args:
+        run: its ensemble holds the state of all clones.
+        picture: the validation images of the first and last round side by side, or None.
+
+    Raises:
+        UserError: no space left, or the audit or the push failed; the pipeline is saved nevertheless.
+    """
+    output = config.output_path
+    run.ensemble.load_result()
+    by_class = data.images.classes is not None
+    result = Result(model.family, model.adapter, model.source, by_class, run.accelerator, config)
+    with outputs.audit_of_other_weights_removed(output):
+        outputs.publish(output, result.save)
+    ledgers = [clone.ledger for clone in run.ensemble.clones]
+    write_ledger(output / LEDGER, data.images, data.heldout, data.indices, ledgers)
+    skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
+    write_model_card(output, _card_facts(config, data, model, run, skip_rates, picture, result))
+    _print_summary(output, skip_rates, picture, result)
+    if config.audit.audit:
+        _audit(output, model, run)
+    if config.hub.push_to_hub:
+        print(f"pushed to {push(output, config.hub)}")
+
+
+def _card_facts(
+    config: Config,
+    data: Data,
+    model: Model,
+    run: Run,
+    skip_rates: tuple[float, ...],
+    picture: Path | None,
+    result: Result,
+) -> CardFacts:
+    source, images = model.source, data.images
+    return CardFacts(
+        base_model=config.model.pretrained_model_name_or_path,
+        base_license=base_license(source.folder) if source.folder is not None else None,
+        pipeline_class=source.class_name,
+        flags=config.to_flags(),
+        num_images=len(images),
+        num_distinct_images=len(images) - images.num_duplicates,
+        num_heldout=len(data.heldout),
+        rounds=run.ensemble.round,
+        steps=run.ensemble.step,
+        skip_rates=skip_rates,
+        sample_grid=picture.relative_to(config.output_path).as_posix() if picture is not None else None,
+        versions=environment()["versions"],
+        lora_export=result.words,
+        class_names=images.class_names,
+        absent=source.absent,
+    )
+
+
+def _print_summary(output: Path, skip_rates: tuple[float, ...], picture: Path | None, result: Result) -> None:
+    print(f"skipped by round: {' '.join(f'{rate:.1%}' for rate in skip_rates)}")
+    if picture is not None:
+        print(f"before and after: {picture}")
+    if result.words is not None:
+        print(f"saved as {result.words}")
+    print(f"load it with: {result.how_to_load(output)}", flush=True)
+
+
+def _audit(output: Path, model: Model, run: Run) -> None:
+    """Measures what was saved, loaded as a user loads it, and puts the metrics into the card."""
+    model.family.pipeline.to("cpu")
+    run.ensemble.release()
+    # Packages that only an audit needs are imported where there is one.
+    from ..publish.audited import audit_model
+
+    try:
+        print(audit_model(output, run.accelerator.device), flush=True)
+    except UserError as error:
+        raise UserError(
+            f"{error} The finished pipeline is saved in `{output}`; audit it with: "
+            f"iet-finetune audit --model {shlex.quote(str(output))}"
+        ) from None
