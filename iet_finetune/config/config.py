@@ -25,6 +25,11 @@ from .settings import (
     require,
 )
 
+# What means nothing where the trainer is passed an object instead of a name.
+_OF_A_NAMED_PIPELINE = ("pretrained_model_name_or_path", "model_config", "revision", "variant", "smoke", "audit")
+_OF_A_NAMED_DATASET = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "smoke", "audit")
+
+
 GROUPS: dict[str, tuple[str, type]] = {
     "model": ("Model", ModelConfig),
     "data": ("Data", DataConfig),
@@ -176,17 +181,31 @@ class Config:
         rules = tuple(made(group) for group in _rules_from_outside().values())
         return cls(**{name: made(group) for name, (_, group) in GROUPS.items()}, rules=rules)
 
-    def check_sources(self) -> None:
-        """Raise a `UserError` unless a pipeline, or a network to begin with, and a source of images are given."""
+    def check_sources(self, *, pipeline: bool = False, dataset: bool = False) -> None:
+        """Raises a `UserError` unless a pipeline, or a network to begin with, and a source of images are given.
+
+        Args:
+            pipeline, dataset: whether they are passed as objects; no flag may name another then.
+        """
         require(
-            self.model.pretrained_model_name_or_path is not None or self.model.model_config is not None,
+            pipeline or self.model.pretrained_model_name_or_path is not None or self.model.model_config is not None,
             "`--pretrained_model_name_or_path` is missing: give the Hub id or folder of a diffusers pipeline, or "
             "`--model_config` to train from scratch.",
         )
         require(
-            self.data.train_data_dir is not None or self.data.dataset_name is not None,
+            dataset or self.data.train_data_dir is not None or self.data.dataset_name is not None,
             "no images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.",
         )
+        if pipeline:
+            self._refuse(_OF_A_NAMED_PIPELINE, "a pipeline that is passed as an object")
+        if dataset:
+            self._refuse(_OF_A_NAMED_DATASET, "a dataset that is passed as an object")
+
+    def _refuse(self, names: tuple[str, ...], beside: str) -> None:
+        flags, defaults = self.to_flags(), type(self)().to_flags()
+        for name in names:
+            given = flags[name]
+            require(given == defaults[name], f"`--{name} {given}` does not go with {beside}: leave it out.")
 
     def to_flags(self) -> dict[str, Any]:
         """Every effective flag by name, secrets left out, in plain YAML types; the inverse of `from_flags`."""

@@ -100,6 +100,7 @@ def load_images(
     shard_by_column: str | None = None,
     needs_captions: bool = True,
     table: datasets.Dataset | None = None,
+    table_name: str = "train_images",
 ) -> tuple[TrainingImages, TrainingImages]:
     """The images to train on and those held out, from `--train_data_dir` or `--dataset_name`.
 
@@ -113,16 +114,15 @@ def load_images(
         seed: seed of both draws.
         shard_by_column: column whose values become `shard_labels`.
         needs_captions: if False the caption column is not read, and every caption is empty.
-        table: images in memory, instead of the source that `data` names.
+        table, table_name: images in memory, instead of the source that `data` names, and what errors call them.
 
     Raises:
         UserError: what is missing or wrong, by flag, column, file or row.
     """
     caption_column = data.caption_column if needs_captions else None
     columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
-    images = _hashed(
-        _read_source(data, cache_dir, columns) if table is None else _of_table("train_images", table, columns), columns
-    )
+    samples = _read_source(data, cache_dir, columns) if table is None else _of_table(table_name, table, columns)
+    images = _hashed(samples, columns)
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -156,7 +156,11 @@ def load_table(name: str, table: datasets.Dataset, data: DataConfig, *, captions
 
 
 def _of_table(name: str, table: datasets.Dataset, columns: Columns) -> Samples:
-    return table_samples(table, columns, name, f"`{name}`", folder=None)
+    if not isinstance(table, datasets.Dataset):
+        kind = type(table).__name__
+        raise UserError(f"`{name}` must be a `datasets.Dataset`, such as one split of a DatasetDict, not a {kind}.")
+    # A format or transform would make something else of the encoded images.
+    return table_samples(table.with_format(None), columns, name, f"`{name}`", folder=None)
 
 
 def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> Samples:

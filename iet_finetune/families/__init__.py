@@ -1,13 +1,16 @@
 """One file a pipeline family, and the table that says which pipeline belongs to which."""
 
 import importlib
+from typing import Any
+
+import torch
 
 from ..config.config import Config
 from ..config.settings import ModelConfig
 from ..errors import UserError
 from . import loading
 from .base import Conditions, Family, in_chunks
-from .loading import PipelineSource, load_pipeline, save_pipeline
+from .loading import PipelineSource, load_pipeline, move_pipeline, round_pipeline, save_pipeline, source_of
 from .scratch import build_pipeline, scratch_source
 
 __all__ = [
@@ -20,8 +23,11 @@ __all__ = [
     "in_chunks",
     "load_family",
     "load_pipeline",
+    "move_pipeline",
     "register_family",
+    "round_pipeline",
     "save_pipeline",
+    "source_of",
 ]
 
 # Pipeline class in model_index.json -> module and class of its family, or a class from elsewhere.
@@ -58,8 +64,9 @@ def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
         UserError: none knows this pipeline.
     """
     if source.class_name not in FAMILIES:
+        name = model.pretrained_model_name_or_path
         raise UserError(
-            f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` is a {source.class_name}; "
+            f"{f'`--pretrained_model_name_or_path {name}`' if name else 'the pipeline'} is a {source.class_name}; "
             f"the families that can be trained are {', '.join(sorted(FAMILIES))}; docs/add-a-family.md tells how to "
             "add one."
         )
@@ -70,13 +77,20 @@ def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
     return getattr(importlib.import_module(f".{module}", __name__), name)
 
 
-def load_family(source: PipelineSource, config: Config) -> Family:
+def load_family(source: PipelineSource, config: Config, pipeline: Any = None) -> Family:
     """Loads the pipeline, or draws its first weights, and puts it behind its family.
+
+    Args:
+        pipeline: the one that is in memory already, or None; its models are moved to the host and made fp32.
 
     Raises:
         UserError: no family knows this pipeline, or it cannot be loaded.
     """
     kind, name = family_class(source, config.model), config.model.model_config
+    if pipeline is not None:
+        move_pipeline(pipeline, torch.device("cpu"))
+        round_pipeline(pipeline, dict.fromkeys(source.dtypes, torch.float32))
+        return kind(pipeline, config)
     if name is None:
         return kind(load_pipeline(source, config.model), config)
     return kind(build_pipeline(name, config.data.resolution, config.training.seed), config)

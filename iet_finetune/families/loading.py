@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -53,7 +53,7 @@ class PipelineSource:
     """Where a pipeline lies on disk, what it says it is, and what its components were stored as.
 
     Attributes:
-        folder: None if it is to be trained from scratch.
+        folder: None if it is to be trained from scratch, or was in memory already.
         classes: component -> [library, class], as in model_index.json.
         dtypes: component -> precision of its weights, and component/tensor -> that of a tensor stored in another.
         absent: components that it does without, and that `from_pretrained` must be told are None, such as SD 3's T5.
@@ -89,6 +89,26 @@ def find_pipeline(model: ModelConfig) -> PipelineSource:
         stored_dtypes(folder, list(classes), model.variant),
         _absent(index),
     )
+
+
+def source_of(pipeline: Any) -> PipelineSource:
+    """What is known of a pipeline in memory: it has no folder, and its tensors are stored as they are there.
+
+    Raises:
+        UserError: it is not a diffusers pipeline.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise UserError(f"`pipeline` must be a loaded diffusers pipeline, not a {type(pipeline).__name__}.")
+    class_name, loaded = type(pipeline).__name__, cast(Any, pipeline)
+    index = {part: list(value) for part, value in loaded.config.items() if isinstance(value, list | tuple)}
+    components = loaded.components
+    classes = {part: value for part, value in index.items() if part in components and value[1:] not in ([], [None])}
+    stored = {
+        part: {name: tensor.dtype for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+        for part, module in components.items()
+        if isinstance(module, nn.Module)
+    }
+    return PipelineSource(None, class_name, classes, _summary(stored), _absent(index | {"_class_name": class_name}))
 
 
 def _read_index(file: Path) -> dict[str, Any]:
@@ -178,12 +198,16 @@ def stored_dtypes(folder: Path, components: list[str], variant: str | None) -> d
     Raises:
         UserError: a file of weights is damaged; names it.
     """
+    return _summary({name: _stored_dtypes(part_folder(folder, name), variant) for name in components})
+
+
+def _summary(stored: dict[str, dict[str, torch.dtype]]) -> dict[str, torch.dtype]:
+    """Component -> tensor -> precision, in the form of `PipelineSource.dtypes`."""
     found: dict[str, torch.dtype] = {}
-    for name in components:
-        stored = _stored_dtypes(part_folder(folder, name), variant)
-        if stored:
-            found[name] = most = Counter(stored.values()).most_common(1)[0][0]
-            found |= {f"{name}/{tensor}": dtype for tensor, dtype in stored.items() if dtype != most}
+    for name, dtypes in stored.items():
+        if dtypes:
+            found[name] = most = Counter(dtypes.values()).most_common(1)[0][0]
+            found |= {f"{name}/{tensor}": dtype for tensor, dtype in dtypes.items() if dtype != most}
     return found
 
 
@@ -236,11 +260,7 @@ def save_pipeline(
     transformers model in half precision is noted as fp32: without a `dtype`, `from_pretrained` takes its precision
     from that note, and fp32 for all others; a pipeline of both cannot draw.
     """
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and name in dtypes:
-            start = f"{name}/"
-            others = {key.removeprefix(start): dtype for key, dtype in dtypes.items() if key.startswith(start)}
-            _round(component, dtypes[name], others)
+    round_pipeline(pipeline, dtypes)
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
         _save_tokenizers_as_loaded(pipeline, folder)
@@ -249,6 +269,21 @@ def save_pipeline(
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file in folder.rglob("*.json"):
         _amend_config(file)
+
+
+def move_pipeline(pipeline: Any, device: torch.device) -> None:
+    """Moves all models of a pipeline to a device, without diffusers' advice on half precision."""
+    with quiet_loading():
+        pipeline.to(device)
+
+
+def round_pipeline(pipeline: Any, dtypes: dict[str, torch.dtype]) -> None:
+    """Puts each model of the pipeline into its precision, given as in `PipelineSource.dtypes`."""
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and name in dtypes:
+            start = f"{name}/"
+            others = {key.removeprefix(start): dtype for key, dtype in dtypes.items() if key.startswith(start)}
+            _round(component, dtypes[name], others)
 
 
 def _round(module: nn.Module, dtype: torch.dtype, others: dict[str, torch.dtype]) -> None:

@@ -21,7 +21,7 @@ from ..ensemble.ledger import ShardLedger
 from ..ensemble.meter import RoundMeter
 from ..ensemble.optimizers import build_optimizer, learning_rate_schedule, state_bytes
 from ..errors import UserError
-from ..families import Family, family_class, find_pipeline
+from ..families import Family, family_class, find_pipeline, source_of
 from ..method.agc import AntiGradientControl
 from .compiling import TOLERANCE
 from .data import Data, find_images, read_shards, split
@@ -51,10 +51,15 @@ class Run:
     identity: dict[str, Any]
 
 
-def assemble(config: Config, accelerator: Accelerator, ranks: Ranks) -> tuple[Data, Model, Run]:
+def assemble(
+    config: Config, accelerator: Accelerator, ranks: Ranks, pipeline: Any = None, dataset: Any = None
+) -> tuple[Data, Model, Run]:
     """Builds them in the order in which mistakes are cheapest: the pipeline's index, then data, then weights.
 
     Every rank builds its own; what they share is downloaded and prepared by the first one of each machine.
+
+    Args:
+        pipeline, dataset: a loaded pipeline and a `datasets.Dataset`, or None where the flags name them.
 
     Raises:
         UserError: whatever the user can mend.
@@ -62,11 +67,11 @@ def assemble(config: Config, accelerator: Accelerator, ranks: Ranks) -> tuple[Da
     _check_same_everywhere(ranks, common_flags(config))
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
     with ranks.first_on_machine():
-        source = find_pipeline(config.model)
-        images, heldout = find_images(config, family_class(source, config.model).needs_captions)
+        source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
+        images, heldout = find_images(config, family_class(source, config.model).needs_captions, dataset)
     indices, schedule = split(config, images)
     with ranks.first_on_machine():
-        family = load_model(source, config, images)
+        family = load_model(source, config, images, pipeline)
     latent_shape = family.latent_shape(config.data.resolution)
     identity = run_identity(config, images.fingerprint, family.fingerprint())
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.

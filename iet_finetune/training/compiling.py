@@ -1,4 +1,4 @@
-"""The denoiser compiled by torch.compile, and the proof that what was compiled has the same gradients."""
+"""Compiles the denoiser with torch.compile and checks that its gradients stay the same."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,11 @@ _MOST_GRAPHS = 64
 
 
 def compile_denoiser(denoiser: nn.Module) -> None:
-    """Compiles it in place, when it is next called: names of weights, and what is saved, stay as they are.
+    """Compiles the denoiser in place at its next call; the names of its weights stay the same.
 
-    Of a model whose class names blocks that it repeats, these are compiled, each kind once: that is diffusers'
-    regional compilation, which takes seconds where the whole takes minutes. Weights that are overwritten in place, as
-    those of the next clone are, need no other graph.
+    A model whose class lists its repeated blocks gets diffusers' regional compilation: each kind of block is compiled
+    once, in seconds where the whole model takes minutes. Weights that are overwritten in place, as those of the next
+    clone are, need no new graph.
     """
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     model: Any = denoiser
@@ -31,13 +31,13 @@ def compile_denoiser(denoiser: nn.Module) -> None:
 
 
 def uncompiled() -> contextlib.AbstractContextManager[object]:
-    """Inside, what is compiled runs as if it were not."""
+    """Runs compiled modules eagerly inside."""
     return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
 def failure_explained() -> Iterator[None]:
-    """Around what compiles the denoiser when it is first done: says in one line that it cannot be."""
+    """Turns a failure to compile, at the first call, into one line."""
     try:
         yield
     except Exception as error:
@@ -49,7 +49,7 @@ def failure_explained() -> Iterator[None]:
 def check_gradients(gradients: Callable[[], Sequence[Tensor]], tolerance: float) -> None:
     """Compares the gradients of the compiled denoiser with those of the same one uncompiled.
 
-    torch has compiled networks to ones with wrong gradients without a word, zeros among them.
+    torch has silently compiled networks to ones with wrong gradients, some of them all zeros.
 
     Args:
         gradients: computes those of all trained tensors, always from the same samples and noise.

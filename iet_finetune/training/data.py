@@ -1,6 +1,7 @@
 """The images of a run: loaded, split into shards, scheduled, and made ready to be read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,8 +38,11 @@ class Data:
     schedule: Schedule
 
 
-def find_images(config: Config, needs_captions: bool) -> tuple[TrainingImages, TrainingImages]:
+def find_images(config: Config, needs_captions: bool, dataset: Any = None) -> tuple[TrainingImages, TrainingImages]:
     """The training images and those held out.
+
+    Args:
+        dataset: a `datasets.Dataset` to take them from, or None for what the flags name.
 
     Raises:
         UserError: they cannot be read, or there are too few for the shards.
@@ -49,6 +53,8 @@ def find_images(config: Config, needs_captions: bool) -> tuple[TrainingImages, T
         seed=config.training.seed,
         shard_by_column=config.ensemble.shard_by_column,
         needs_captions=needs_captions,
+        table=dataset,
+        table_name="dataset",
     )
     _check_enough(config.ensemble.num_shards, len(images))
     return images, heldout

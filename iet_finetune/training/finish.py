@@ -18,12 +18,12 @@ from .reporting import METRICS
 from .tracking import read_lines
 
 
-def finish(config: Config, data: Data, model: Model, run: Run, picture: Path | None) -> None:
+def finish(config: Config, data: Data, model: Model, run: Run, sample_grid: Path | None) -> None:
     """Saves the pipeline, the ledger and the model card; audits and pushes them if asked to. For rank 0 alone.
 
     Args:
         run: its ensemble holds the state of all clones.
-        picture: the validation images of the first and last round side by side, or None.
+        sample_grid: the validation images of the first and last round side by side, or None.
 
     Raises:
         UserError: no space left, or the audit or the push failed; the pipeline is saved nevertheless.
@@ -37,8 +37,8 @@ def finish(config: Config, data: Data, model: Model, run: Run, picture: Path | N
     ledgers = [clone.ledger for clone in run.ensemble.clones]
     write_ledger(output / LEDGER, data.images, data.heldout, data.indices, ledgers)
     skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
-    write_model_card(output, _card_facts(config, data, model, run, skip_rates, picture, result))
-    _print_summary(output, skip_rates, picture, result)
+    write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
+    _print_summary(output, skip_rates, sample_grid, result)
     if config.audit.audit:
         _audit(output, model, run)
     if config.hub.push_to_hub:
@@ -51,12 +51,14 @@ def _card_facts(
     model: Model,
     run: Run,
     skip_rates: tuple[float, ...],
-    picture: Path | None,
+    sample_grid: Path | None,
     result: Result,
 ) -> CardFacts:
     source, images = model.source, data.images
+    # Of a pipeline that was passed as an object no name is known.
+    in_memory = source.folder is None and config.model.model_config is None
     return CardFacts(
-        base_model=config.model.pretrained_model_name_or_path,
+        base_model="" if in_memory else config.model.pretrained_model_name_or_path,
         base_license=base_license(source.folder) if source.folder is not None else None,
         pipeline_class=source.class_name,
         flags=config.to_flags(),
@@ -66,7 +68,7 @@ def _card_facts(
         rounds=run.ensemble.round,
         steps=run.ensemble.step,
         skip_rates=skip_rates,
-        sample_grid=picture.relative_to(config.output_path).as_posix() if picture is not None else None,
+        sample_grid=sample_grid.relative_to(config.output_path).as_posix() if sample_grid is not None else None,
         versions=environment()["versions"],
         lora_export=result.words,
         class_names=images.class_names,
@@ -74,10 +76,10 @@ def _card_facts(
     )
 
 
-def _print_summary(output: Path, skip_rates: tuple[float, ...], picture: Path | None, result: Result) -> None:
+def _print_summary(output: Path, skip_rates: tuple[float, ...], sample_grid: Path | None, result: Result) -> None:
     print(f"skipped by round: {' '.join(f'{rate:.1%}' for rate in skip_rates)}")
-    if picture is not None:
-        print(f"before and after: {picture}")
+    if sample_grid is not None:
+        print(f"before and after: {sample_grid}")
     if result.words is not None:
         print(f"saved as {result.words}")
     print(f"load it with: {result.how_to_load(output)}", flush=True)

@@ -1,6 +1,7 @@
 """The pipeline of a run: loaded, checked against the settings, and made ready to be trained."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,7 +11,7 @@ from ..data.dataset import TrainingImages
 from ..distributed.groups import Group
 from ..ensemble.trainable import Trainable
 from ..errors import UserError
-from ..families import Family, PipelineSource, load_family
+from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline
 from ..lora.adapters import Adapter, add_adapter
 from .compiling import compile_denoiser
 
@@ -35,13 +36,13 @@ class Model:
     trainable: Trainable
 
 
-def load_model(source: PipelineSource, config: Config, images: TrainingImages) -> Family:
-    """Loads the pipeline onto the host.
+def load_model(source: PipelineSource, config: Config, images: TrainingImages, pipeline: Any = None) -> Family:
+    """Loads the pipeline onto the host, unless it is in memory already.
 
     Raises:
         UserError: it cannot be loaded, or takes neither these images nor these settings.
     """
-    family = load_family(source, config)
+    family = load_family(source, config, pipeline)
     family.take_classes(images.class_names, max(images.classes or (0,)))
     _check_validation(config, family)
     _check_export(config, family)
@@ -52,8 +53,17 @@ def prepare_model(
     source: PipelineSource, family: Family, config: Config, accelerator: Accelerator, group: Group
 ) -> Model:
     """Puts onto the device what training needs of the pipeline, with an adapter or compiled if the settings say so."""
-    adapter = _prepare_denoiser(config, family, accelerator, group)
+    adapter = _prepare_denoiser(source, family, config, accelerator, group)
     return Model(source, family, adapter, Trainable(family.denoiser, buffers=adapter is None))
+
+
+def hand_back(model: Model, accelerator: Accelerator, device: torch.device) -> None:
+    """Leaves a pipeline that is somebody else's on their device, in its own precision, and ready to draw."""
+    family = model.family
+    accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
+    round_pipeline(family.pipeline, model.source.dtypes)
+    family.denoiser.eval()
+    move_pipeline(family.pipeline, device)
 
 
 def _check_validation(config: Config, family: Family) -> None:
@@ -74,14 +84,16 @@ def _check_export(config: Config, family: Family) -> None:
         )
 
 
-def _prepare_denoiser(config: Config, family: Family, accelerator: Accelerator, group: Group) -> Adapter | None:
+def _prepare_denoiser(
+    source: PipelineSource, family: Family, config: Config, accelerator: Accelerator, group: Group
+) -> Adapter | None:
     # What is cached is not encoded again: the encoders stay on the host.
     family.place(accelerator.device, encoders=not config.data.cache_latents)
     adapter = None
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
-        # What is rounded must be read again to be saved, and random weights were never stored.
-        if accelerator.mixed_precision in HALF and config.model.model_config is None:
+        # What is rounded must be read again to be saved.
+        if accelerator.mixed_precision in HALF and source.folder is not None:
             adapter.round_frozen(HALF[accelerator.mixed_precision])
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()

@@ -12,11 +12,11 @@ from ..errors import UserError, one_line
 
 
 def start_accelerator(config: Config) -> Accelerator:
-    """Accelerate for this rank, with the trackers that are asked for.
+    """Starts Accelerate on this rank, with the trackers of `--report_to`.
 
     Raises:
-        UserError: a tracker that is not installed, a precision the device has not, an engine that splits models, or
-            other ranks that do not come.
+        UserError: a tracker is not installed, the device lacks the precision, the engine splits models, or other
+            ranks do not come.
     """
     report_to = config.logging.report_to
     available = [str(tracker.value) for tracker in get_available_trackers()]

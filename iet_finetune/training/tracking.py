@@ -1,4 +1,4 @@
-"""What a run says of itself: sums by round on the device, metrics.jsonl, the progress bar, and trackers."""
+"""Where the numbers of a run go: files of JSON lines, the progress bar, and trackers."""
 
 import json
 import sys
@@ -14,13 +14,13 @@ from ..files import written_beside
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Adds one JSON line to a file."""
+    """Appends one JSON line to a file."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(values) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; an incomplete last line, as a killed process leaves it, does not count."""
+    """Reads the JSON lines of a file, without the incomplete last line that a killed process leaves."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -28,16 +28,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, rounds: int) -> None:
-    """Removes the lines of rounds that a resumed run does again: those numbered above `rounds`."""
+    """Removes the lines of rounds above `rounds`, which a resumed run trains again."""
     kept = [line for line in read_lines(path) if line["round"] <= rounds]
     with written_beside(path) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 class Progress:
-    """One progress bar over the steps of all clones; where there is no terminal, one line a round instead.
+    """A progress bar over the steps of all clones or, without a terminal, one line a round.
 
-    `silent` is for the ranks that leave talking to another.
+    `silent` is for the ranks that do not print.
     """
 
     def __init__(self, total_steps: int, done: int, silent: bool = False) -> None:
@@ -48,7 +48,7 @@ class Progress:
         self._since = time.perf_counter()
 
     def reach(self, steps: int, samples: int) -> None:
-        """All clones together have taken so many steps, after `samples` images more."""
+        """Moves to `steps` steps of all clones together, after another `samples` images."""
         self._images += samples
         self._bar.update(steps - self._bar.n)
 
@@ -61,19 +61,19 @@ class Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}, skipped {skip_rate:.1%}, {speed:.1f} images/s")
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Prints one line that stays."""
         if self._terminal:
             self._bar.write(text, file=sys.stderr)
         elif not self._silent:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Ends the bar where it is."""
         self._bar.close()
 
 
 class Trackers:
-    """Accelerate's trackers, given only what they can take."""
+    """Accelerate's trackers, passed only what they accept."""
 
     def __init__(self, accelerator: Accelerator, project: str, flags: Mapping[str, Any]) -> None:
         self._accelerator = accelerator
@@ -82,26 +82,26 @@ class Trackers:
         accelerator.init_trackers(project, plain)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers at a step of all clones together."""
+        """Logs numbers at a step, counted over all clones."""
         self._accelerator.log(dict(values), step=step)
 
     def log_images(self, name: str, images: Iterable[Any], captions: list[str], step: int) -> None:
-        """Pictures (PIL), to the trackers that show some."""
+        """Logs PIL images to the trackers that show images."""
         import numpy as np
 
-        pictures = list(images)
+        shown = list(images)
         for tracker in self._accelerator.trackers:
             if tracker.name == "tensorboard":
-                stacked = np.stack([np.asarray(picture) for picture in pictures])
+                stacked = np.stack([np.asarray(image) for image in shown])
                 tracker.writer.add_images(name, stacked, step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 import wandb
 
-                named = [wandb.Image(p, caption=c) for p, c in zip(pictures, captions, strict=True)]
+                named = [wandb.Image(image, caption=c) for image, c in zip(shown, captions, strict=True)]
                 tracker.log({name: named}, step=step)
 
     def close(self) -> None:
-        """Writes out what is pending."""
+        """Flushes the trackers."""
         # Not `end_training`, which also takes down the process group: that may wait for ranks that are gone.
         for tracker in self._accelerator.trackers:
             tracker.finish()

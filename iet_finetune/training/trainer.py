@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -23,6 +24,7 @@ from ..publish.hub import check_push
 from .assembly import assemble
 from .callbacks import Callback, CheckpointFacts, RoundFacts
 from .finish import finish
+from .model import hand_back
 from .reporting import Reporter, round_metrics, run_facts, step_facts, warn
 from .resuming import after_a_break, drawn_with, manifest_facts, open_checkpoint, restore, space_needed
 from .starting import start_accelerator
@@ -39,13 +41,20 @@ class Trainer:
     Args:
         config: the settings; see `iet_finetune.config`.
         callbacks: are called while the run goes on; see `Callback`.
+        pipeline: a loaded diffusers pipeline to train in place of one that the flags name. It is the one that is
+            trained: `train` leaves it on the main rank with the trained weights, or with the trained adapter active
+            where a LoRA file is saved, on the device and in the precision that it came in, with all parameters frozen
+            but those that were trained. A `--prediction_type` is written into its scheduler.
+        dataset: a `datasets.Dataset` with the columns that the flags name, in place of a source that they name.
 
     Raises:
         UserError: whatever the user can mend, before training starts wherever that can be known.
     """
 
-    def __init__(self, config: Config, callbacks: Sequence[Callback] = ()) -> None:
-        config.check_sources()
+    def __init__(
+        self, config: Config, callbacks: Sequence[Callback] = (), *, pipeline: Any = None, dataset: Any = None
+    ) -> None:
+        config.check_sources(pipeline=pipeline is not None, dataset=dataset is not None)
         if config.training.smoke:
             self._smoke = tempfile.TemporaryDirectory(prefix="iet_finetune-smoke-")
             config = shrink(config, Path(self._smoke.name))
@@ -55,10 +64,12 @@ class Trainer:
         accelerator = start_accelerator(config)
         self.ranks = Ranks.join(config.training.ddp_timeout)
         self._lock: FolderLock | None = None
+        # Where the pipeline came from, if it is the caller's.
+        self._home = getattr(pipeline, "device", None)
         try:
             with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
-                self._prepare(accelerator, resume)
+                self._prepare(accelerator, resume, pipeline, dataset)
         except BaseException:
             self._release()
             raise
@@ -218,16 +229,18 @@ class Trainer:
                 # The clones of the other ranks as they are in the checkpoint that every run ends with.
                 self.ensemble.load_clones(self.store.open(self.store.all()[-1]))
             finish(self.config, self.data, self.model, self.run, self.validation.before_after())
+            if self._home is not None:
+                hand_back(self.model, self.run.accelerator, self._home)
         self.ranks.barrier()
 
-    def _prepare(self, accelerator: Accelerator, resume: str | None) -> None:
+    def _prepare(self, accelerator: Accelerator, resume: str | None, pipeline: Any, dataset: Any) -> None:
         if self.config.hub.push_to_hub and self.ranks.is_main:
             check_push(self.output, self.config.hub)
         if self.config.audit.audit and self.ranks.is_main:
             check_audit(self.config)
         self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
         checkpoint = open_checkpoint(self.store, self.ranks, resume)
-        self.data, self.model, self.run = assemble(self.config, accelerator, self.ranks)
+        self.data, self.model, self.run = assemble(self.config, accelerator, self.ranks, pipeline, dataset)
         self.ensemble = self.run.ensemble
         if checkpoint is not None:
             restore(checkpoint, self.config, self.data, self.run)

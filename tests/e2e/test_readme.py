@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,16 @@ def test_the_whole_run_from_python_works_and_the_result_loads(tmp_path, monkeypa
     named = re.findall(r"^    ([\w.]+(?:, [\w.]+)*)", tree, flags=re.MULTILINE)
     for name in [name for line in named for name in line.split(", ")]:
         assert (tmp_path / "my_model" / name).exists() or name in ("validation", "checkpoint"), name
+
+
+def test_the_run_with_objects_and_a_callback_works_as_shown(tmp_path, monkeypatch, capsys):
+    save_images(tmp_path / "images", 8)
+    dataset = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="train")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("python", "callbacks=")
+    small = "num_shards=4, resolution=16, max_train_steps=1, report_to='none'"
+    exec(block.replace("num_shards=4", small), {"pipeline": tiny_sd(), "dataset": dataset})
+    assert re.search(r"^1 \d+\.\d+$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 def test_the_shell_command_has_only_flags_that_exist():
