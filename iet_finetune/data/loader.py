@@ -1,6 +1,7 @@
 """The micro-batches of a shard: images, captions and random draws of each visit, read ahead of the device."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,10 +86,10 @@ class Shard(Dataset):
 
     Args:
         images: the whole training data.
-        indices: which of them are in the shard.
+        indices: which of them are in the shard, int64.
         latent_shape: (C, H, W) of the noise.
         noise_offset: scale of a noise that is constant over each channel.
-        encoded: the cached rows of all images and captions; without them pictures are read and captions handed on.
+        encoded: the cached rows of all images and captions; without them images are read and captions passed on.
     """
 
     def __init__(
@@ -104,45 +105,68 @@ class Shard(Dataset):
         noise_offset: float,
         encoded: EncodedData | None = None,
     ) -> None:
-        self._images = images
-        self._indices = indices
+        self.images = images
+        self.indices = indices
         self._transform = transform
         self._data = data
         self._number = number
         self._seed = seed
         self._latent_shape = latent_shape
         self._noise_offset = noise_offset
-        self._encoded = encoded
+        self.encoded = encoded
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, visit: Visit) -> "MicroBatch | UserError":
         member = int(self._pass_order(visit.pass_)[visit.position])
         draws = sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
-        index = int(self._indices[member])
+        index = int(self.indices[member])
         flip, caption = self._data.random_flip and draws.flip < 0.5, self._caption(index, draws)
+        noise = draws.noise + self._noise_offset * draws.offset if self._noise_offset else draws.noise
+        return self._read(index, member, flip, caption, noise, draws.posterior, draws.timestep)
+
+    def of_others(self, images: TrainingImages) -> "Shard":
+        """Other images, all of them, read in the same way; they are not cached."""
+        other = copy(self)
+        other.images, other.indices, other.encoded = images, np.arange(len(images)), None
+        return other
+
+    def plain(self, index: int) -> "MicroBatch | UserError":
+        """One of `images` with its first caption, not mirrored, and with noise of 0."""
+        zeros = np.zeros(self._latent_shape, dtype=np.float32)
+        return self._read(index, 0, False, self.images.captions[index][0], zeros, zeros, 0.0)
+
+    def _read(
+        self,
+        index: int,
+        member: int,
+        flip: bool,
+        caption: str,
+        noise: np.ndarray,
+        posterior: np.ndarray,
+        uniform: float,
+    ) -> "MicroBatch | UserError":
         pixel_values = encoded = None
         try:
-            if self._encoded is not None:
-                encoded, sizes = self._encoded(index, flip, caption)
+            if self.encoded is not None:
+                encoded, sizes = self.encoded(index, flip, caption)
             else:
-                pixel_values, sizes = self._transform.load(self._images, index, flip)
+                pixel_values, sizes = self._transform.load(self.images, index, flip)
         except UserError as error:
             # Handed on as a value: a worker process would wrap an exception in its own traceback.
             return error
-        noise = draws.noise + self._noise_offset * draws.offset if self._noise_offset else draws.noise
         return MicroBatch(
             pixel_values,
             encoded,
             [caption],
             torch.from_numpy(noise),
-            torch.from_numpy(draws.posterior),
-            torch.tensor(draws.timestep, dtype=torch.float64),
+            torch.from_numpy(posterior),
+            torch.tensor(uniform, dtype=torch.float64),
             torch.tensor(member),
             sizes,
-            torch.tensor(self._images.classes[index] if self._images.classes is not None else 0),
+            torch.tensor(self.images.classes[index] if self.images.classes is not None else 0),
         )
 
     def _pass_order(self, pass_: int) -> np.ndarray:
@@ -153,7 +177,7 @@ class Shard(Dataset):
     def _caption(self, index: int, draws: SampleDraws) -> str:
         if draws.caption_dropout < self._data.caption_dropout:
             return ""
-        captions = self._images.captions[index]
+        captions = self.images.captions[index]
         return captions[int(draws.caption * len(captions))]
 
 

@@ -89,6 +89,11 @@ class Group:
         """
         return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
+    def all_reduce(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrites each tensor with its sum over the members, whose tensors have the same shapes."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.all_reduce(tensor, group=self._process_group)
+
     def sizes(self, count: int) -> list[int]:
         """Returns how many of `count` samples each member takes; the sizes differ by at most 1."""
         return split_sizes(count, self.size)

@@ -1,12 +1,13 @@
 """What belongs to one shard's clone from round to round, whether it is live or waits."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
-from ..method.agc import AntiGradientControl
+from ..method.rules import SkipRule
 from .ledger import ShardLedger
 from .meter import RoundMeter
 
@@ -28,11 +29,11 @@ class Clone:
     """
 
     _PLAIN: ClassVar = ("step", "began", "scaler", "drift")
-    _MODULES: ClassVar = ("agc", "ledger", "meter")
+    _PARTS: ClassVar = ("rule", "ledger", "meter")
 
     shard: int
     weight: int
-    agc: AntiGradientControl
+    rule: SkipRule
     ledger: ShardLedger
     meter: RoundMeter
     step: int = 0
@@ -59,18 +60,19 @@ class Clone:
     def state(self) -> dict[str, Any]:
         """Everything except weights and optimizer state, for a checkpoint."""
         plain = {name: getattr(self, name) for name in self._PLAIN}
-        return {**plain, **{name: getattr(self, name).state_dict() for name in self._MODULES}}
+        return {**plain, **{name: getattr(self, name).state_dict() for name in self._PARTS}}
 
     def copied_state(self) -> dict[str, Any]:
         """What `state` gives, which changes with the next step, as it is now."""
-        modules = {name: getattr(self, name).state_dict() for name in self._MODULES}
-        return self.state() | {name: {n: t.clone() for n, t in state.items()} for name, state in modules.items()}
+        return copy.deepcopy(self.state())
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state` gave."""
+        """Restores what `state` returned."""
+        # The name of the first rule, in checkpoints from before there were others.
+        state = {"rule": state.get("agc"), **state}
         for name in self._PLAIN:
             setattr(self, name, state[name])
-        for name in self._MODULES:
+        for name in self._PARTS:
             getattr(self, name).load_state_dict(state[name])
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS = range(6)
+_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS, _IMAGE = range(7)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -46,6 +46,16 @@ def weights_seed(seed: int) -> int:
 def _torch_seed(seed: int, *key: int) -> int:
     state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0]
     return int(state >> np.uint64(1))
+
+
+def image_noise(seed: int, content_hash: str, count: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal, (count, *shape) fp32: the same for every image of these contents, wherever it is.
+
+    Args:
+        content_hash: hexadecimal, of any length.
+    """
+    words = [int(content_hash[i : i + 8], 16) for i in range(0, len(content_hash), 8)]
+    return _generator(seed, _IMAGE, *words).standard_normal((count, *shape), dtype=np.float32)
 
 
 @dataclass(frozen=True)

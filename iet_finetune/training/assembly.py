@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from ..config.config import Config
 from ..config.identity import common_flags, run_identity
+from ..config.registry import SKIP_RULES
 from ..distributed.groups import Group, Placement, Ranks
 from ..ensemble.across_rounds import POLICIES
 from ..ensemble.budget import Need, check_memory
@@ -21,13 +23,15 @@ from ..ensemble.ledger import ShardLedger
 from ..ensemble.meter import RoundMeter
 from ..ensemble.optimizers import build_optimizer, learning_rate_schedule, state_bytes
 from ..errors import UserError
-from ..families import Family, family_class, find_pipeline, source_of
-from ..method.agc import AntiGradientControl
+from ..families import family_class, find_pipeline, source_of
+from ..method.rules import SkipRule
 from .compiling import TOLERANCE
 from .data import Data, find_images, read_shards, split
+from .lending import Lender, need_of_rule
 from .local import LocalTraining
 from .mergers import build_mergers, need_of_mergers
 from .model import Model, load_model, prepare_model
+from .noising import Noising
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Run:
 
     Attributes:
         ranks, placement: all ranks of the run, and which of them trains which shard.
+        lender: what skip rules see of the run.
         learning_rates: each clone's learning rate by its step.
         need: bytes that all of this takes on a rank.
         identity: what a run that resumes this one must share with it.
@@ -46,6 +51,7 @@ class Run:
     placement: Placement
     ensemble: Ensemble
     local: LocalTraining
+    lender: Lender
     learning_rates: list[Callable[[int], float]]
     need: Need
     identity: dict[str, Any]
@@ -116,27 +122,35 @@ def _build_run(
         ema = EMA(trainable.parameters, config.optimizer.ema_max_decay, start_share=config.merges_exactly)
     policy = POLICIES[config.ensemble.optimizer_across_rounds]
     size = sum(parameter.nbytes for parameter in trainable.parameters.values())
+    entry, settings = config.chosen(SKIP_RULES)
+    rule: type[SkipRule] = entry.load()
+    make_rule = partial(rule, settings, objective=family.objective, device=device)
     needs = [
         trainable.need(placement),
         policy.need(state_bytes(size, config.optimizer), placement, ranks.rank),
         need_of_mergers(config, trainable, adapter, ema, placement),
         *([ema.need(placement)] if ema is not None else []),
+        need_of_rule(rule, size, adapter.nbytes if adapter is not None and config.merges_exactly else 0),
     ]
     need = sum(needs, Need())
     host = _host_memory(config, need, device, ranks)
+    mergers = build_mergers(config, trainable, adapter, ema, ranks, host)
     ensemble = Ensemble(
         trainable,
         ema,
-        [_new_clone(config, shard, len(part), family, device) for shard, part in enumerate(data.indices)],
-        build_mergers(config, trainable, adapter, ema, ranks, host),
+        [_new_clone(config, shard, len(part), make_rule, device) for shard, part in enumerate(data.indices)],
+        mergers,
         policy(optimizer, ranks, placement, host),
         ranks,
         placement,
         seed=config.training.seed,
     )
-    local = LocalTraining(family, trainable, optimizer, ema, config, device, group, accelerator.scaler)
+    batch = config.training.train_batch_size
+    noising = Noising(family, config, device, -(-batch // group.size))
+    local = LocalTraining(family, trainable, optimizer, ema, config, device, group, noising, accelerator.scaler)
+    lender = Lender(data, model, mergers, noising, ranks, rule.borrows, batch)
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
-    return Run(accelerator, ranks, placement, ensemble, local, rates, need, identity)
+    return Run(accelerator, ranks, placement, ensemble, local, lender, rates, need, identity)
 
 
 def _host_memory(config: Config, need: Need, device: torch.device, ranks: Ranks) -> HostMemory:
@@ -153,8 +167,8 @@ def _host_memory(config: Config, need: Need, device: torch.device, ranks: Ranks)
     return HostMemory(device, Path(folder) if folder is not None else None)
 
 
-def _new_clone(config: Config, shard: int, size: int, family: Family, device: torch.device) -> Clone:
-    bins = config.agc.agc_bins or family.objective.default_bins
-    agc = AntiGradientControl(bins, config.agc.agc_threshold, config.agc.agc_decay)
+def _new_clone(
+    config: Config, shard: int, size: int, make_rule: Callable[..., SkipRule], device: torch.device
+) -> Clone:
     weight = size if config.ensemble.merge_weighting == "samples" else 1
-    return Clone(shard, weight, agc.to(device), ShardLedger(size).to(device), RoundMeter(device))
+    return Clone(shard, weight, make_rule(num_images=size), ShardLedger(size).to(device), RoundMeter(device))

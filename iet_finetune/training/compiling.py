@@ -15,13 +15,19 @@ TOLERANCE = {"no": 0.01, "bf16": 0.1, "fp16": 0.1}
 _MOST_GRAPHS = 64
 
 
-def compile_denoiser(denoiser: nn.Module) -> None:
+def compile_denoiser(denoiser: nn.Module, *, backward_twice: bool = False) -> None:
     """Compiles the denoiser in place at its next call; the names of its weights stay the same.
 
     A model whose class lists its repeated blocks gets diffusers' regional compilation: each kind of block is compiled
     once, in seconds where the whole model takes minutes. Weights that are overwritten in place, as those of the next
     clone are, need no new graph.
+
+    Args:
+        backward_twice: whether a graph must be kept for a second backward pass.
     """
+    if backward_twice:
+        # Otherwise the first pass overwrites what the forward pass has saved.
+        torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     model: Any = denoiser
     if getattr(model, "_repeated_blocks", None):

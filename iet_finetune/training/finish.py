@@ -89,6 +89,7 @@ def _audit(output: Path, model: Model, run: Run) -> None:
     """Measures what was saved, loaded as a user loads it, and puts the metrics into the card."""
     model.family.pipeline.to("cpu")
     run.ensemble.release()
+    run.lender.release()
     # Packages that only an audit needs are imported where there is one.
     from ..publish.audited import audit_model
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..config.config import Config
-from ..data.encoded import Encoded
 from ..data.loader import MicroBatch, Shard, Visit, Visits, micro_batches
 from ..distributed.groups import Group
 from ..ensemble.clone import Clone
@@ -17,28 +16,31 @@ from ..ensemble.ema import EMA
 from ..ensemble.meter import NOISE_LEVELS
 from ..ensemble.optimizers import masked_step
 from ..ensemble.trainable import Trainable
-from ..families.base import Conditions, Family, evaluating
-from ..families.encoding import Encoder
+from ..families.base import Family, evaluating
 from ..method.objective import per_sample_loss
+from ..method.rules import Samples, SkipRule
 from ..method.schedule import Step
 from .compiling import check_gradients, failure_explained
+from .noising import Noised, Noising
 
 _DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
 
 
-class Judged(NamedTuple):
-    """Samples and what came of them: all (B,), on the device.
+class SampleLosses(NamedTuple):
+    """Samples and what the skip rule decided about them: all (B,), on the device.
 
     Attributes:
         loss: fp32, the unweighted per-sample loss.
         timesteps: int64.
-        keep: bool, whether a sample gives a gradient.
+        keep: bool, whether a sample is kept.
+        learns: bool, whether it is kept or learns something instead.
         members: int64, indices in the shard.
     """
 
     loss: Tensor
     timesteps: Tensor
     keep: Tensor
+    learns: Tensor
     members: Tensor
 
 
@@ -53,6 +55,7 @@ class LocalTraining:
         config: the run's settings.
         device: where the denoiser is.
         group: the ranks that train the clone together, each a share of every micro-batch.
+        noising: makes noisy latents of micro-batches.
         scaler: the gradient scaler of fp16 training, or None.
 
     Attributes:
@@ -68,6 +71,7 @@ class LocalTraining:
         config: Config,
         device: torch.device,
         group: Group,
+        noising: Noising,
         scaler: Any = None,
     ) -> None:
         self._family = family
@@ -78,12 +82,13 @@ class LocalTraining:
         self._device = device
         self._group = group
         self._scaler = scaler
-        self.judged: Judged | None = None
+        self.judged: SampleLosses | None = None
         self._fresh_scaler = scaler.state_dict() if scaler is not None else {}
-        # On a CPU a VAE gives latents in this layout, for which convolutions are faster there. Another has other bits.
-        channels_last = config.training.channels_last or device.type == "cpu"
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
-        self._encoder = Encoder(family, -(-config.training.train_batch_size // group.size), device)
+        self._noising = noising
+        # Of the shard that is trained on: its images' indices among all training images.
+        self._images = torch.empty(0, dtype=torch.int64, device=device)
+        # Of the step that is taken: gradients of what skipped samples learn instead, by parameter.
+        self._instead: list[Tensor] | None = None
 
     def run(
         self, clone: Clone, shard: Shard, steps: Sequence[Step], learning_rate: Callable[[int], float]
@@ -95,6 +100,7 @@ class LocalTraining:
         """
         if self._scaler is not None:
             self._scaler.load_state_dict(clone.scaler or self._fresh_scaler)
+        self._images = torch.from_numpy(shard.indices).to(self._device)
         size = self._config.training.train_batch_size
         batches = micro_batches(
             shard,
@@ -113,20 +119,18 @@ class LocalTraining:
             group["lr"] = learning_rate
 
     def _step(self, clone: Clone, step: Step, batches: Iterator[tuple[range, MicroBatch]]) -> None:
-        """One optimizer step; the loss bank stands still until all micro-batches have been judged."""
+        """One optimizer step; the skip rule stands still until it has judged all micro-batches."""
         samples, size = step.stop - step.start, self._config.training.train_batch_size
         judged = []
         for positions, batch in batches:
-            last = positions.stop == step.stop
+            last, own_samples = positions.stop == step.stop, len(self._group.local_slice(positions))
             # A group averages its gradients once a step, with the last micro-batch.
-            apart = contextlib.nullcontext() if last else self._group.no_sync(self._family.network)
-            with apart, failure_explained() if self._config.training.compile else contextlib.nullcontext():
-                judged.append(
-                    self._backward(clone, batch.to(self._device), len(self._group.local_slice(positions)), samples)
-                )
-        own = Judged(*(torch.cat(part) for part in zip(*judged, strict=True)))
+            local = contextlib.nullcontext() if last else self._group.no_sync(self._family.network)
+            with local, failure_explained() if self._config.training.compile else contextlib.nullcontext():
+                judged.append(self._backward(clone.rule, batch.to(self._device), own_samples, samples))
+        own = SampleLosses(*(torch.cat(part) for part in zip(*judged, strict=True)))
         everyone = self._of_group(own, [len(positions) for positions in step.micro_batches(size)])
-        masked, broken = self._prepare_gradients(everyone.loss, everyone.keep)
+        masked, broken = self._prepare_gradients(clone.rule, everyone)
         masked_step(self._optimizer, masked)
         if self._scaler is not None:
             self._scaler.update()
@@ -136,49 +140,65 @@ class LocalTraining:
             self._ema.update(clone.step, masked)
         self._record(clone, step, everyone, broken)
 
-    def _record(self, clone: Clone, step: Step, judged: Judged, broken: Tensor) -> None:
-        self.judged = judged
-        loss, timesteps, keep, members = judged
-        bins = self._bins(clone, timesteps)
-        clone.ledger.record(members, keep, loss, clone.agc.expected_loss(bins))
-        clone.agc.update(loss, bins)
-        levels = self._family.objective.levels(timesteps, NOISE_LEVELS)
-        clone.meter.record(step.number, loss, levels, keep, broken)
+    def _record(self, clone: Clone, step: Step, everyone: SampleLosses, broken: Tensor) -> None:
+        self.judged = everyone
+        loss, timesteps, keep, _, members = everyone
+        samples = self._samples(loss, timesteps, members)
+        clone.ledger.record(members, keep, loss, clone.rule.expected_loss(samples))
+        clone.rule.update(samples)
+        clone.meter.record(step.number, loss, samples.level(NOISE_LEVELS), keep, broken)
 
-    def _of_group(self, own: Judged, batches: list[int]) -> Judged:
+    def _of_group(self, own: SampleLosses, batches: list[int]) -> SampleLosses:
         """What all ranks of the group judged, in the order in which one rank alone would have had the samples."""
         if self._group.size == 1:
             return own
         values = self._group.all_gather_samples(torch.stack([part.to(torch.float64) for part in own]), batches)
-        return Judged(*(row.to(part.dtype) for row, part in zip(values, own, strict=True)))
+        return SampleLosses(*(row.to(part.dtype) for row, part in zip(values, own, strict=True)))
 
-    def _backward(self, clone: Clone, batch: MicroBatch, mine: int, samples: int) -> Judged:
-        """Adds Σ keep_i l_i / (samples of the step) to the gradient.
+    def _backward(self, rule: SkipRule, batch: MicroBatch, own: int, samples: int) -> SampleLosses:
+        """Adds Σ keep_i l_i / (samples of the step) to the gradient; the rule decides here, and only here.
 
         Args:
-            mine: how many samples of the batch count: 0 where this rank's share is empty and one sample is run along.
+            own: how many samples of the batch count: 0 where this rank's share is empty and one sample is run along.
             samples: of the whole step.
         """
-        loss, timesteps = self._losses(batch)
-        objective = self._family.objective
-        keep = self._keep(clone, loss, timesteps) if mine else torch.zeros_like(loss, dtype=torch.bool)
-        weighted = loss * objective.loss_weights(timesteps, self._config.training.snr_gamma)
+        prediction, loss, seen = self._forward(batch)
+        keep = rule.keep(seen) if own else torch.zeros_like(loss, dtype=torch.bool)
+        weights = self._family.objective.loss_weights(seen.timesteps, self._config.training.snr_gamma)
+        learns = keep
+        if (instead := rule.instead(seen)) is not None:
+            assert seen.target is not None
+            weight = torch.where(keep, 0.0, instead.weight) * (own > 0)
+            learns = keep | (weight != 0)
+            # Rows of kept samples may hold anything, which must not reach a gradient even times 0.
+            target = torch.where(keep.view(-1, *[1] * (prediction.ndim - 1)), seen.target, instead.target)
+            total = (weight * weights * per_sample_loss(prediction, target)).sum() / samples
+            self._add_instead(total if self._scaler is None else self._scaler.scale(total))
+        weighted = loss * weights
         total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
         if self._group.size > 1:
             # The group averages its gradients; their sum is wanted.
             total = total * self._group.size
         (total if self._scaler is None else self._scaler.scale(total)).backward()
-        return Judged(loss.detach()[:mine], timesteps[:mine], keep[:mine], batch.members[:mine])
+        return SampleLosses(*(part[:own] for part in (seen.loss, seen.timesteps, keep, learns, seen.members)))
 
-    def _losses(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """The unweighted loss of each sample, with gradient, and its timestep."""
-        latents, conditions = self._inputs(batch)
-        objective = self._family.objective
-        # A copy that is waited for would wait for everything before it, too.
-        timesteps = objective.sample_timesteps(batch.uniform).to(self._device, non_blocking=True)
-        noisy_latents = objective.add_noise(latents, batch.noise, timesteps).contiguous(memory_format=self._layout)
-        target = objective.target(latents, batch.noise, timesteps)
-        return per_sample_loss(self._family.predict(noisy_latents, timesteps, conditions), target), timesteps
+    def _add_instead(self, total: Tensor) -> None:
+        """Adds the gradient of what skipped samples learn instead, which the number of kept ones must not rescale."""
+        parts = torch.autograd.grad(total, self._parameters, retain_graph=True, allow_unused=True)
+        if self._instead is None:
+            self._instead = [torch.zeros_like(parameter) for parameter in self._parameters]
+        used = [(sum_, part) for sum_, part in zip(self._instead, parts, strict=True) if part is not None]
+        torch._foreach_add_([sum_ for sum_, _ in used], [part for _, part in used])
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Samples]:
+        """The prediction and the unweighted loss of each sample, with gradient, and what a skip rule sees of them."""
+        noised = self._noising(batch)
+        loss = per_sample_loss(prediction := noised.predict(), noised.target)
+        return prediction, loss, self._samples(loss.detach(), noised.timesteps, batch.members, noised)
+
+    def _samples(self, loss: Tensor, timesteps: Tensor, members: Tensor, noised: Noised | None = None) -> Samples:
+        target, predict = (noised.target, noised.predict_with) if noised is not None else (None, None)
+        return Samples(loss, timesteps, members, self._images, self._family.objective, target, predict)
 
     def check_compiled(self, shard: Shard, tolerance: float) -> None:
         """Compares the compiled denoiser's gradients, of the first samples of a shard, with the uncompiled one's.
@@ -192,7 +212,7 @@ class LocalTraining:
 
         def gradients() -> list[Tensor]:
             self._optimizer.zero_grad()
-            self._losses(batch)[0].mean().backward()
+            self._forward(batch)[1].mean().backward()
             return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
         # Without dropout: what is dropped differs between the two.
@@ -200,48 +220,32 @@ class LocalTraining:
             check_gradients(gradients, tolerance)
         self._optimizer.zero_grad()
 
-    def _keep(self, clone: Clone, loss: Tensor, timesteps: Tensor) -> Tensor:
-        if self._config.agc.agc_threshold == 0:
-            return torch.ones_like(loss, dtype=torch.bool)
-        return clone.agc.keep_mask(loss, self._bins(clone, timesteps))
-
-    def _bins(self, clone: Clone, timesteps: Tensor) -> Tensor:
-        """The entries of the loss bank."""
-        return self._family.objective.levels(timesteps, len(clone.agc.bank))
-
-    def _inputs(self, batch: MicroBatch) -> tuple[Tensor, Conditions]:
-        """The latents, and what the denoiser is told of them."""
-        mean, std, conditions = batch.encoded or self._encode(batch)
-        std = torch.zeros_like(mean) if std is None else std
-        latents = self._family.latents(mean, std, batch.posterior_noise)
-        return latents, conditions | self._family.details(batch.sizes, batch.labels)
-
-    def _encode(self, batch: MicroBatch) -> Encoded:
-        assert batch.pixel_values is not None
-        mean, std = self._encoder.images(batch.pixel_values)
-        return Encoded(mean, std, self._encoder.captions(batch.captions))
-
-    def _prepare_gradients(self, loss: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalises by the kept samples and clips.
+    def _prepare_gradients(self, rule: SkipRule, samples: SampleLosses) -> tuple[Tensor, Tensor]:
+        """Normalises by the kept samples, adds what the skipped ones learn instead, and clips.
 
         Returns:
-            masked: scalar fp32, 1 where the step must change nothing: nothing was kept, or it is not finite.
+            masked: scalar fp32, 1 where the step must change nothing: nothing was learnt, or it is not finite.
             broken: scalar bool, whether the run has gone wrong; with fp16 a gradient that overflows has not, unless it
                 still does where it is no longer scaled up.
         """
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if not rule.is_off:
+            torch._foreach_mul_(gradients, len(samples.keep) / samples.keep.sum().clamp(min=1))
+        if self._instead is not None:
+            self._group.all_reduce(self._instead)
+            used = zip(self._parameters, self._instead, strict=True)
+            torch._foreach_add_(gradients, [part for parameter, part in used if parameter.grad is not None])
+            self._instead = None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if self._config.agc.agc_threshold > 0:
-            torch._foreach_mul_(gradients, keep.numel() / keep.sum().clamp(min=1))
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._config.optimizer.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.optimizer.max_grad_norm, norm)
-        loss_is_finite = loss.isfinite().all()
+        loss_is_finite = samples.loss.isfinite().all()
         finite = loss_is_finite & norm.isfinite()
         may_overflow = self._scaler._scale >= 1 if self._scaler is not None else torch.zeros_like(finite)
         broken = ~(finite | (loss_is_finite & may_overflow))
-        masked = (~finite | ~keep.any()).to(torch.float32)
+        masked = (~finite | ~samples.learns.any()).to(torch.float32)
         return masked, broken
 
     def park(self, clone: Clone) -> None:

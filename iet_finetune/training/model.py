@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.config import Config
+from ..config.registry import SKIP_RULES
 from ..data.dataset import TrainingImages
 from ..distributed.groups import Group
 from ..ensemble.trainable import Trainable
@@ -103,6 +104,6 @@ def _prepare_denoiser(
     # Evaluation mode gives placement and autocast without DistributedDataParallel, which would average clones.
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     if config.training.compile:
-        compile_denoiser(family.denoiser)
+        compile_denoiser(family.denoiser, backward_twice=config.chosen(SKIP_RULES)[0].load().teaches())
     family.network = group.wrap(family.denoiser)
     return adapter

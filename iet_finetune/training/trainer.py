@@ -105,6 +105,7 @@ class Trainer:
         if not self.ensemble.in_midst_of_round:
             self.draw()
         for _ in self.rounds():
+            self.run.lender.begin_round([clone.rule for clone in self.ensemble.clones], self.ensemble.round)
             for shards in self.ensemble.pending_waves:
                 clone = self.ensemble.checkout(shards)
                 self.train_locally(clone, wave := self._wave(shards))

@@ -134,8 +134,8 @@ def test_the_loss_bank_is_indexed_by_the_noise_level(tmp_path, bins):
     trainer.train_rounds()
     (clone,) = trainer.ensemble.clones
     count = bins or 100
-    assert len(clone.agc.bank) == count
+    assert len(clone.rule.agc.bank) == count
     # floor(σ · bins), and the last bin for σ = 1.
     visited = {min(int(shifted_sigmas(3.0)[t] * count), count - 1) for t in drawn}
     assert len(drawn) == 16
-    assert set(clone.agc.bank.nonzero().flatten().tolist()) == visited
+    assert set(clone.rule.agc.bank.nonzero().flatten().tolist()) == visited

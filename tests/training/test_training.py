@@ -241,10 +241,10 @@ def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_p
     before = {name: tensor.clone() for name, tensor in trainer.model.trainable.tensors.items()}
     average = {name: tensor.clone() for name, tensor in ensemble._ema.tensors.items()}
     moments = {i: {k: v.clone() for k, v in s.items()} for i, s in local._optimizer.state_dict()["state"].items()}
-    bank = clone.agc.bank.clone()
-    clone.agc.bank.fill_(1e9)
+    bank = clone.rule.agc.bank.clone()
+    clone.rule.agc.bank.fill_(1e9)
     next(run)
-    clone.agc.bank.copy_(bank)
+    clone.rule.agc.bank.copy_(bank)
     trainer.model.family.objective.alphas_cumprod.fill_(float("nan"))
     next(run)
     assert clone.step == 3
@@ -253,4 +253,4 @@ def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_p
     assert_equal(average, ensemble._ema.tensors)
     for i, state in local._optimizer.state_dict()["state"].items():
         assert all(torch.equal(value, moments[i][name]) for name, value in state.items())
-    assert torch.equal(clone.agc.bank, bank)
+    assert torch.equal(clone.rule.agc.bank, bank)

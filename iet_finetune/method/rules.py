@@ -1,0 +1,219 @@
+"""Skip rules: the decision which samples of a step give no gradient, and what these may learn instead."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .agc import AntiGradientControl
+from .objective import Objective, per_sample_loss
+
+# Called as the denoiser is called.
+Network = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples that a rule looks at: a micro-batch of one rank, or for `SkipRule.update` a whole step.
+
+    Attributes:
+        loss: (B,) fp32, the unweighted per-sample losses, without gradient.
+        timesteps: (B,) int64, those of the objective.
+        members: (B,) int64, indices of the images in the clone's shard.
+        shard: (n,) int64, indices of the shard's images among all training images.
+        objective: how images become noisy.
+        target: (B, C, H, W), what the denoiser should predict; None for a whole step.
+        predict: the prediction (B, C, H, W) of another network on the same noisy latents, timesteps and conditions,
+            without gradient or dropout; None for a whole step.
+    """
+
+    loss: Tensor
+    timesteps: Tensor
+    members: Tensor
+    shard: Tensor
+    objective: Objective
+    target: Tensor | None = None
+    predict: Callable[[Network], Tensor] | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """(B,) int64, indices among all training images."""
+        return self.shard[self.members]
+
+    def level(self, bins: int) -> Tensor:
+        """(B,) int64 in [0, bins): which of so many parts of the noise schedule, from little noise to much."""
+        return self.objective.levels(self.timesteps, bins)
+
+    def loss_of(self, network: Network) -> Tensor:
+        """(B,) fp32, the losses of another network on the same noisy latents, conditions and target, without gradient.
+
+        Args:
+            network: what `Run.lend` gave, or another one that is called as the denoiser is.
+
+        Raises:
+            ValueError: these are the samples of a whole step, whose latents are gone.
+        """
+        if self.predict is None or self.target is None:
+            raise ValueError("only `keep` and `instead` can ask for another network's losses: `update` has no latents")
+        return per_sample_loss(self.predict(network), self.target)
+
+
+class Instead(NamedTuple):
+    """What samples that are not kept learn: Σ (1 − keep_i) w_i l'_i / B joins the loss of a step of B samples.
+
+    Attributes:
+        target: (B, C, H, W), against which l'_i is taken as l_i is against the true one. Rows of kept samples are not
+            looked at.
+        weight: w, (B,) or one number.
+    """
+
+    target: Tensor
+    weight: Tensor | float = 1.0
+
+
+class Run(Protocol):
+    """What `SkipRule.begin_round` may ask about the run, and only then; the same answers on any number of ranks."""
+
+    @property
+    def round(self) -> int:
+        """Rounds completed so far."""
+
+    @property
+    def content_hashes(self) -> Sequence[str]:
+        """One a training image, in the order of their indices; copies of an image share it."""
+
+    @property
+    def heldout_hashes(self) -> Sequence[str]:
+        """The same for the held-out images, of which there may be none."""
+
+    def lend(self, which: str) -> Network:
+        """A frozen denoiser, which holds still until the next round.
+
+        Args:
+            which: "base" as it came, "merged" as the round starts, or "ema" for its moving average; one of the rule's
+                `borrows`.
+        """
+
+    def losses(
+        self, which: str, images: Sequence[int], timesteps: Sequence[int], seed: int, *, heldout: bool = False
+    ) -> Tensor:
+        """(N, J) fp32 on the host, the losses of N images at J timesteps; every rank computes some of them.
+
+        The noise follows from the seed, the image's content and the place among the timesteps. Images are encoded as
+        the mean of their posterior, not mirrored, with their first caption.
+
+        Args:
+            which: as for `lend`.
+            images: indices of training images, or of held-out ones.
+        """
+
+
+class SkipRule(ABC):
+    """Decides which samples of a step give no gradient. Each clone has a rule of its own.
+
+    Within a step a rule stands still: all micro-batches are judged before `update` learns of them.
+
+    Args:
+        config: the values of the rule's flags.
+        objective: how images become noisy.
+        num_images: in the clone's shard.
+        device: where the clone trains.
+
+    Attributes:
+        borrows: which networks the rule asks for, of "base", "merged" and "ema"; their memory is counted before
+            training starts.
+    """
+
+    borrows: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, *, objective: Objective, num_images: int, device: torch.device) -> None:
+        self.config, self.objective, self.num_images, self.device = config, objective, num_images, device
+
+    @classmethod
+    def teaches(cls) -> bool:
+        """Whether skipped samples may learn something instead."""
+        return cls.instead is not SkipRule.instead
+
+    @property
+    def is_off(self) -> bool:
+        """Whether every sample is kept, whatever comes: gradients then need not be rescaled."""
+        return False
+
+    def begin_round(self, run: Run) -> None:  # noqa: B027 - optional
+        """Computes what all shards share, which is then frozen until the merge.
+
+        Every rank calls it for every clone, at the start of a round and again when a run resumes within it. It must
+        not depend on the clone's own state nor change it.
+        """
+
+    @abstractmethod
+    def keep(self, samples: Samples) -> Tensor:
+        """(B,) bool, False for a sample to be skipped."""
+
+    def instead(self, samples: Samples) -> Instead | None:
+        """What samples that are not kept learn; None if nothing.
+
+        Costs a second backward pass. Whether it is None must not depend on the samples: ranks that train a clone
+        together must agree, as must all micro-batches of a step.
+        """
+        return None
+
+    def update(self, samples: Samples) -> None:  # noqa: B027 - optional
+        """Learns of a whole step, in the order of its samples, which are the same on all ranks of a group."""
+
+    def expected_loss(self, samples: Samples) -> Tensor:
+        """(B,) the usual loss at each sample's timestep, for the ledger; NaN where it is not known."""
+        return torch.full_like(samples.loss, torch.nan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The clone's own state, as tensors and plain values; a checkpoint holds it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
+        """Restores what `state_dict` returned; its tensors may be on another device."""
+
+
+class AGCRule(SkipRule):
+    """`--skip_rule agc`: anti-gradient control as the rule of one clone.
+
+    Attributes:
+        agc: the clone's loss bank, with an entry for each of `--agc_bins` noise levels.
+    """
+
+    def __init__(self, config: Any, **facts: Any) -> None:
+        super().__init__(config, **facts)
+        bins = config.agc_bins or self.objective.default_bins
+        self.agc = AntiGradientControl(bins, config.agc_threshold, config.agc_decay).to(self.device)
+
+    @property
+    def is_off(self) -> bool:
+        """With a threshold of 0 nothing is skipped."""
+        return self.agc.threshold == 0
+
+    def _bins(self, samples: Samples) -> Tensor:
+        return samples.level(len(self.agc.bank))
+
+    def keep(self, samples: Samples) -> Tensor:
+        """As `AntiGradientControl.keep_mask`."""
+        if self.is_off:
+            return torch.ones_like(samples.loss, dtype=torch.bool)
+        return self.agc.keep_mask(samples.loss, self._bins(samples))
+
+    def update(self, samples: Samples) -> None:
+        """As `AntiGradientControl.update`."""
+        self.agc.update(samples.loss, self._bins(samples))
+
+    def expected_loss(self, samples: Samples) -> Tensor:
+        """As `AntiGradientControl.expected_loss`."""
+        return self.agc.expected_loss(self._bins(samples))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bank and its counts."""
+        return self.agc.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the bank and its counts."""
+        self.agc.load_state_dict(state)
