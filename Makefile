@@ -56,7 +56,7 @@ demo-unconditional: $(INSTALLED) ## Train a small network from scratch to draw g
 
 # Two files at a time with one thread each: more threads than cores make torch many times slower.
 test: $(INSTALLED) ## Run the tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The others also where one found a miss. TMPDIR=/path chooses the disk for what they write.
 bench: $(INSTALLED) ## Measure memory and speed; takes 20 minutes or more, 16 GB of memory and 45 GB of disk.

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,6 +39,13 @@ torch.set_num_threads(1)
 settings.register_profile("explore", deadline=None)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable" if os.environ.get("CI") else "explore")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that at the end no worker of pytest-xdist waits for another's file."""
+    tests = Counter(item.path for item in items)
+    long = {item.path for item in items if item.path.parent.name == "e2e" or item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in long, -tests[item.path]))
 
 
 def _forget_accelerator() -> None:

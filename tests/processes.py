@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -151,10 +152,13 @@ def _fork_orphan() -> int:
     ours, theirs = os.pipe()
     between = os.fork()
     if not between:
+        parent = os.getpid()
         pid = os.fork()
         if pid:
             os.write(theirs, str(pid).encode())
             os._exit(0)
+        while os.getppid() == parent:
+            time.sleep(0.001)
     else:
         os.waitpid(between, 0)
         pid = int(os.read(ours, 64))

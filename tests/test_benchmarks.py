@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ def run_benchmark(name: str, tmp_path: Path, *flags: str) -> tuple[dict, list[st
     scratch.mkdir()
     command = [sys.executable, str(FOLDER / f"{name}.py"), *flags, "--dir", str(scratch), "--json", str(record)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = processes.run(command, env=environment, timeout=300)
     assert record.exists(), done.stderr
     found = json.loads(record.read_text(encoding="utf-8"))
     assert done.returncode == int(not all(check["holds"] for check in found["checks"]))

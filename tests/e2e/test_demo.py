@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import yaml
@@ -41,14 +42,9 @@ def short_demo(recipe: str, output: Path) -> str:
     launch = re.search(r"accelerate launch (.*?)--num_cpu_threads", (ROOT / "Makefile").read_text(), re.DOTALL)[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch.replace("\\\n", " ").split()]
     short = ["--max_train_steps", "2", "--validation_inference_steps", "2", "--num_validation_images", "1"]
-    result = subprocess.run(
-        [*command, "train_iet_agc.py", "--config", recipe, "--output_dir", str(output), *short],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    script = ["train_iet_agc.py", "--config", recipe, "--output_dir", str(output), *short]
+    result = processes.run([*command, *script], cwd=ROOT, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

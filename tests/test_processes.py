@@ -1,0 +1,75 @@
+"""A forked process of `processes` is to its program what a new one is."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+
+# Prints what a program can see of its place.
+LOOK = """
+import json, os, signal, sys, threading
+print(json.dumps({
+    "name": __name__, "words": sys.argv, "path": sys.path, "folder": os.getcwd(), "own": os.getpid() == os.getsid(0),
+    "environment": {**os.environ}, "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+    "parent": os.getppid(), "threads": threading.active_count(),
+    "package": sorted(name for name in sys.modules if name.startswith("iet_finetune")), "code": __import__("x").code,
+}))
+print("seen", file=sys.stderr)
+sys.exit(7)
+"""
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere every process is a new one")
+
+
+@linux
+@pytest.mark.parametrize("words", [["-c", LOOK, "a", "-b"], ["look.py", "a"], ["-m", "look", "--a"]], ids=str)
+def test_a_program_sees_what_it_sees_in_a_new_process_and_ends_like_it(tmp_path, words):
+    (tmp_path / "look.py").write_text(LOOK)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "x.py").write_text("code = 5")
+    settings = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(tmp_path / "there"), "RANK": "3"}}
+    command = [sys.executable, *(words if words[0] != "look.py" else [str(tmp_path / "look.py"), "a"])]
+    forked = processes.run(command, start_new_session=True, **settings)
+    new = subprocess.run(command, start_new_session=True, capture_output=True, text=True, check=False, **settings)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (new.returncode, new.stdout, new.stderr) != (0, "", "")
+
+
+@linux
+def test_it_has_the_libraries_already_and_one_that_reads_other_variables_then_has_not():
+    command = [sys.executable, "-c", "import sys; print('torch' in sys.modules, 'iet_finetune' in sys.modules)"]
+    assert processes.run(command).stdout == "True False\n"
+    assert processes.run(command, env={**os.environ, "HF_ENDPOINT": "http://localhost"}).stdout == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        ("pass", 0),
+        ("1 / 0", 1),
+        ("import atexit, os; atexit.register(os._exit, 9)", 9),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+    ],
+)
+def test_it_ends_by_code_error_and_signal(code, ending):
+    done = processes.run([sys.executable, "-c", code])
+    assert done.returncode == ending
+    assert done.stderr.splitlines()[-1:] == {1: ["ZeroDivisionError: division by zero"]}.get(
+        ending, ["KeyboardInterrupt"] if ending == -signal.SIGINT else []
+    )
+
+
+def test_a_running_one_is_watched_and_ended_like_any_child(tmp_path):
+    code = "import pathlib, time; pathlib.Path('here').touch(); print('running', flush=True); time.sleep(60)"
+    with processes.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "running\n"
+        assert Path(tmp_path, "here").exists()
+        assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.01)
+        process.terminate()
+        assert process.wait(timeout=30) == -signal.SIGTERM
