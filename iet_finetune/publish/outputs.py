@@ -64,16 +64,21 @@ def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | N
         UserError: as `claim`, or a rank does not see what rank 0 writes there.
     """
     lock = claim(folder, resuming) if ranks.is_main else None
-    with contextlib.ExitStack() as stack:
-        sign = None
-        if ranks.is_main:
-            sign = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial")).name
-        name = Path(ranks.all_gather_object(sign)[0]).name
-        if not (folder / name).exists():
-            raise UserError(
-                f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they share."
-            )
-        ranks.barrier()
+    try:
+        with contextlib.ExitStack() as stack:
+            sign = None
+            if ranks.is_main:
+                sign = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial")).name
+            name = Path(ranks.all_gather_object(sign)[0]).name
+            if not (folder / name).exists():
+                raise UserError(
+                    f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they share."
+                )
+            ranks.barrier()
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
     return lock
 
 
