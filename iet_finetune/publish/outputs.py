@@ -72,7 +72,8 @@ def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | N
             name = Path(ranks.all_gather_object(sign)[0]).name
             if not (folder / name).exists():
                 raise UserError(
-                    f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they share."
+                    f"`--output_dir {folder}` is not the same folder on all machines: choose one on storage they "
+                    "share."
                 )
             ranks.barrier()
     except BaseException:
