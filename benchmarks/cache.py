@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def files_of(cache: Path) -> dict[Path, int]:
     """Bytes by file."""
-    return {path: path.stat().st_size for path in cache.rglob("*.safetensors")}
+    return {path: path.stat().st_size for path in (cache / "iet_finetune" / "encoded").rglob("*.safetensors")}
 
 
 def start(world: Path, count: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import datasets
@@ -14,14 +13,12 @@ import PIL.Image
 
 from ..config.settings import DataConfig
 from ..errors import UserError
+from .hashes import HASH_BYTES, content_hash, remembered
 from .image_folder import find_files, read_image_folder
 from .images import check_image, decode_rgb
 from .samples import Columns, Samples, numbered
 from .table import read_named_dataset, table_samples
 
-_HASH_BYTES = 16
-_THREADS = 8
-_BLOCK = 512  # images whose hashing is queued at a time; only those being hashed are in memory
 _HOLD_OUT, _SUBSET = 1, 2  # keep the draws of the two selections apart
 
 
@@ -74,7 +71,7 @@ class TrainingImages:
     @property
     def fingerprint(self) -> str:
         """Hexadecimal digest of contents, captions, labels and classes in order: it changes when any of them does."""
-        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        digest = hashlib.blake2b(digest_size=HASH_BYTES)
         labels = self.shard_labels or (None,) * len(self)
         classes = [()] * len(self) if self.classes is None else [(number,) for number in self.classes]
         for *row, class_ in zip(self.content_hashes, self.captions, labels, classes, strict=True):
@@ -85,11 +82,6 @@ class TrainingImages:
     def num_duplicates(self) -> int:
         """How many images have the contents of one before them."""
         return len(self) - len(set(self.content_hashes))
-
-
-def content_hash(data: bytes) -> str:
-    """Hexadecimal blake2b digest of 16 bytes."""
-    return hashlib.blake2b(data, digest_size=_HASH_BYTES).hexdigest()
 
 
 def load_images(
@@ -104,9 +96,10 @@ def load_images(
 ) -> tuple[TrainingImages, TrainingImages]:
     """The images to train on and those held out, from `--train_data_dir` or `--dataset_name`.
 
-    Every image is read once, to hash it and to check its header. The held-out images are drawn first and by content,
-    so that duplicates stand on one side; then `max_train_samples` of the rest are drawn, if there are more. Both
-    draws depend on the seed and the images' contents alone, and keep the order of the data.
+    An image is read, to hash it and to check its header, unless it has not changed since an earlier start. The
+    held-out images are drawn first and by content, so that duplicates are on one side; then `max_train_samples` of the
+    rest are drawn, if there are more. Both draws depend on the seed and the images' contents alone, and keep the order
+    of the data.
 
     Args:
         data: the source and the selection.
@@ -122,7 +115,7 @@ def load_images(
     caption_column = data.caption_column if needs_captions else None
     columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
     samples = _read_source(data, cache_dir, columns) if table is None else _of_table(table_name, table, columns)
-    images = _hashed(samples, columns)
+    images = _hashed(samples, columns, table_name if table is not None else _source(data), cache_dir)
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -130,13 +123,16 @@ def load_images(
     return training, images.subset(sorted(held_out))
 
 
-def load_folder(flag: str, folder: str, data: DataConfig, *, captions: bool) -> TrainingImages:
+def load_folder(
+    flag: str, folder: str, data: DataConfig, *, captions: bool, cache_dir: str | None = None
+) -> TrainingImages:
     """All images of a folder that another flag names than those of the training images.
 
     Args:
         flag: its name, for errors.
         data: the columns.
         captions: whether captions are wanted; if not, every caption is empty.
+        cache_dir: where content hashes are kept; Hugging Face's assets cache if None.
 
     Raises:
         UserError: as `load_images`.
@@ -146,13 +142,13 @@ def load_folder(flag: str, folder: str, data: DataConfig, *, captions: bool) -> 
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
     caption_column = data.caption_column if captions else None
     columns = Columns(data.image_column, caption_column, None, data.class_column)
-    return _hashed(read_image_folder(source, find_files(folder), columns), columns)
+    return _hashed(read_image_folder(source, find_files(folder), columns), columns, os.path.abspath(folder), cache_dir)
 
 
 def load_table(name: str, table: datasets.Dataset, data: DataConfig, *, captions: bool) -> TrainingImages:
     """All images of a table in memory, which errors call `name`; otherwise as `load_folder`."""
     columns = Columns(data.image_column, data.caption_column if captions else None, None, data.class_column)
-    return _hashed(_of_table(name, table, columns), columns)
+    return _hashed(_of_table(name, table, columns), columns, name, None)
 
 
 def _of_table(name: str, table: datasets.Dataset, columns: Columns) -> Samples:
@@ -178,7 +174,13 @@ def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> S
     return read_image_folder(source, find_files(data.train_data_dir), columns)
 
 
-def _hashed(samples: Samples, columns: Columns) -> TrainingImages:
+def _source(data: DataConfig) -> str:
+    if data.train_data_dir is not None:
+        return os.path.abspath(data.train_data_dir)
+    return f"{data.dataset_name} {data.dataset_config_name} {data.dataset_split}"
+
+
+def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | None) -> TrainingImages:
     count = len(samples.names)
     if count == 0:
         raise UserError("the data set has no rows: give one with images.")
@@ -189,10 +191,7 @@ def _hashed(samples: Samples, columns: Columns) -> TrainingImages:
         check_image(data, samples.names[index])
         return content_hash(data)
 
-    hashes: list[str] = []
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, count, _BLOCK):
-            hashes.extend(pool.map(hash_one, range(start, min(start + _BLOCK, count))))
+    hashes = remembered([samples.read.stamp(index) for index in range(count)], hash_one, source, cache_dir)
     classes, class_names = None, None
     if samples.classes is not None:
         classes, class_names = numbered(samples.classes, samples.class_names, str(columns.class_))

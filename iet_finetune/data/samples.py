@@ -1,11 +1,12 @@
 """The samples of a source before they are hashed: how to read their bytes, their names, captions and labels."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import UserError
+from .hashes import file_stamp
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,24 @@ class Columns:
         }
 
 
+class Reader(Protocol):
+    """Reads encoded images; picklable."""
+
+    def __call__(self, index: int) -> bytes:
+        """Returns the encoded bytes of an image; raises a `UserError` if it cannot be read."""
+
+    def stamp(self, index: int) -> str | None:
+        """Returns a text that differs whenever the image's bytes may; None if there is none. Reads no image."""
+
+
 @dataclass(frozen=True)
 class Samples:
-    """A source's samples in order: `read(index)` gives an image's encoded bytes, the rest one entry a sample.
+    """A source's samples in order: `read(index)` returns an image's encoded bytes, the rest has one entry a sample.
 
     `classes` are numbers, or texts that are to be numbered; `class_names` belong to numbers, where they have names.
     """
 
-    read: Callable[[int], bytes]
+    read: Reader
     names: tuple[str, ...]
     captions: tuple[tuple[str, ...], ...]
     labels: tuple[str, ...] | None
@@ -61,6 +72,10 @@ class FileReader:
 
     def __call__(self, index: int) -> bytes:
         return read_file(self.paths[index])
+
+    def stamp(self, index: int) -> str | None:
+        """As `Reader.stamp`."""
+        return file_stamp(self.paths[index])
 
 
 def read_file(path: str) -> bytes:

@@ -3,14 +3,18 @@
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..config.settings import DataConfig
 from ..errors import UserError, one_line
+from .hashes import HASH_BYTES, file_stamp, remembered
 from .image_folder import METADATA_NAMES, find_files, is_image, read_image_folder
 from .quiet import quiet_datasets
 from .samples import Columns, Samples, class_column, read_file, text_columns
@@ -29,9 +33,7 @@ class TableReader:
     source: str
 
     def __call__(self, index: int) -> bytes:
-        value = self.table[index][self.column]
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
+        value = self._value(index)
         if isinstance(value, bytes):
             return value
         if not value:
@@ -42,6 +44,30 @@ class TableReader:
                 "download or unpack the images first, and give their folder."
             )
         return read_file(os.path.join(self.folder or "", value))
+
+    def stamp(self, index: int) -> str | None:
+        """As `Reader.stamp`."""
+        if self._table_stamp is not None:
+            return f"{self._table_stamp} {index}"
+        value = self._value(index)
+        return file_stamp(os.path.join(self.folder or "", value)) if isinstance(value, str) else None
+
+    def _value(self, index: int) -> bytes | str | None:
+        value = self.table[index][self.column]
+        return value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+
+    @cached_property
+    def _table_stamp(self) -> str | None:
+        """The stamp of the table's files; None if a row holds no bytes. Reads the rows' lengths only."""
+        values = self.table.data.column(self.column)
+        if pa.types.is_struct(values.type) and values.type.get_field_index("bytes") >= 0:
+            values = pc.struct_field(values, "bytes")
+        stamps = [file_stamp(file["filename"]) for file in self.table.cache_files]
+        embedded = pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)
+        if not embedded or not stamps or None in stamps:
+            return None
+        shortest = pc.min(pc.fill_null(pc.binary_length(values), 0)).as_py()
+        return f"{self.table._fingerprint} {stamps}" if shortest else None
 
 
 def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None) -> Samples:
@@ -73,7 +99,8 @@ def _local_folder(data: DataConfig, name: str, source: str, columns: Columns, ca
         _refuse_images_without_split(name, source, splits)
         return read_image_folder(source, splits[data.dataset_split], columns)
     # The key of the cache of `datasets` is path and modification time. A folder named by the contents is never stale.
-    contents = _hash_files([os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)])
+    files = [os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)]
+    contents = _hash_files([os.path.abspath(path) for path in files if os.path.isfile(path)], name, cache_dir)
     base = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
     table = _load(data, name, os.path.join(base, f"contents-{contents}"))
     return table_samples(table, columns, name, source, folder=os.path.abspath(name))
@@ -107,13 +134,13 @@ def _refuse_images_without_split(name: str, source: str, splits: dict[str, list[
         )
 
 
-def _hash_files(paths: list[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+def _hash_files(paths: list[str], name: str, cache_dir: str | None) -> str:
+    def hash_one(index: int) -> str:
+        with open(paths[index], "rb") as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=HASH_BYTES)).hexdigest()
+
+    hashes = remembered([file_stamp(path) for path in paths], hash_one, f"files of {os.path.abspath(name)}", cache_dir)
+    return hashlib.blake2b("".join(hashes).encode(), digest_size=HASH_BYTES).hexdigest()
 
 
 def _load(data: DataConfig, name: str, cache_dir: str | None) -> datasets.Dataset:

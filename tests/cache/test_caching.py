@@ -139,17 +139,22 @@ def has_images(path: Path) -> bool:
         return "mean" in file.keys()  # noqa: SIM118 - no mapping
 
 
+def encoded(cache: Path, pattern: str) -> list[Path]:
+    """The files of a cache that belong to encoded images and captions."""
+    return [*(cache / "iet_finetune" / "encoded").rglob(pattern)]
+
+
 def rows(cache: Path) -> tuple[int, int]:
     """How many rows of images and of captions a cache holds, those counted twice that are there twice."""
     counts = {True: 0, False: 0}
-    for path in cache.rglob("*.safetensors"):
+    for path in encoded(cache, "*.safetensors"):
         counts[has_images(path)] += rows_of(path)
     return counts[True], counts[False]
 
 
 def made_from(cache: Path) -> list[dict[str, Any]]:
     """What decided the bits of the rows of a cache: of those of images, and then of those of captions."""
-    facts = [json.loads(path.read_text()) for path in cache.rglob("made_from.json")]
+    facts = [json.loads(path.read_text()) for path in encoded(cache, "made_from.json")]
     return sorted(facts, key=lambda one: "images" not in one)
 
 
@@ -556,7 +561,7 @@ ON_RANKS = """
         Trainer(bad)
     except UserError as error:
         dist.barrier()
-        kept = [str(path) for path in Path(good.model.cache_dir).rglob("*.safetensors")]
+        kept = [str(path) for path in Path(good.model.cache_dir, "iet_finetune", "encoded").rglob("*.safetensors")]
         print(json.dumps([error.printed_here, str(error), kept]), file=stdout, flush=True)
     dist.barrier()
     Trainer(good).train()
@@ -597,7 +602,7 @@ def test_an_image_that_a_rank_cannot_read_ends_all_with_its_line_and_what_was_en
 def test_ranks_share_the_work_and_end_in_the_bits_of_one_rank_without_the_cache(world, tmp_path, on_ranks):
     folder, ended = on_ranks
     assert [(rank.code, rank.said) for rank in ended] == [(0, [])] * 2, ended
-    (captions,) = {path.parent for path in (folder / "cache").rglob("*.safetensors") if not has_images(path)}
+    (captions,) = {path.parent for path in encoded(folder / "cache", "*.safetensors") if not has_images(path)}
     shares = sorted(rows_of(path) for path in captions.glob("*.safetensors"))
     assert shares == [(3 * MIXED + 1) // 2, (3 * MIXED + 2) // 2]
     assert_equal(weights(folder / "out"), train(config(world, tmp_path / "alone", cache_latents=False, **OF_RANKS)))

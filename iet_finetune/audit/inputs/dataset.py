@@ -68,7 +68,9 @@ def load_real_images(
     if (others := tables.get("holdout_data_dir")) is not None:
         heldout = load_table("heldout_images", others, data, captions=needs_captions)
     elif audit.holdout_data_dir is not None:
-        heldout = load_folder("holdout_data_dir", audit.holdout_data_dir, data, captions=needs_captions)
+        heldout = load_folder(
+            "holdout_data_dir", audit.holdout_data_dir, data, captions=needs_captions, cache_dir=cache_dir
+        )
     else:
         return training, heldout
     return training, _numbered_alike(heldout, training, data.class_column)

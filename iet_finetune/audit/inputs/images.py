@@ -9,7 +9,8 @@ import numpy as np
 import PIL.Image
 
 from ...config.config import Config
-from ...data.dataset import TrainingImages, content_hash
+from ...data.dataset import TrainingImages
+from ...data.hashes import content_hash
 from ...data.images import decode_rgb
 from ...data.samples import read_file
 from ...data.transforms import ImageTransform
