@@ -246,3 +246,20 @@ def test_the_memory_and_the_time_that_the_cache_takes_are_measured(tmp_path):
     assert [check["holds"] for check in found["checks"][:3]] == [True, True, True], "memory, or encoded again"
     heads = [line for line in table_of(printed) if line[0] == "images"]
     assert heads == [list(all_), list(opened)]
+
+
+def test_a_comparison_of_records_finds_a_changed_number_and_overlooks_renamed_keys_and_dates(
+    programs, tmp_path, capsys
+):
+    from same_bits import compare
+
+    def record(name, **audit):
+        runs = {"full": {"weights": {"unet.safetensors": "a1"}, "metrics": [{"loss": 0.5}, {"loss": float("nan")}]}}
+        (tmp_path / name).write_text(json.dumps({**runs, "audit": {"date": name, **audit}}), encoding="utf-8")
+        return tmp_path / name
+
+    before = record("before", f_mem={"value": 0.1, "null": 0.0})
+    assert compare(before, record("same", f_mem={"value": 0.1, "baseline": 0.0})) == 0
+    assert capsys.readouterr().out == "the same bits in 1 runs and an audit\n"
+    assert compare(before, record("other", f_mem={"value": 0.2, "baseline": 0.0}, more=1)) == 1
+    assert capsys.readouterr().out.splitlines() == ["audit > f_mem > value: 0.1 | 0.2", "audit > more: nothing | 1"]

@@ -120,7 +120,7 @@ def test_the_defaults_in_the_table_of_flags_are_those_of_the_flags():
         assert str(defaults[name]).removesuffix(".0") == default, name
 
 
-@pytest.mark.parametrize("command", re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+@pytest.mark.parametrize("command", sorted({*re.findall(r"(?:^|`)make ([\w-]+)", README, flags=re.MULTILINE)}))
 def test_the_makefile_has_the_commands(command):
     assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
