@@ -1,4 +1,4 @@
-"""The images and captions of a run, encoded once and kept on disk, for this run and for others."""
+"""Encodes the images and captions of a run once and keeps them on disk, for this run and others."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ from .keys import caption_facts, image_facts
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Threads that read and decode images, and how many images they may be ahead of the encoder.
+# Number of threads that read and decode images, and how many images they may be ahead of the encoder.
 _THREADS, _AHEAD = 4, 32
 
 
@@ -40,39 +40,39 @@ def encode_data(
     ranks: Ranks,
     device: torch.device,
 ) -> EncodedData:
-    """The rows of all images, with `--random_flip` of their mirrored copies too, and of all captions.
+    """Returns the rows of all images and captions and, with `--random_flip`, of mirrored copies.
 
-    Every rank calls it and encodes a share of what is not kept yet. The family's encoders are on the device only
-    meanwhile, those of captions after those of images.
+    Every rank calls it and encodes a share of the missing rows. The family's encoders are on the device only
+    meanwhile, first those of images, then those of captions.
 
     Raises:
-        UserError: an image cannot be read, or the cache's folder cannot be written or has no room.
+        UserError: an image cannot be read, or the cache folder cannot be written or is full.
     """
     folder, encoder = cache_folder(config.model.cache_dir), Encoder(family, config.training.train_batch_size, device)
-    pictures = Pictures(folder, family, encoder, device, images, transform, mirrored=config.data.random_flip)
-    complete(pictures, ranks)
+    image_rows = ImageRows(folder, family, encoder, device, images, transform, mirrored=config.data.random_flip)
+    complete(image_rows, ranks)
     if not family.needs_captions:
-        return EncodedData(pictures.rows, pictures.places, None, {})
+        return EncodedData(image_rows.rows, image_rows.places, None, {})
     texts = {text for captions in images.captions for text in captions}
     if config.data.caption_dropout:
         texts.add("")
-    captions = Captions(folder, family, encoder, device, sorted(texts))
-    complete(captions, ranks)
-    return EncodedData(pictures.rows, pictures.places, captions.rows, captions.places)
+    caption_rows = CaptionRows(folder, family, encoder, device, sorted(texts))
+    complete(caption_rows, ranks)
+    return EncodedData(image_rows.rows, image_rows.places, caption_rows.rows, caption_rows.places)
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """Where what was encoded is kept: in `--cache_dir`, else where Hugging Face's libraries keep such things.
+    """Returns the folder of encoded rows: in `--cache_dir`, or in Hugging Face's assets cache.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be created.
     """
     try:
         return cached_assets_path("iet_finetune", "encoded", "rows", assets_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no folder for encoded images and captions: {one_line(error).rstrip('.')}. Choose another with "
-            "`--cache_dir`, or encode anew in every step with `--no_cache_latents`."
+            f"no folder for encoded images and captions can be created: {one_line(error).rstrip('.')}. Choose another "
+            "with `--cache_dir`, or encode in every step with `--no_cache_latents`."
         ) from None
 
 
@@ -82,15 +82,15 @@ class _Sample(NamedTuple):
     place: Tensor
 
 
-class Pictures:
-    """The images of a run as a source of rows: the posterior, and where the picture is cropped.
+class ImageRows:
+    """The images of a run as a source of rows: their posteriors and crops.
 
-    An image of which nothing is cut off has the same row whatever the crop.
+    An image that the crop does not cut has the same row for every crop.
 
     Args:
-        folder: of the cache.
-        encoder: of the family.
-        mirrored: whether mirrored copies have rows, too.
+        folder: the cache folder.
+        encoder: the family's.
+        mirrored: whether mirrored copies have rows too.
     """
 
     words = "images"
@@ -116,7 +116,7 @@ class Pictures:
 
     @property
     def places(self) -> np.ndarray:
-        """(n, 2, 2) int32, as `EncodedData.image_places`; -1 for what has no row."""
+        """(n, 2, 2) int32, as `EncodedData.image_places`; -1 for missing rows."""
         places = np.full((len(self._images), 2, 2), -1, dtype=np.int32)
         for flip in self._flips:
             whole, cut = (
@@ -127,7 +127,7 @@ class Pictures:
         return places
 
     def missing(self) -> list[tuple[int, bool]]:
-        """Images, each content once, and whether they are mirrored, that have no row."""
+        """Returns (index, mirrored) of images without a row, each content once."""
         firsts = {content: index for index, content in reversed([*enumerate(self._images.content_hashes)])}
         places = self.places
         return [
@@ -141,7 +141,7 @@ class Pictures:
         """As `Source.encode`; raises a `UserError` if an image cannot be read."""
         if not todo:
             return
-        PIL.Image.init()  # load the decoders once, before threads ask for them together
+        PIL.Image.init()  # loads the decoders once, before several threads need them
         by_image = [list(same) for _, same in groupby(todo, key=itemgetter(0))]
         waiting: list[_Sample] = []
         lent = self._family.lent(self._family.image_encoders, self._device)
@@ -179,13 +179,13 @@ class Pictures:
         return [sample.key for sample in samples], row
 
 
-class Captions:
-    """Captions as a source of rows: what the denoiser is told about them.
+class CaptionRows:
+    """Captions as a source of rows: the denoiser's conditions.
 
     Args:
-        folder: of the cache.
-        encoder: of the family.
-        texts: each once.
+        folder: the cache folder.
+        encoder: the family's.
+        texts: the captions, each once.
     """
 
     words = "captions"
@@ -206,7 +206,7 @@ class Captions:
         return {text: (file, row) for text, (file, row) in zip(self._texts, places, strict=True)}
 
     def missing(self) -> list[str]:
-        """Those without a row."""
+        """Returns the captions without a row."""
         return [self._texts[number] for number in self.rows.missing(self._texts)]
 
     def encode(self, todo: list[str]) -> Iterator[tuple[list[str], Row]]:
@@ -218,7 +218,7 @@ class Captions:
 
 
 def _ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-    """function(item) for each item, in order, computed by the pool at most `_AHEAD` items ahead."""
+    """Yields function(item) for each item, in order, computed by the pool at most `_AHEAD` items ahead."""
     running: deque[Future[R]] = deque()
     for item in items:
         running.append(pool.submit(function, item))

@@ -1,4 +1,4 @@
-"""Fills a cache of rows with what is missing: all ranks that see the same folder share the work."""
+"""Adds missing rows to a cache; all ranks that see the same folder share the work."""
 
 import math
 import shutil
@@ -19,16 +19,16 @@ from ..distributed.groups import Ranks
 from ..errors import UserError, disk_full, one_line
 from ..files import gigabytes
 
-# A file is written when so much is ready for it, or so much time has passed: what a kill costs at most.
+# A file is written once it has this size or age, which is what a kill can cost.
 FILE_BYTES, FILE_SECONDS = 128 << 20, 300.0
 _INSTEAD = "choose a folder on another disk with `--cache_dir`, or encode anew in every step with `--no_cache_latents`"
 
 
 class Source(Protocol):
-    """Rows of one kind that a run needs, and how those are made that are missing.
+    """Rows of one kind that a run needs, and how to produce missing ones.
 
     Attributes:
-        words: what they are rows of.
+        words: what the rows encode, for messages.
         rows: where they are kept.
     """
 
@@ -36,26 +36,26 @@ class Source(Protocol):
     rows: Rows
 
     def missing(self) -> list[Any]:
-        """What has no row; of the same folder every rank says the same."""
+        """Returns the items without a row; ranks that share a folder agree."""
 
     def encode(self, todo: list[Any]) -> Iterator[tuple[list[str], Row]]:
-        """Keys, and their rows as tensors whose first dimension is as long, on the host; some at a time, in order."""
+        """Yields, in order, some keys at a time and their rows as tensors (len(keys), ...) on the host."""
 
 
 def complete(source: Source, ranks: Ranks) -> None:
-    """Makes all rows that are missing; every rank calls it, and encodes a share.
+    """Adds all missing rows; every rank calls it and encodes a share.
 
-    What has been encoded when it ends in an error is kept.
+    After an error, rows that were already encoded are kept.
 
     Raises:
-        UserError: something cannot be encoded, or the folder cannot be written or has no room.
+        UserError: an item cannot be encoded, or the folder cannot be written or is full.
     """
     before = None
     while any(left := ranks.all_gather_object(len(source.missing()))):
         if left == before:
             raise UserError(
-                f"what was encoded is not there when it is looked for in {source.rows.folder}: the disk loses it, or "
-                f"cannot map it into memory: {_INSTEAD}."
+                f"cached files disappeared after writing to {source.rows.folder}: the filesystem may not keep them or "
+                f"not map them into memory: {_INSTEAD}."
             )
         before = left
         together = _sharing(source.rows.folder, ranks)
@@ -64,7 +64,7 @@ def complete(source: Source, ranks: Ranks) -> None:
             print(f"encoding {len(missing)} {source.words} once, kept in {source.rows.folder}", file=sys.stderr)
         if ranks.rank == together[0]:
             source.rows.clean()
-        # Neighbours stay together: an image and its mirrored copy are read once.
+        # Contiguous shares, so that an image and its mirrored copy are read once.
         ends = [len(missing) * number // len(together) for number in range(len(together) + 1)]
         place = together.index(ranks.rank)
         share = missing[ends[place] : ends[place + 1]]
@@ -74,12 +74,12 @@ def complete(source: Source, ranks: Ranks) -> None:
 
 
 def _sharing(folder: Path, ranks: Ranks) -> list[int]:
-    """The ranks, ascending, for which the folder is the same as for this one: they see each other's files in it."""
+    """Returns the ranks, ascending, that share this rank's folder: they see each other's files."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as sign:
-            signs = ranks.all_gather_object(Path(sign.name).name)
-            seen = [name for name in signs if (folder / name).exists()]
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as probe:
+            names = ranks.all_gather_object(Path(probe.name).name)
+            seen = [name for name in names if (folder / name).exists()]
             views = ranks.all_gather_object(seen)
             ranks.barrier()
     except OSError as error:
@@ -88,11 +88,11 @@ def _sharing(folder: Path, ranks: Ranks) -> list[int]:
 
 
 class _Filler:
-    """Encodes this rank's share and writes it, a file at a time.
+    """Encodes this rank's share and writes it, one file at a time.
 
     Args:
-        total: rows that all ranks together will write into the folder.
-        ranks: of which the first one shows the progress, on terminals only.
+        total: number of rows that all ranks together will write.
+        ranks: rank 0 shows a progress bar, on terminals only.
     """
 
     def __init__(self, source: Source, total: int, ranks: Ranks) -> None:
@@ -106,7 +106,7 @@ class _Filler:
         self._since = time.monotonic()
 
     def fill(self, todo: list[Any]) -> None:
-        """Encodes these and writes their rows."""
+        """Encodes the items and writes their rows."""
         bar = tqdm(
             desc=f"encoding {self._source.words}",
             total=len(todo),
@@ -118,7 +118,7 @@ class _Filler:
                 for keys, rows in self._source.encode(todo):
                     self._take(keys, rows)
                     bar.update(len(keys))
-                    # Who takes no notice in time that another rank has failed is ended, and writes nothing.
+                    # A rank that ignores a failed peer is killed and would lose its rows.
                     self._ranks.check()
         except BaseException:
             with suppress(Exception):
@@ -138,7 +138,7 @@ class _Filler:
 
     def _check_room(self, row_bytes: int) -> None:
         folder = self._source.rows.folder
-        self._room_is_known = True  # later on, part of what was free holds rows
+        self._room_is_known = True  # later, rows take part of the free space
         try:
             free = shutil.disk_usage(folder).free
         except OSError as error:
@@ -162,4 +162,4 @@ class _Filler:
 
 def _not_written(folder: Path, error: Exception) -> UserError:
     reason = disk_full(error) or getattr(error, "strerror", None) or one_line(error).rstrip(".")
-    return UserError(f"what was encoded cannot be kept in {folder}: {reason}: {_INSTEAD}.")
+    return UserError(f"encoded rows cannot be written to {folder}: {reason}: {_INSTEAD}.")

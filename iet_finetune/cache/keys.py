@@ -1,4 +1,4 @@
-"""What decides the bits of an encoded image or caption: the name under which the cache keeps it."""
+"""Everything that determines the bits of an encoded image or caption, as the key of its cache folder."""
 
 import hashlib
 import inspect
@@ -19,12 +19,12 @@ from ..environment import environment
 from ..families.base import Family
 from ..families.encoding import Encoder
 
-# Other versions of these may compute other bits.
+# Other versions of these packages may compute other bits.
 _PACKAGES = ("iet_finetune", "torch", "diffusers", "transformers", "tokenizers")
 
 
 def image_facts(family: Family, encoder: Encoder, transform: ImageTransform, device: torch.device) -> dict[str, Any]:
-    """All that the rows of images depend on beside the images themselves and where they are cropped."""
+    """Returns everything that image rows depend on besides the images and their crops."""
     return {
         **_common_facts(family, encoder, device),
         "images": transform.scaling,
@@ -34,7 +34,7 @@ def image_facts(family: Family, encoder: Encoder, transform: ImageTransform, dev
 
 
 def caption_facts(family: Family, encoder: Encoder, device: torch.device) -> dict[str, Any]:
-    """All that the rows of captions depend on beside the captions themselves."""
+    """Returns everything that caption rows depend on besides the captions."""
     tokenizers = {
         name: _tokenizer_digest(component)
         for name, component in sorted(family.pipeline.components.items())
@@ -44,7 +44,7 @@ def caption_facts(family: Family, encoder: Encoder, device: torch.device) -> dic
         **_common_facts(family, encoder, device),
         "max_sequence_length": family.config.training.max_sequence_length,
         "tokenizers": tokenizers,
-        # SD 3 without its T5 fills up with zeros to the width that its transformer takes.
+        # SD 3 without T5 pads with zeros to the width of its transformer.
         "width": _settings(family.denoiser).get("joint_attention_dim"),
         "models": _models(family, family.caption_encoders),
     }
@@ -69,13 +69,13 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _class_digest(kind: type) -> str:
-    """Of the name of a family's class and of the files that it and its bases are written in."""
+    """Digest of the name of a family's class and of the source files of the class and its bases."""
     digest = hashlib.blake2b(f"{kind.__module__}.{kind.__qualname__}".encode(), digest_size=16)
     for base in kind.__mro__:
         if issubclass(base, Family):
             try:
                 digest.update(Path(inspect.getfile(base)).read_bytes())
-            except (OSError, TypeError):  # typed in, and in no file: it may be another class each time
+            except (OSError, TypeError):  # defined interactively: it may differ each time
                 digest.update(os.urandom(16))
     return digest.hexdigest()
 
@@ -86,9 +86,9 @@ def _models(family: Family, names: Sequence[str]) -> dict[str, str]:
 
 
 def _model_digest(model: nn.Module) -> str:
-    """Of a model's class, settings and every bit of its weights."""
+    """Digest of a model's class, settings and all bits of its weights."""
     settings = {key: value for key, value in dict(_settings(model)).items() if not key.startswith("_")}
-    # Not cryptographic, and as fast as memory: a text encoder may have 20 GB, and is hashed at every start.
+    # Not cryptographic but as fast as memory: a text encoder may have 20 GB and is hashed at every start.
     digest = xxhash.xxh3_128(f"{type(model).__name__} {json.dumps(settings, default=str, sort_keys=True)}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -102,12 +102,12 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Of a tokenizer's class, words, rules and lengths."""
+    """Digest of a tokenizer's class, vocabulary, rules and lengths."""
     digest = hashlib.blake2b(type(tokenizer).__name__.encode(), digest_size=16)
     lengths = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side)
     digest.update(repr((*lengths, tokenizer.special_tokens_map)).encode())
     if hasattr(tokenizer, "backend_tokenizer"):
-        # How it was last used is noted in it, too.
+        # Without the padding and truncation of its last use.
         rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
         digest.update(json.dumps(rules).encode())
         return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Images, captions and what is done to them before training; import the modules, this file holds nothing."""
+"""Data sets, captions, transforms and the loader; import the modules, this file is empty."""

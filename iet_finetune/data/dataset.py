@@ -1,4 +1,4 @@
-"""The images of a run: their captions, content hashes and pixels, and which of them are trained on."""
+"""The images of a run: captions, content hashes and pixels, and the split into training and held-out images."""
 
 import hashlib
 import json
@@ -19,16 +19,20 @@ from .images import check_image, decode_rgb
 from .samples import Columns, Samples, numbered
 from .table import read_named_dataset, table_samples
 
-_HOLD_OUT, _SUBSET = 1, 2  # keep the draws of the two selections apart
+_HOLD_OUT, _SUBSET = 1, 2  # separate the random draws of the two selections
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images in a fixed order, each with one or several captions; picklable, pixels are read when asked for.
+    """Images in a fixed order, each with one or several captions; picklable, and pixels are read on demand.
 
-    `content_hashes` are hexadecimal blake2b digests (16 bytes) of the encoded images, whatever their names or dates;
-    `names` is what errors call them; `shard_labels` are the texts of `--shard_by_column`, `classes` the numbers of the
-    classes in `--class_column`, whose names are `class_names`; each None without that flag.
+    Attributes:
+        captions: the captions of each image.
+        content_hashes: hexadecimal blake2b digests (16 bytes) of the encoded images, independent of names and dates.
+        names: the images' names in errors.
+        shard_labels: the texts of `--shard_by_column`; None without the flag.
+        classes: class numbers of `--class_column`; None without the flag.
+        class_names: their names by number; None without the flag.
     """
 
     captions: tuple[tuple[str, ...], ...]
@@ -44,10 +48,10 @@ class TrainingImages:
         return len(self.content_hashes)
 
     def load(self, index: int) -> PIL.Image.Image:
-        """The picture in mode RGB, upright and on white (see `images.decode_rgb`).
+        """Loads an image in mode RGB, upright and on white (see `images.decode_rgb`).
 
         Raises:
-            UserError: it cannot be read, or its contents are no longer those that were hashed; names it.
+            UserError: it cannot be read, or its content has changed since it was hashed; names it.
         """
         data, name = self._read(self._rows[index]), self.names[index]
         if content_hash(data) != self.content_hashes[index]:
@@ -55,7 +59,7 @@ class TrainingImages:
         return decode_rgb(data, name)
 
     def subset(self, indices: Sequence[int]) -> "TrainingImages":
-        """The images at `indices`, in that order."""
+        """Returns the images at `indices`, in that order."""
         labels, classes = self.shard_labels, self.classes
         return TrainingImages(
             captions=tuple(self.captions[i] for i in indices),
@@ -70,7 +74,7 @@ class TrainingImages:
 
     @property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of contents, captions, labels and classes in order: it changes when any of them does."""
+        """Hexadecimal digest of contents, captions, labels and classes in order; changes when any of them does."""
         digest = hashlib.blake2b(digest_size=HASH_BYTES)
         labels = self.shard_labels or (None,) * len(self)
         classes = [()] * len(self) if self.classes is None else [(number,) for number in self.classes]
@@ -80,7 +84,7 @@ class TrainingImages:
 
     @property
     def num_duplicates(self) -> int:
-        """How many images have the contents of one before them."""
+        """Number of images with the same content as an earlier one."""
         return len(self) - len(set(self.content_hashes))
 
 
@@ -94,7 +98,7 @@ def load_images(
     table: datasets.Dataset | None = None,
     table_name: str = "train_images",
 ) -> tuple[TrainingImages, TrainingImages]:
-    """The images to train on and those held out, from `--train_data_dir` or `--dataset_name`.
+    """Loads the training and the held-out images from `--train_data_dir` or `--dataset_name`.
 
     An image is read, to hash it and to check its header, unless it has not changed since an earlier start. The
     held-out images are drawn first and by content, so that duplicates are on one side; then `max_train_samples` of the
@@ -103,14 +107,15 @@ def load_images(
 
     Args:
         data: the source and the selection.
-        cache_dir: where `datasets` keeps what it downloads and converts; its own place if None.
+        cache_dir: where `datasets` keeps what it downloads and converts, and where content hashes are kept; the
+            libraries' default folders if None.
         seed: seed of both draws.
         shard_by_column: column whose values become `shard_labels`.
         needs_captions: if False the caption column is not read, and every caption is empty.
         table, table_name: images in memory, instead of the source that `data` names, and what errors call them.
 
     Raises:
-        UserError: what is missing or wrong, by flag, column, file or row.
+        UserError: something is missing or wrong; names the flag, column, file or row.
     """
     caption_column = data.caption_column if needs_captions else None
     columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
@@ -126,12 +131,12 @@ def load_images(
 def load_folder(
     flag: str, folder: str, data: DataConfig, *, captions: bool, cache_dir: str | None = None
 ) -> TrainingImages:
-    """All images of a folder that another flag names than those of the training images.
+    """Loads all images of a folder that is not the training data.
 
     Args:
-        flag: its name, for errors.
+        flag: the flag that names the folder, for errors.
         data: the columns.
-        captions: whether captions are wanted; if not, every caption is empty.
+        captions: whether to read captions; if not, every caption is empty.
         cache_dir: where content hashes are kept; Hugging Face's assets cache if None.
 
     Raises:
@@ -184,7 +189,7 @@ def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | No
     count = len(samples.names)
     if count == 0:
         raise UserError("the data set has no rows: give one with images.")
-    PIL.Image.init()  # load the decoders once, before threads ask for them together
+    PIL.Image.init()  # loads the decoders once, before several threads need them
 
     def hash_one(index: int) -> str:
         data = samples.read(index)
@@ -213,7 +218,7 @@ def _priority(seed: int, purpose: int, content: str, occurrence: int = 0) -> int
 
 
 def _draw_held_out(hashes: tuple[str, ...], fraction: float, seed: int) -> set[int]:
-    """Indices of the held-out images: contents in random order, each with all its copies, as long as they fit."""
+    """Returns the held-out indices: contents in random order, each with all its copies, as long as they fit."""
     if fraction == 0:
         return set()
     target = int(fraction * len(hashes) + 0.5)
@@ -231,7 +236,7 @@ def _draw_held_out(hashes: tuple[str, ...], fraction: float, seed: int) -> set[i
 
 
 def _draw_subset(hashes: tuple[str, ...], size: int, seed: int) -> list[int]:
-    """Indices, ascending, of a random subset; with the same seed a smaller one is part of a larger one."""
+    """Returns ascending indices of a random subset; for one seed, smaller subsets are part of larger ones."""
     seen: Counter[str] = Counter()
     priorities = []
     for index, content in enumerate(hashes):

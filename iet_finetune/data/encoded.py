@@ -1,4 +1,4 @@
-"""What images and captions were encoded to, looked up instead of read and encoded again."""
+"""Encoded images and captions, read from the cache instead of encoding them again."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ from torch import Tensor
 
 from .rows import Rows
 
-# Names of the tensors in a row of an image; those in a row of a caption are the family's conditions.
+# Names of the tensors in an image's row; those in a caption's row are the family's conditions.
 MEAN, STD, PLACE = "mean", "std", "place"
 
 
 class Encoded(NamedTuple):
-    """What the denoiser is to be given of samples, but for what chance adds.
+    """The deterministic part of the denoiser's inputs.
 
     Attributes:
-        mean, std: (B, C, H, W) fp32, the posterior of the images; `std` is None where nothing is drawn from it.
-        conditions: tensors by name whose first dimension is the batch.
+        mean, std: (B, C, H, W) fp32, the posterior of the images; `std` is None if it is not sampled.
+        conditions: name -> tensor whose first dimension is the batch.
     """
 
     mean: Tensor
@@ -28,13 +28,13 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedData:
-    """The cached rows of a run's images and captions; picklable, every process maps the files for itself.
+    """The cached rows of a run's images and captions; picklable, and every process maps the files itself.
 
     Attributes:
-        images: rows with `MEAN`, `PLACE` and perhaps `STD`.
-        image_places: (n, 2, 2) int32, where the row of each image lies, and that of its mirrored copy.
-        captions: rows with the conditions; None if there are no captions.
-        caption_places: where the row of each caption lies.
+        images: rows with `MEAN`, `PLACE` and, if sampled, `STD`.
+        image_places: (n, 2, 2) int32, the places of each image's row and of its mirrored copy's.
+        captions: rows with the conditions; None without captions.
+        caption_places: caption -> place of its row.
     """
 
     images: Rows
@@ -43,7 +43,7 @@ class EncodedData:
     caption_places: Mapping[str, tuple[int, int]]
 
     def __call__(self, index: int, flip: bool, caption: str) -> tuple[Encoded, Tensor]:
-        """One sample, without a batch dimension, and what `ImageTransform.place` says of its picture, (4,) int64."""
+        """Returns one sample without batch dimension, and its `ImageTransform.place`, (4,) int64."""
         row = self.images.read(self.image_places[index, int(flip)])
         conditions = self.captions.read(self.caption_places[caption]) if self.captions is not None else {}
         return Encoded(row[MEAN], row.get(STD), conditions), row[PLACE]

@@ -1,4 +1,4 @@
-"""Folders of image files with metadata.jsonl, .csv or .parquet, read so that no image goes missing silently."""
+"""Reads folders of images with metadata.jsonl, .csv or .parquet, without losing an image silently."""
 
 import glob
 import json
@@ -21,17 +21,17 @@ _EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a sofa"}'
 
 
 def is_metadata(path: str) -> bool:
-    """Whether a file holds captions, by its name."""
+    """Whether a file holds captions, judging by its name."""
     return os.path.basename(path) in METADATA_NAMES
 
 
 def is_image(path: str) -> bool:
-    """Whether `datasets` takes a file for an image, by its extension."""
+    """Whether `datasets` recognizes a file as an image by its extension."""
     return os.path.splitext(path)[1].lower() in ImageFolder.EXTENSIONS
 
 
 def find_files(folder: str) -> list[str]:
-    """Every file below a folder in a fixed order, without hidden ones (those that `datasets` passes over, too)."""
+    """Returns every file below a folder in a fixed order, except hidden ones, which `datasets` skips too."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
@@ -40,14 +40,14 @@ def find_files(folder: str) -> list[str]:
 
 
 def read_image_folder(source: str, files: list[str], columns: Columns) -> Samples:
-    """One sample for each row of the metadata files among `files`, or for each image if captions are not wanted.
+    """Returns one sample per row of the metadata files, or per image if there are none and captions are not needed.
 
-    `datasets` alone would drop images that have no row, guess splits from file names ("train-station.png" would be
-    the only training image), and go through several metadata files in the order of a set; so each is loaded alone.
+    Each metadata file is loaded on its own, because `datasets` would drop images without a row, guess splits from file
+    names ("train-station.png" would be the only training image) and read several metadata files in arbitrary order.
 
     Args:
-        source: what errors call the folder, such as "`--train_data_dir data/cats`".
-        files: the folder's files; metadata files name images relative to themselves.
+        source: the folder's name in errors, such as "`--train_data_dir data/cats`".
+        files: the folder's files; metadata files name images relative to their own folder.
         columns: which columns to read.
 
     Raises:
@@ -82,7 +82,7 @@ def _samples(
     labels: Sequence[str],
     classes: Sequence[int | str],
 ) -> Samples:
-    # Absolute, so that a change of the working directory does not matter; the names stay as the user wrote them.
+    # Absolute paths survive a change of the working directory; names stay as the user wrote them.
     reader = FileReader(tuple(os.path.abspath(path) for path in paths))
     return Samples(
         reader,
@@ -94,7 +94,9 @@ def _samples(
 
 
 def _without_metadata(source: str, images: list[str], columns: Columns) -> Samples:
-    columns.check(["image", "label"], f"{source} (without metadata)")  # as `datasets`: the label is the folder's name
+    columns.check(
+        ["image", "label"], f"{source} (without metadata)"
+    )  # as in `datasets`, the label is the folder's name
     folders = [os.path.basename(os.path.dirname(path)) for path in images]
     return _samples(columns, images, [("",)] * len(images), folders, folders)
 
@@ -134,8 +136,8 @@ def _read_metadata(path: str, columns: Columns) -> Samples:
 def _stream_rows(path: str, columns: Columns) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     pattern = glob.escape(os.path.abspath(path))
     try:
-        # Streaming writes no table into the cache, whose key is path and modification time: nothing can be stale. But
-        # it locks one, and `--cache_dir` may be read-only.
+        # Streaming writes no table into the cache of `datasets`, whose key (path and modification time) may be stale.
+        # It still locks the cache, and `--cache_dir` may be read-only.
         with quiet_datasets(), tempfile.TemporaryDirectory() as cache:
             stream = datasets.load_dataset(
                 "imagefolder", data_files={"train": [pattern]}, split="train", streaming=True, cache_dir=cache
@@ -151,12 +153,12 @@ def _stream_rows(path: str, columns: Columns) -> tuple[list[dict[str, Any]], dic
             return list(stream), {column: features[column] for column in sorted(wanted)}
     except UserError:
         raise
-    except Exception as error:  # whatever pandas, pyarrow or datasets find wrong with the file
+    except Exception as error:  # pandas, pyarrow and datasets raise all kinds of errors
         raise UserError(f"`{path}` cannot be read: {_why(path, columns, error)}.") from error
 
 
 def _why(path: str, columns: Columns, error: Exception) -> str:
-    """A metadata file's first bad line, where it can be found, or the library's own words."""
+    """Returns the metadata file's first bad line if it can be found, else the library's own message."""
     if isinstance(error, IndexError):  # what `datasets` raises for a table without rows
         return "it has no rows"
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path.endswith(".jsonl") else []

@@ -1,4 +1,4 @@
-"""Encoded image bytes to RGB pictures: orientation, transparency and bit depth made plain."""
+"""Decodes images to RGB: applies orientation, transparency and bit depth."""
 
 import io
 
@@ -8,7 +8,7 @@ import PIL.ImageOps
 
 from ..errors import UserError, one_line
 
-# What Pillow turns into RGB with one meaning: "F" (floating point) has no fixed white, LAB wants a colour profile.
+# Modes that Pillow converts to RGB unambiguously: "F" (floating point) has no fixed white, LAB wants a colour profile.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 # Formats whose 32-bit mode "I" holds 16-bit grey; elsewhere its range is unknown.
@@ -16,29 +16,29 @@ _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 
 
 def check_image(data: bytes, name: str) -> None:
-    """Read the header of an encoded image, without decoding its pixels.
+    """Reads the header of an encoded image without decoding its pixels.
 
     Raises:
-        UserError: `data` is no image that `decode_rgb` can read; names `name`.
+        UserError: `decode_rgb` cannot read the image; names `name`.
     """
     _open(data, name)
 
 
 def decode_rgb(data: bytes, name: str) -> PIL.Image.Image:
-    """The picture of an encoded image in mode RGB.
+    """Decodes an image to mode RGB.
 
-    EXIF orientation is applied; alpha, and colours marked transparent, are put on white; 16-bit grey keeps its high
-    byte, as Pillow does with 16-bit colour; of several frames the first is taken; colour profiles are ignored.
+    Applies the EXIF orientation, composites transparency onto white, keeps the high byte of 16-bit grey (as Pillow
+    does for 16-bit colour), takes the first of several frames and ignores colour profiles.
 
     Raises:
-        UserError: `data` is not an image, is cut off, or has pixels with no fixed meaning; names `name`.
+        UserError: `data` is not an image, is truncated, or has pixels without a fixed range; names `name`.
     """
     image = _open(data, name)
     try:
         image.load()
         image = PIL.ImageOps.exif_transpose(image)
         return _on_white(_eight_bit(image))
-    except Exception as error:  # Pillow's decoders raise whatever comes, from OSError to struct.error
+    except Exception as error:  # Pillow's decoders raise all kinds of errors, from OSError to struct.error
         raise UserError(f"`{name}` cannot be decoded: {one_line(error)}. Replace or remove it.") from error
 
 
@@ -60,7 +60,9 @@ def _open(data: bytes, name: str) -> PIL.Image.Image:
 def _eight_bit(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode != "I" and image.mode not in _SIXTEEN_BIT_MODES:
         return image
-    values = np.array(image).astype(np.int64)  # Pillow's own conversion clips at 255: nearly everything turns white
+    values = np.array(image).astype(
+        np.int64
+    )  # Pillow's own conversion clips at 255, which turns nearly everything white
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = 65535
     return PIL.Image.fromarray((values >> 8).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""The micro-batches of a shard: images, captions and random draws of each visit, read ahead of the device."""
+"""The micro-batches of a shard: images, captions and random draws of each visit, prefetched."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
@@ -27,13 +27,13 @@ class Visit(NamedTuple):
 
 
 class Visits:
-    """The visits of each micro-batch of a clone's steps, made as they are asked for.
+    """The visits of each micro-batch of a clone's steps, generated lazily.
 
     Args:
         steps: the clone's steps.
-        size: samples in a micro-batch.
-        local_slice: which positions of a micro-batch are this rank's; of an empty share the first position is read all
-            the same, because every rank of a group runs every micro-batch.
+        size: samples per micro-batch.
+        local_slice: selects this rank's positions of a micro-batch. If there are none, the first position is read
+            anyway, because every rank of a group runs every micro-batch.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class Visits:
 
 
 class MicroBatch(NamedTuple):
-    """What a clone is given at once.
+    """The inputs of one forward pass of a clone.
 
     Attributes:
-        pixel_values: (B, 3, R, R) fp32 in [-1, 1]; None where the cache has what they are encoded to.
-        encoded: that of images and captions; None without the cache.
-        captions: B texts, "" where the caption was dropped.
+        pixel_values: (B, 3, R, R) fp32 in [-1, 1]; None with the cache.
+        encoded: the encoded images and captions; None without the cache.
+        captions: B texts, "" for a dropped caption.
         noise, posterior_noise: (B, C, H, W) fp32.
-        uniform: (B,) float64 in [0, 1) on the host, from which the timestep follows.
-        members: (B,) int64, indices in the shard.
-        sizes: (B, 4) int64: height and width of the stored picture; top and left of the crop (`ImageTransform.place`).
+        uniform: (B,) float64 in [0, 1) on the host, determines the timestep.
+        members: (B,) int64, indices within the shard.
+        sizes: (B, 4) int64: height and width of the stored image; top and left of the crop (`ImageTransform.place`).
         labels: (B,) int64, the class; 0 without `--class_column`.
     """
 
@@ -74,22 +74,22 @@ class MicroBatch(NamedTuple):
     labels: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same batch on the device, copied without waiting; `uniform` stays, as not every device has float64."""
-        # Only CUDA keeps the source alive until a copy that nobody waits for is done.
+        """Copies the batch to the device asynchronously; `uniform` stays, because not every device has float64."""
+        # Only CUDA keeps the source alive until an asynchronous copy is done.
         ahead = device.type == "cuda"
         staying = ["captions", "uniform"]
         return MicroBatch(**send_to_device(self._asdict(), device, non_blocking=ahead, skip_keys=staying))
 
 
 class Shard(Dataset):
-    """One shard's samples by visit; everything random about a visit is a function of (seed, shard, visit).
+    """One shard's samples by visit; all randomness of a visit is a function of (seed, shard, visit).
 
     Args:
         images: the whole training data.
-        indices: which of them are in the shard, int64.
+        indices: the images of the shard, int64.
         latent_shape: (C, H, W) of the noise.
-        noise_offset: scale of a noise that is constant over each channel.
-        encoded: the cached rows of all images and captions; without them images are read and captions passed on.
+        noise_offset: scale of noise that is constant over each channel.
+        encoded: the cached rows of all images and captions; without them, images are read and captions passed on.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Shard(Dataset):
             else:
                 pixel_values, sizes = self._transform.load(self.images, index, flip)
         except UserError as error:
-            # Handed on as a value: a worker process would wrap an exception in its own traceback.
+            # Returned as a value: a worker process would wrap an exception in its own traceback.
             return error
         return MicroBatch(
             pixel_values,
@@ -182,7 +182,7 @@ class Shard(Dataset):
 
 
 def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError":
-    """One micro-batch out of samples, or the first error among them."""
+    """Collates samples into a micro-batch, or returns the first error among them."""
     good: list[MicroBatch] = []
     for sample in samples:
         if isinstance(sample, UserError):
@@ -193,7 +193,7 @@ def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError"
 
 
 def stacked(samples: list[Any]) -> Any:
-    """Named tuples, dicts and lists of tensors, all alike, as one of them with the tensors stacked."""
+    """Stacks the tensors of equally structured named tuples and dicts."""
     first = samples[0]
     if isinstance(first, Tensor):
         return torch.stack(samples)
@@ -207,7 +207,7 @@ def stacked(samples: list[Any]) -> Any:
 def micro_batches(
     shard: Shard, visits: Iterable[list[Visit]], *, num_workers: int, pin_memory: bool
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of the visits, in order, read ahead by `num_workers` processes.
+    """Yields the micro-batches of the visits, in order, prefetched by `num_workers` processes.
 
     Raises:
         UserError: an image cannot be read.
@@ -218,7 +218,7 @@ def micro_batches(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        # Without a generator of its own, the loader would take a number from torch's global one.
+        # Without its own generator, the loader would draw a number from torch's global one.
         generator=torch.Generator(),
     )
     for batch in loader:

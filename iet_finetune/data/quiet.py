@@ -1,4 +1,4 @@
-"""Keeping `datasets` from drawing progress bars and logging while it loads for us."""
+"""Silences the progress bars and the log of `datasets`."""
 
 import logging
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import datasets
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """No bars and no log lines of `datasets` inside; its settings are as before afterwards."""
+    """Silences progress bars and log lines of `datasets`, and restores its settings afterwards."""
     bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     if bars:
         datasets.disable_progress_bars()

@@ -1,4 +1,4 @@
-"""Rows of tensors on disk by key: files that are complete or absent, shared between runs, mapped into memory."""
+"""Rows of tensors on disk by key: memory-mapped files, complete or absent, that runs share."""
 
 import hashlib
 import json
@@ -21,20 +21,20 @@ from ..files import to_disk, written_beside
 
 KEYS = "keys"
 _KEY_BYTES = 16
-# What a process that was killed while it wrote leaves behind; another that writes now is younger.
+# A partial file older than this was left by a killed process.
 _STALE_SECONDS = 24 * 3600
 Row = dict[str, Tensor]
 
 
 class Rows:
-    """Rows that were made in one way, each a few named tensors, by keys of text.
+    """Rows of named tensors by text key, all produced in the same way.
 
-    A file holds many rows and is never changed; runs that want the same rows read the same files, and each adds files
-    with what it misses. Pickled, it is the files' paths: every process maps them for itself, when it first reads.
+    A file holds many rows and never changes. Runs that need the same rows share the files, and each adds files with
+    the missing rows. Only the files' paths are pickled; every process maps the files when it first reads.
 
     Args:
-        folder: holds one sub-folder for each way of making rows.
-        made_from: everything that decides what is in a row but its key, in types of JSON.
+        folder: holds one sub-folder per way of producing rows.
+        made_from: everything besides the key that determines a row, in JSON types.
     """
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
@@ -48,18 +48,18 @@ class Rows:
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tensors that are mapped would be copied as a whole, and where each key lies is looked up before.
+        # Pickling would copy mapped tensors as a whole; keys are looked up before.
         return self.__dict__ | {"_open": {}, "_places": {}}
 
     def refresh(self) -> None:
-        """Takes in what has been added since; files that cannot be read count as absent, damaged ones are listed."""
+        """Finds added files; unreadable ones count as absent, damaged ones are listed in `damaged`."""
         known = {*self._files, *self.damaged}
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):
             try:
                 with safe_open(path, framework="pt") as file:
                     keys = file.get_tensor(KEYS).numpy()
             except OSError:
-                # Gone by now, somebody else's, or on a disk that maps nothing into memory: no reason to remove it.
+                # Gone by now, another user's, or on a disk without memory mapping: no reason to remove it.
                 continue
             except SafetensorError:
                 self.damaged.append(path)
@@ -69,16 +69,16 @@ class Rows:
             self._files.append(path)
 
     def missing(self, keys: Iterable[str]) -> list[int]:
-        """Which of the keys, by their number, have no row."""
+        """Returns the positions of the keys without a row."""
         return [number for number, key in enumerate(keys) if _digest(key) not in self._places]
 
     def places(self, keys: Iterable[str]) -> np.ndarray:
-        """(n, 2) int32, where to `read` each of n keys that have a row; -1 for those that have none."""
+        """Returns (n, 2) int32, where to `read` each of n keys; -1 for keys without a row."""
         found = [self._places.get(_digest(key), (-1, -1)) for key in keys]
         return np.array(found, dtype=np.int32).reshape(-1, 2)
 
     def read(self, place: Sequence[int]) -> Row:
-        """The row at one of the `places`: views of the file, not to be written to."""
+        """Returns the row at one of the `places`: views of the file, not to be written to."""
         file, row = place
         if file not in self._open:
             self._open[int(file)] = self._mapped(int(file))
@@ -91,29 +91,29 @@ class Rows:
                 return {name: file.get_tensor(name) for name in file.keys() if name != KEYS}  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
             raise UserError(
-                f"`{path}`, which keeps what was encoded, cannot be read any more: {one_line(error).rstrip('.')}. "
-                "Start again, and what is missing is encoded anew."
+                f"`{path}`, a file of encoded rows, can no longer be read: {one_line(error).rstrip('.')}. "
+                "Start again to encode what is missing."
             ) from None
 
     def add(self, keys: Sequence[str], rows: Mapping[str, Tensor]) -> None:
-        """Writes a file with the rows of these keys, complete on the disk before it has its name.
+        """Writes a file with the rows of these keys; it has reached the disk before it gets its name.
 
         Args:
-            rows: tensors by name, each (len(keys), ...), on the host.
+            rows: name -> tensor (len(keys), ...) on the host.
 
         Raises:
-            OSError, SafetensorError: it cannot be written.
+            OSError, SafetensorError: the file cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._describe()
         digests = np.frombuffer(b"".join(map(_digest, keys)), dtype=np.uint8).reshape(-1, _KEY_BYTES)
-        # A name that no other process takes, which may be writing the same rows.
+        # A unique name: another process may be writing the same rows.
         with written_beside(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
             save_file({KEYS: torch.from_numpy(digests.copy()), **rows}, partial)
             to_disk(partial)
 
     def _describe(self) -> None:
-        """Says in a file what the rows of the folder were made from, for who wonders; nothing reads it."""
+        """Writes `made_from` into the folder for people to read; no code reads it."""
         path = self.folder / "made_from.json"
         if not path.exists():
             partial = self.folder / f".{uuid.uuid4().hex}.partial"
@@ -121,7 +121,7 @@ class Rows:
             partial.replace(path)
 
     def clean(self) -> None:
-        """Removes damaged files, and what killed processes left half-written."""
+        """Removes damaged files and partial files left by killed processes."""
         for path in self.damaged:
             path.unlink(missing_ok=True)
         self.damaged.clear()

@@ -1,4 +1,4 @@
-"""The samples of a source before they are hashed: how to read their bytes, their names, captions and labels."""
+"""The samples of a source: how to read their bytes, and their names, captions and labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .hashes import file_stamp
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read; `caption`, `label` and `class_` are None where they are not wanted."""
+    """The columns to read; `caption`, `label` and `class_` are None if not needed."""
 
     image: str
     caption: str | None
@@ -19,14 +19,14 @@ class Columns:
     class_: str | None = None
 
     def check(self, present: list[str], source: str) -> None:
-        """Raise a `UserError` naming the flag of the first wanted column that is not among those `present`."""
+        """Raises a `UserError` that names the flag of the first column missing from `present`."""
         for flag, column in self._by_flag.items():
             if column is not None and column not in present:
                 raise UserError(f"`--{flag} {column}` is no column of {source}, which has: {', '.join(present)}.")
 
     @property
     def named(self) -> list[str]:
-        """The wanted columns beside the images, each once, sorted."""
+        """The columns to read besides the images, each once, sorted."""
         return sorted({column for column in (self.caption, self.label, self.class_) if column is not None})
 
     @property
@@ -53,7 +53,7 @@ class Reader(Protocol):
 class Samples:
     """A source's samples in order: `read(index)` returns an image's encoded bytes, the rest has one entry a sample.
 
-    `classes` are numbers, or texts that are to be numbered; `class_names` belong to numbers, where they have names.
+    `classes` are numbers, or texts to be numbered; `class_names` are the names of numbers, if there are any.
     """
 
     read: Reader
@@ -79,10 +79,10 @@ class FileReader:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file.
+    """Reads a file.
 
     Raises:
-        UserError: there is no such file, or it cannot be read; names it.
+        UserError: the file is missing or cannot be read; names it.
     """
     try:
         return Path(path).read_bytes()
@@ -93,7 +93,7 @@ def read_file(path: str) -> bytes:
 
 
 def captions_of(value: Any, where: str, column: str) -> tuple[str, ...]:
-    """A caption, or several of which one is drawn, as a tuple; `where` is what the error calls the sample.
+    """Returns the captions of a sample as a tuple; `where` is its name in errors.
 
     Raises:
         UserError: `value` is neither text nor a non-empty list of texts.
@@ -109,10 +109,10 @@ def captions_of(value: Any, where: str, column: str) -> tuple[str, ...]:
 
 
 def label_of(value: Any, feature: Any, where: str, column: str) -> str:
-    """The text of a label; a `datasets.ClassLabel` gives the name of its class.
+    """Returns a label as text; for a `datasets.ClassLabel`, the name of the class.
 
     Raises:
-        UserError: `value` is missing or not a single text, number or truth value.
+        UserError: `value` is missing or not a single text, number or boolean.
     """
     if not isinstance(value, str | int | float | bool):
         raise UserError(f"{where} has {value!r:.40} in `--shard_by_column {column}`: every image needs one value.")
@@ -122,7 +122,7 @@ def label_of(value: Any, feature: Any, where: str, column: str) -> str:
 
 
 def class_of(value: Any, where: str, column: str) -> int | str:
-    """A class as it stands in the data: a number from 0, or a text.
+    """Returns a class as in the data: a number from 0, or a text.
 
     Raises:
         UserError: `value` is neither.
@@ -137,16 +137,16 @@ def class_of(value: Any, where: str, column: str) -> int | str:
 def numbered(
     values: Sequence[int | str], names: tuple[str, ...] | None, column: str
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The number of each sample's class, and the name of each class.
+    """Returns the class number of each sample and the name of each class.
 
-    Numbers stay as they are, and are their own names unless they have others; texts are numbered in sorted order.
+    Numbers are kept and are their own names by default; texts are numbered in sorted order.
 
     Args:
         values: all numbers or all texts.
-        names: of the numbers, if they have names.
+        names: names of the numbers, if any.
 
     Raises:
-        UserError: there are numbers and texts.
+        UserError: `values` mixes numbers and texts.
     """
     numbers = [value for value in values if isinstance(value, int)]
     texts = sorted({value for value in values if isinstance(value, str)})
@@ -164,9 +164,9 @@ def numbered(
 def class_column(
     columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str]
 ) -> tuple[tuple[int | str, ...] | None, tuple[str, ...] | None]:
-    """The samples' classes as they stand in the data and the names of a `datasets.ClassLabel`, as in `Samples`.
+    """Returns the samples' classes as in the data and the names of a `datasets.ClassLabel`, as in `Samples`.
 
-    The arguments are those of `text_columns`.
+    Takes the arguments of `text_columns`.
     """
     if columns.class_ is None:
         return None, None
@@ -179,12 +179,12 @@ def class_column(
 def text_columns(
     columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str]
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...] | None]:
-    """Captions and labels of all samples; without a caption column each caption is empty.
+    """Returns captions and labels of all samples; without a caption column every caption is empty.
 
     Args:
-        values: the wanted columns by name, one entry a sample.
+        values: column -> one entry per sample.
         features: the columns' `datasets` features.
-        names: what errors call the samples.
+        names: the samples' names in errors.
     """
     captions: tuple[tuple[str, ...], ...] = (("",),) * len(names)
     labels = None

@@ -1,4 +1,4 @@
-"""Data sets that are tables: from the Hub, or a local folder of parquet, arrow, json, webdataset or `save_to_disk`."""
+"""Reads tables: from the Hub, or a local folder of parquet, arrow, json, webdataset or `save_to_disk` files."""
 
 import hashlib
 import os
@@ -22,9 +22,9 @@ from .samples import Columns, Samples, class_column, read_file, text_columns
 
 @dataclass(frozen=True)
 class TableReader:
-    """Reads the encoded bytes of one column of a `datasets` table; pickled by its files' paths, where it has files.
+    """Reads encoded images from one column of a `datasets` table; a table on disk is pickled by its paths.
 
-    A row holds the bytes, a path, or the `datasets` image of both. Relative paths count from `folder`, if any.
+    A row holds bytes, a path, or a `datasets` image with both. Paths are relative to `folder`, if given.
     """
 
     table: datasets.Dataset
@@ -71,10 +71,10 @@ class TableReader:
 
 
 def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None) -> Samples:
-    """The samples of `--dataset_name`: a local folder in any format that `datasets` reads, or a Hub id.
+    """Reads the samples of `--dataset_name`: a local folder in any format that `datasets` reads, or a Hub id.
 
     Raises:
-        UserError: it is not found or cannot be read; no such split, configuration or column; captions are not text.
+        UserError: the data set, split, configuration or column is missing or unreadable; captions are not text.
     """
     name = str(data.dataset_name)
     source = f"`--dataset_name {name}`"
@@ -98,7 +98,7 @@ def _local_folder(data: DataConfig, name: str, source: str, columns: Columns, ca
             raise _unknown_split(data, source, list(splits))
         _refuse_images_without_split(name, source, splits)
         return read_image_folder(source, splits[data.dataset_split], columns)
-    # The key of the cache of `datasets` is path and modification time. A folder named by the contents is never stale.
+    # `datasets` caches by path and modification time; a folder named by the contents is never stale.
     files = [os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)]
     contents = _hash_files([os.path.abspath(path) for path in files if os.path.isfile(path)], name, cache_dir)
     base = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
@@ -122,9 +122,9 @@ def _local_files(data: DataConfig, name: str, cache_dir: str | None) -> tuple[di
 
 
 def _refuse_images_without_split(name: str, source: str, splits: dict[str, list[str]]) -> None:
-    # Of "train-station.png" and "cat.png" `datasets` guesses a split of one image and forgets the other.
+    # From "train-station.png" and "cat.png" `datasets` guesses a split of one image and drops the other.
     if os.path.exists(os.path.join(name, "README.md")):
-        return  # which may choose the files of each split on purpose
+        return  # which may assign files to splits on purpose
     known = {path for files in splits.values() for path in files}
     strays = [path for path in find_files(name) if is_image(path) and path not in known]
     if strays:
@@ -147,7 +147,7 @@ def _load(data: DataConfig, name: str, cache_dir: str | None) -> datasets.Datase
     try:
         with quiet_datasets():
             return datasets.load_dataset(name, data.dataset_config_name, split=data.dataset_split, cache_dir=cache_dir)
-    except Exception as error:  # network, format, split, disk: the library raises whatever comes
+    except Exception as error:  # network, format, split, disk: the library raises all kinds of errors
         raise _not_loaded(data, error) from error
 
 
@@ -199,7 +199,7 @@ def table_samples(table: datasets.Dataset, columns: Columns, name: str, source: 
     if isinstance(features[columns.image], datasets.Image):
         table = table.cast_column(columns.image, datasets.Image(decode=False))
     if table.info.builder_name == "imagefolder":
-        # `datasets` goes through several metadata files in the order of a set, which differs between processes.
+        # `datasets` reads several metadata files in the order of a set, which differs between processes.
         table = table.select(sorted(range(len(table)), key=[repr(sorted(row.items())) for row in table].__getitem__))
     values = {column: table.select_columns([column])[:][column] for column in columns.named}
     names = [f"row {row} of {name}" for row in range(len(table))]

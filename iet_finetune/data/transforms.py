@@ -1,4 +1,4 @@
-"""From an RGB picture to the square tensor that is trained on: resize, crop, flip, scale."""
+"""Transforms an RGB image into a square training tensor: resize, crop, flip, scale."""
 
 import numpy as np
 import PIL.Image
@@ -21,8 +21,8 @@ class ImageTransform:
 
     Args:
         resolution: side of the square in pixels.
-        center_crop: crop at the centre; otherwise at a place drawn once a run from (seed, content hash).
-        interpolation: name of Pillow's filter: nearest, bilinear, bicubic, lanczos, box or hamming.
+        center_crop: crop at the centre; otherwise at a position drawn once per run from (seed, content hash).
+        interpolation: Pillow's filter: nearest, bilinear, bicubic, lanczos, box or hamming.
         seed: seed of the crops.
     """
 
@@ -33,21 +33,21 @@ class ImageTransform:
         self.seed = seed
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) after the shorter side became `resolution`; the longer is cut to int(resolution·long/short).
+        """Returns (width, height) with the shorter side `resolution` and the longer int(resolution·long/short).
 
-        The rounding is that of torchvision's `Resize`.
+        This is the rounding of torchvision's `Resize`.
         """
         width, height = size
         long = int(self.resolution * max(size) / min(size))
         return (self.resolution, long) if width <= height else (long, self.resolution)
 
     def crop_offset(self, size: tuple[int, int], content_hash: str) -> tuple[int, int]:
-        """(top, left) of the crop in a resized image of `size` (width, height), in pixels.
+        """Returns (top, left) of the crop in a resized image of `size` (width, height), in pixels.
 
         Centre: round((length − resolution) / 2), as torchvision's `CenterCrop`. Otherwise each of the
-        n = length − resolution + 1 places is equally likely: with (u₀, u₁) = two 64-bit words of
+        n = length − resolution + 1 positions is equally likely: with (u₀, u₁) = two 64-bit words of
         `numpy.random.SeedSequence([seed, int(content_hash, 16)])`, top = ⌊u₀·n/2⁶⁴⌋ of the height's n and
-        left = ⌊u₁·n/2⁶⁴⌋ of the width's. It depends on nothing else, so every process and every pass agree.
+        left = ⌊u₁·n/2⁶⁴⌋ of the width's. Nothing else matters, so all processes and passes agree.
         """
         width, height = size
         spare_rows, spare_columns = height - self.resolution, width - self.resolution
@@ -57,11 +57,11 @@ class ImageTransform:
         return int(words[0]) * (spare_rows + 1) >> 64, int(words[1]) * (spare_columns + 1) >> 64
 
     def __call__(self, image: PIL.Image.Image, content_hash: str, flip: bool) -> torch.Tensor:
-        """The tensor of one RGB image, mirrored left to right if `flip`; contiguous, with memory of its own.
+        """Returns the tensor of one RGB image, mirrored left to right if `flip`; contiguous, owning its memory.
 
         Args:
-            image: picture of mode RGB and any size.
-            content_hash: hexadecimal digest of the image's encoded bytes; fixes the random crop.
+            image: of mode RGB and any size.
+            content_hash: hexadecimal digest of the encoded image; determines the random crop.
             flip: mirror after cropping.
         """
         size = self.resized(image.size)
@@ -74,38 +74,38 @@ class ImageTransform:
         return torch.from_numpy(np.ascontiguousarray(pixels)).div_(127.5).sub_(1.0)
 
     def place(self, size: tuple[int, int], content_hash: str, flip: bool) -> tuple[int, int, int, int]:
-        """What SDXL is told of an image of `size` (width, height): its height and width, top and left of the crop.
+        """Returns SDXL's conditions for an image of `size` (width, height): height, width, top and left of the crop.
 
-        The crop's place is that in the resized picture; in a mirrored one it counts as mirrored before it is cropped.
+        The crop is given in the resized image; a mirrored image counts as mirrored before cropping.
         """
         resized = self.resized(size)
         top, left = self.crop_offset(resized, content_hash)
         return size[1], size[0], top, resized[0] - self.resolution - left if flip else left
 
     def load(self, images: TrainingImages, index: int, flip: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tensor of one of the images, and its `place` as (4,) int64.
+        """Returns the tensor of one of the images, and its `place` as (4,) int64.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be read.
         """
         image, content = images.load(index), images.content_hashes[index]
         return self(image, content, flip), torch.tensor(self.place(image.size, content, flip))
 
     @property
     def key(self) -> str:
-        """Text that differs whenever pixels may: every setting, and the version of Pillow, which resizes."""
+        """Text that differs whenever pixels may: all settings, and the version of Pillow, which resizes."""
         return f"{self.scaling}, crop {self.crop}"
 
     @property
     def scaling(self) -> str:
-        """The part of the key that matters to every image."""
+        """The part of the key that affects every image."""
         return f"resolution {self.resolution}, {self.interpolation}, Pillow {PIL.__version__}"
 
     @property
     def crop(self) -> str:
-        """The part of the key that matters to an image of which something is cut off."""
+        """The part of the key that affects images with something cut off."""
         return "centre" if self.center_crop else f"seed {self.seed}"
 
     def is_cut(self, size: tuple[int, int]) -> bool:
-        """Whether something of an image of `size` (width, height) is cut off."""
+        """Whether the crop cuts something off an image of `size` (width, height)."""
         return self.resized(size) != (self.resolution, self.resolution)

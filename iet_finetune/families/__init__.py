@@ -1,4 +1,4 @@
-"""One file a pipeline family, and the table that says which pipeline belongs to which."""
+"""One file per pipeline family, and the table that maps pipelines to families."""
 
 import importlib
 from typing import Any
@@ -44,12 +44,12 @@ FAMILIES: dict[str, tuple[str, str] | type[Family]] = {
 
 
 def register_family(pipeline_class: str, family: type[Family]) -> None:
-    """Lets a family from outside this package train the pipelines whose model_index.json names this class."""
+    """Registers a family from outside this package for pipelines whose model_index.json names this class."""
     FAMILIES[pipeline_class] = family
 
 
 def find_pipeline(model: ModelConfig) -> PipelineSource:
-    """The pipeline on the Hub or on disk, or the one that is to be trained from scratch; loads no weights.
+    """Finds the pipeline on the Hub or on disk, or the recipe to train from scratch; loads no weights.
 
     Raises:
         UserError: as `loading.find_pipeline` and `scratch.read_recipe`.
@@ -58,16 +58,16 @@ def find_pipeline(model: ModelConfig) -> PipelineSource:
 
 
 def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
-    """The family that a pipeline belongs to.
+    """Returns the family of a pipeline.
 
     Raises:
-        UserError: none knows this pipeline.
+        UserError: no family supports this pipeline.
     """
     if source.class_name not in FAMILIES:
         name = model.pretrained_model_name_or_path
         raise UserError(
             f"{f'`--pretrained_model_name_or_path {name}`' if name else 'the pipeline'} is a {source.class_name}; "
-            f"the families that can be trained are {', '.join(sorted(FAMILIES))}; docs/add-a-family.md tells how to "
+            f"the families that can be trained are {', '.join(sorted(FAMILIES))}; docs/add-a-family.md shows how to "
             "add one."
         )
     found = FAMILIES[source.class_name]
@@ -78,13 +78,13 @@ def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
 
 
 def load_family(source: PipelineSource, config: Config, pipeline: Any = None) -> Family:
-    """Loads the pipeline, or draws its first weights, and puts it behind its family.
+    """Loads the pipeline, or initializes its weights, and wraps it in its family.
 
     Args:
-        pipeline: the one that is in memory already, or None; its models are moved to the host and made fp32.
+        pipeline: a pipeline in memory, whose models are moved to the host and converted to fp32; None: load it.
 
     Raises:
-        UserError: no family knows this pipeline, or it cannot be loaded.
+        UserError: no family supports this pipeline, or it cannot be loaded.
     """
     kind, name = family_class(source, config.model), config.model.model_config
     if pipeline is not None:

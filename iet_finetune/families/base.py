@@ -22,27 +22,27 @@ Conditions = dict[str, Tensor]
 
 
 class Family(ABC):
-    """One kind of pipeline. A new one is one file: a subclass, named in `families.FAMILIES`.
+    """One kind of pipeline. To add one, write a subclass in one file and name it in `families.FAMILIES`.
 
     Args:
         pipeline: the loaded `DiffusionPipeline`, all its models in fp32.
-        config: the run's settings. A `--prediction_type` is also written into the scheduler that is saved.
+        config: the run's settings. `--prediction_type` is also written into the saved scheduler.
 
     Attributes:
-        objective: how images become noisy, and what the denoiser is to say of them.
-        network: what `predict` calls: the denoiser, or what wraps it where several ranks train it together.
+        objective: how noise is added, and what the denoiser predicts.
+        network: what `predict` calls: the denoiser, or its DDP wrapper where several ranks train it together.
     """
 
     denoiser_name: ClassVar[str] = "unet"
-    # The components that `encode_images` and `encode_captions` use; on the device only where they are needed.
+    # Components used by `encode_images` and `encode_captions`; on the device only while they are needed.
     image_encoders: ClassVar[tuple[str, ...]] = ("vae",)
     caption_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
-    # Whether an image's latent is drawn; if not, the standard deviation of `encode_images` is 0 throughout.
+    # Whether latents are sampled; if not, the standard deviation of `encode_images` is 0 throughout.
     has_posterior: ClassVar[bool] = True
-    # What gets an adapter unless the user says otherwise: the attention projections, as in diffusers' scripts.
+    # Layers that get an adapter by default: the attention projections, as in diffusers' scripts.
     lora_layers: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     needs_captions: ClassVar[bool] = True
-    # What flags may ask for (`needs` in config/flags.py); one that asks for something else is refused, not ignored.
+    # Features that flags may need (`needs` in config/flags.py); flags that need another are refused, not ignored.
     features: ClassVar[tuple[str, ...]] = ("noise schedule", "prompts")
 
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
@@ -63,15 +63,15 @@ class Family(ABC):
                 )
 
     def make_objective(self) -> Objective:
-        """How images become noisy; by default the noise schedule of the pipeline's scheduler.
+        """Returns how noise is added; by default the noise schedule of the pipeline's scheduler.
 
         Raises:
-            UserError: that scheduler cannot be trained.
+            UserError: the scheduler cannot be trained.
         """
         prediction_type = self.config.model.prediction_type
         scheduler = self.pipeline.scheduler
         if not hasattr(scheduler, "alphas_cumprod"):
-            # Its settings, such as those of an EDM scheduler, would silently become the defaults of DDPM.
+            # The settings of such a scheduler (EDM, say) would silently turn into the defaults of DDPM.
             raise UserError(
                 f"the pipeline's scheduler, a {type(scheduler).__name__}, cannot be trained: it has no noise schedule "
                 "like that of DDPM. Save the pipeline with the scheduler that it was trained with."
@@ -91,10 +91,10 @@ class Family(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     def place(self, device: torch.device, encoders: bool = True) -> None:
-        """Freezes everything but the denoiser and moves what training needs beside it to the device.
+        """Freezes everything but the denoiser and moves the objective and, if asked, the encoders to the device.
 
         Args:
-            encoders: whether images and captions will be encoded there.
+            encoders: whether images and captions will be encoded on the device.
         """
         self.freeze()
         for encoder in self._encoders((*self.image_encoders, *self.caption_encoders)) if encoders else ():
@@ -109,7 +109,7 @@ class Family(ABC):
 
     @contextmanager
     def lent(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
-        """These components are on the device inside, and where they were afterwards."""
+        """Moves these components to the device, and back afterwards."""
         tensors = [
             (encoder, next(chain(encoder.parameters(), encoder.buffers()), None)) for encoder in self._encoders(names)
         ]
@@ -128,44 +128,44 @@ class Family(ABC):
 
     @property
     def loads_lora(self) -> bool:
-        """Whether the pipeline loads LoRA files; if not, a trained adapter is added to the weights."""
+        """Whether the pipeline loads LoRA files; if not, a trained adapter is fused into the weights."""
         return hasattr(self.pipeline, "load_lora_weights")
 
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of a square image; a `UserError` where the model cannot take that size."""
+        """Returns (C, H, W) of a square image's latent; raises a `UserError` if the model cannot take the size."""
 
     @abstractmethod
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, H, W) of the posterior of images (B, 3, R, R) in [-1, 1]."""
+        """Returns mean and standard deviation (B, C, H, W) of the posterior of images (B, 3, R, R) in [-1, 1]."""
 
     @abstractmethod
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """What the denoiser sees of an image: a draw from its posterior, scaled; all (B, C, H, W)."""
+        """Returns a scaled sample of the posterior, the denoiser's input before noise; all (B, C, H, W)."""
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """What the denoiser is told about each caption: tensors whose first dimension is the batch."""
+        """Returns the denoiser's conditions for the captions: tensors whose first dimension is the batch."""
         return {}
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
-        """What the denoiser is told of each image besides, as `encode_captions`.
+        """Returns further conditions of each image, in the form of `encode_captions`.
 
         Args:
-            sizes: (B, 4) int64: height and width of the picture as it is stored, top and left of the crop in the
-                resized picture, mirrored before the crop if it is mirrored.
+            sizes: (B, 4) int64: height and width of the stored image, top and left of the crop in the resized image,
+                which is mirrored before cropping if it is mirrored.
             labels: (B,) int64, the class; 0 without `--class_column`.
         """
         return {}
 
     @abstractmethod
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's prediction (B, C, H, W); `timesteps` (B,) int64 are those of `objective`."""
+        """Returns the denoiser's prediction (B, C, H, W); `timesteps` (B,) int64 are those of `objective`."""
 
     def take_classes(self, names: tuple[str, ...] | None, highest: int) -> None:
-        """Learns which classes the images have, before anything is trained or drawn.
+        """Sets the classes of the images, before training and sampling.
 
         Args:
-            names: of the classes by number; None without `--class_column`.
+            names: class names by number; None without `--class_column`.
             highest: the highest number among the training images.
 
         Raises:
@@ -178,13 +178,13 @@ class Family(ABC):
             )
 
     def prompts(self, validation: ValidationConfig) -> tuple[str, ...]:
-        """What `draw` is asked for while training, and what stands above the pictures; nothing draws none."""
+        """Returns the prompts of the validation images, which are also their captions; empty: draw none."""
         return validation.validation_prompts
 
     def draw(
         self, pipeline: Any, prompt: str, generators: list[torch.Generator], validation: ValidationConfig, size: int
     ) -> list[Image.Image]:
-        """One square picture a generator of one of the `prompts`; `pipeline` is that of `sampling_pipeline`."""
+        """Returns one square image per generator for one of the `prompts`; `pipeline` is `sampling_pipeline()`."""
         guidance = validation.validation_guidance_scale
         return pipeline(
             [prompt] * len(generators),
@@ -198,15 +198,15 @@ class Family(ABC):
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """What the pipeline must be told besides to draw as it was trained."""
+        """Further arguments of the pipeline's call, so that it samples as it was trained."""
         return {}
 
     def fingerprint(self) -> str:
-        """A hash over the weights of all models and the scheduler's settings; two pipelines hardly ever share it."""
+        """Returns a hash of all models' weights and the scheduler's settings."""
         return pipeline_fingerprint(self.pipeline)
 
     def sampling_pipeline(self) -> Any:
-        """The pipeline as it stands, for drawing images while training: without safety checker or progress bar."""
+        """Returns the current pipeline for sampling during training: without safety checker and progress bar."""
         components = dict(self.pipeline.components)
         if "safety_checker" in components:
             components |= {"safety_checker": None, "requires_safety_checker": False}
@@ -216,20 +216,20 @@ class Family(ABC):
 
 
 def pipeline_fingerprint(pipeline: Any) -> str:
-    """A hash over the weights of all models of any pipeline and its scheduler's settings."""
+    """Returns a hash of the weights of all models of any pipeline and of its scheduler's settings."""
     settings = {k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")}
     digest = hashlib.blake2b(json.dumps(settings, default=str).encode(), digest_size=16)
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             _hash_weights(digest, name, component)
         for adapter in getattr(component, "peft_config", {}).values():
-            # By what its matrices are multiplied.
+            # They scale the adapter's matrices.
             digest.update(f"{adapter.lora_alpha} {adapter.alpha_pattern} {adapter.use_rslora}".encode())
     return digest.hexdigest()
 
 
 def _hash_weights(digest: Any, name: str, module: nn.Module, samples: int = 4096) -> None:
-    # Up to so many evenly spaced values of each tensor: a hash over gigabytes would take its time.
+    # At most `samples` evenly spaced values of each tensor: hashing gigabytes would take too long.
     for key, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
         chosen = flat[:: max(1, flat.numel() // samples)].cpu().contiguous()
@@ -238,9 +238,9 @@ def _hash_weights(digest: Any, name: str, module: nn.Module, samples: int = 4096
 
 
 def in_chunks(encode: Callable[[Any], tuple[Tensor, ...]], items: Any, size: int) -> tuple[Tensor, ...]:
-    """`encode` over a tensor or list in chunks of exactly `size`, the last one padded with its last item.
+    """Applies `encode` to a tensor or list in chunks of exactly `size`, padding the last chunk with its last item.
 
-    An encoder's bits may depend on its batch size; with one size they do not depend on how images are batched.
+    An encoder's bits may depend on its batch size. With one size they do not depend on how images are batched.
     """
     chunks = []
     for start in range(0, len(items), size):
@@ -264,7 +264,7 @@ def check_resolution(resolution: int, multiple: int) -> None:
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Without dropout inside; as it was afterwards."""
+    """Puts the module into eval mode, and back afterwards."""
     was_training = module.training
     module.eval()
     try:

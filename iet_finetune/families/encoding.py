@@ -1,4 +1,4 @@
-"""Images to latents and captions to conditions, always as many at once, so that no row's bits depend on its batch."""
+"""Images to latents and captions to conditions, in chunks of one size, so that bits do not depend on the batch."""
 
 from collections.abc import Sequence
 
@@ -7,34 +7,34 @@ from torch import Tensor
 
 from .base import Conditions, Family, in_chunks
 
-# Samples encoded at once: always exactly as many, so that a latent's bits do not depend on the batch it is in.
+# Samples encoded at once, always exactly as many, so that a latent's bits do not depend on its batch.
 ENCODE_CHUNK = 8
 
 
 class Encoder:
-    """What a family's frozen models make of images and captions.
+    """Encodes images and captions with a family's frozen models.
 
     Args:
-        family: its encoders are on the device of what is encoded.
-        size: samples that it is to be given at once; it takes as many, and `ENCODE_CHUNK` at most.
-        device: of the encoders.
+        family: its encoders are on the device of the inputs.
+        size: samples per call; at most `ENCODE_CHUNK` are encoded at once.
+        device: the encoders' device.
     """
 
     def __init__(self, family: Family, size: int, device: torch.device) -> None:
         self._family = family
         self.chunk = min(ENCODE_CHUNK, size)
         if device.type == "cpu":
-            # Threads that cannot share the samples out evenly divide some of them among themselves, and then a
-            # sample's bits depend on its place in the chunk.
+            # If the threads do not divide the samples evenly, they split some of them, and then a sample's bits
+            # depend on its position in the chunk.
             self.chunk = max(self.chunk - self.chunk % torch.get_num_threads(), 1)
 
     def images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, C, H, W) of the posterior of images (B, 3, R, R), as `encode_images`."""
+        """Returns mean and standard deviation (B, C, H, W) of images (B, 3, R, R), as `encode_images`."""
         mean, std = in_chunks(self._family.encode_images, pixel_values, self.chunk)
         return mean, std
 
     def captions(self, captions: Sequence[str]) -> Conditions:
-        """What the denoiser is told about B captions, as `encode_captions`; nothing if the family needs none."""
+        """Returns the conditions of B captions, as `encode_captions`; empty if the family needs none."""
         if not self._family.needs_captions:
             return {}
         names: list[str] = []

@@ -1,4 +1,4 @@
-"""What the families have in common that learn a velocity by flow matching in the latents of a VAE."""
+"""Base class of the families trained by flow matching in the latents of a VAE."""
 
 from typing import Any, ClassVar
 
@@ -12,23 +12,23 @@ from ..errors import UserError
 from ..method.objective import FlowMatching
 from .base import Family
 
-# The longest that diffusers' pipelines draw with.
+# The longest sequence that diffusers' pipelines accept.
 LONGEST_SEQUENCE = 512
 
 
 class FlowFamily(Family):
-    """A transformer that is told sigma and predicts noise - latents.
+    """A transformer that receives sigma and predicts noise - latents.
 
-    The noise levels are those of the pipeline's scheduler, its fixed shift included; one that shifts by resolution
-    while it draws leaves them evenly spaced. Both is as in diffusers' training scripts.
+    The noise levels are those of the pipeline's scheduler, its fixed shift included. With a scheduler that shifts by
+    resolution at sampling time they are evenly spaced. Both follow diffusers' training scripts.
 
     Raises:
-        UserError: another kind of scheduler, or a flag that means nothing here.
+        UserError: the scheduler is of another kind, or a flag does not apply.
     """
 
     denoiser_name = "transformer"
     features: ClassVar[tuple[str, ...]] = ("flow matching", "T5", "prompts")
-    # Unless the user says otherwise: as in diffusers' script of the family, and as long as its pipeline's default.
+    # Defaults of diffusers' script of the family, and of its pipeline.
     weighting_scheme: ClassVar[str]
     default_sequence_length: ClassVar[int]
     objective: FlowMatching
@@ -42,7 +42,7 @@ class FlowFamily(Family):
             )
 
     def make_objective(self) -> FlowMatching:
-        """Flow matching over the noise levels of the pipeline's scheduler."""
+        """Returns flow matching over the noise levels of the pipeline's scheduler."""
         scheduler, training = self.pipeline.scheduler, self.config.training
         if not type(scheduler).__name__.startswith("FlowMatch"):
             raise UserError(
@@ -54,7 +54,7 @@ class FlowFamily(Family):
             value = getattr(training, name)
             if scheme != own and value != getattr(TrainingConfig(), name):
                 raise UserError(f"`--{name} {value}` does nothing with weighting scheme {scheme}, only with {own}.")
-        # A fresh one: drawing leaves the noise levels of its own steps in a scheduler.
+        # A new scheduler, because sampling leaves its own noise levels in the old one.
         return FlowMatching(
             FlowMatchEulerDiscreteScheduler.from_config(scheduler.config).sigmas,
             scheme,
@@ -65,17 +65,17 @@ class FlowFamily(Family):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of T5 for each caption."""
+        """Number of T5 tokens per caption."""
         return self.config.training.max_sequence_length or self.default_sequence_length
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """Drawn with as many tokens as trained with."""
+        """Samples with the sequence length of training."""
         return {"max_sequence_length": self.sequence_length}
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """The VAE's posterior, in fp32."""
+        """Returns the VAE's posterior in fp32."""
         posterior = self.pipeline.vae.encode(pixel_values).latent_dist
         return posterior.mean, posterior.std
 

@@ -11,15 +11,15 @@ from .base import Conditions, check_resolution
 from .flow import FlowFamily
 from .text import clip_pooled, require_parts, t5_states
 
-# `--guidance_scale` of diffusers' script, and what the pipeline draws with.
+# The default of diffusers' script and of the pipeline.
 DEFAULT_GUIDANCE = 3.5
 
 
 class Flux(FlowFamily):
-    """`FluxPipeline`: dev, which is told a guidance scale, and schnell, which is not.
+    """`FluxPipeline`: dev, which is conditioned on a guidance scale, and schnell, which is not.
 
     Raises:
-        UserError: a text encoder is missing, a guidance scale that the model is not told, or as `FlowFamily`.
+        UserError: a text encoder is missing, the model takes no guidance scale, or as `FlowFamily`.
     """
 
     caption_encoders = ("text_encoder", "text_encoder_2")
@@ -39,13 +39,13 @@ class Flux(FlowFamily):
             self.refuse("guidance_scale")
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, R/f, R/f); the resolution must suit the VAE and the packing of 2 x 2 latents into one."""
+        """Returns (C, R/f, R/f); the resolution must fit the VAE and the packing of 2 x 2 latents into one."""
         factor = self.pipeline.vae_scale_factor
         check_resolution(resolution, factor * 2)
         return self.pipeline.transformer.config.in_channels // 4, resolution // factor, resolution // factor
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """T5's states and CLIP's pooled state."""
+        """Returns T5's states and CLIP's pooled state."""
         pipeline, length = self.pipeline, self.pipeline.tokenizer_max_length
         return {
             "encoder_hidden_states": t5_states(
@@ -55,23 +55,23 @@ class Flux(FlowFamily):
         }
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The transformer's output for (x_σ, σ, guidance, text), packed before and unpacked afterwards."""
+        """Returns the transformer's output for (x_σ, σ, guidance, text), packing and unpacking the latents."""
         pipeline, (count, channels, height, width) = self.pipeline, noisy_latents.shape
-        told: dict[str, Any] = {"device": noisy_latents.device, "dtype": noisy_latents.dtype}
+        kind: dict[str, Any] = {"device": noisy_latents.device, "dtype": noisy_latents.dtype}
         prediction = self.network(
             hidden_states=pipeline._pack_latents(noisy_latents, count, channels, height, width),
             timestep=self.objective.sigma(timesteps),
-            guidance=self._guidance(count, told),
-            txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, **told),
-            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **told),
+            guidance=self._guidance(count, kind),
+            txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, **kind),
+            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **kind),
             **conditions,
             return_dict=False,
         )[0]
         factor = pipeline.vae_scale_factor
         return pipeline._unpack_latents(prediction, height * factor, width * factor, factor)
 
-    def _guidance(self, count: int, told: dict[str, Any]) -> Tensor | None:
+    def _guidance(self, count: int, kind: dict[str, Any]) -> Tensor | None:
         if not self.pipeline.transformer.config.guidance_embeds:
             return None
         scale = self.config.training.guidance_scale
-        return torch.full((count,), DEFAULT_GUIDANCE if scale is None else scale, **told)
+        return torch.full((count,), DEFAULT_GUIDANCE if scale is None else scale, **kind)

@@ -1,4 +1,4 @@
-"""From a Hub id or folder to a pipeline in memory, and back to disk with every component as it came."""
+"""Loads a pipeline from a Hub id or folder, and saves it with every untrained component unchanged."""
 
 import contextlib
 import json
@@ -26,15 +26,14 @@ from ..config.settings import ModelConfig
 from ..errors import UserError, one_line
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What diffusers and transformers note in a configuration of where and how it was loaded.
+# Keys in which diffusers and transformers record where and how a configuration was loaded.
 _OF_LOADING = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No progress bars of diffusers and transformers inside, and no notices of diffusers, which go before an error
-    that is told in one line; they are as they were afterwards."""
+    """Silences progress bars of diffusers and transformers and the log of diffusers, so that an error is one line."""
     libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity(logging.CRITICAL)
@@ -50,13 +49,13 @@ def quiet_loading() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PipelineSource:
-    """Where a pipeline lies on disk, what it says it is, and what its components were stored as.
+    """Where a pipeline is on disk, its class, and the precision of its stored components.
 
     Attributes:
-        folder: None if it is to be trained from scratch, or was in memory already.
+        folder: None when training from scratch, or from a pipeline in memory.
         classes: component -> [library, class], as in model_index.json.
-        dtypes: component -> precision of its weights, and component/tensor -> that of a tensor stored in another.
-        absent: components that it does without, and that `from_pretrained` must be told are None, such as SD 3's T5.
+        dtypes: component -> precision of most of its weights, component/tensor -> precision of an exception.
+        absent: missing components that must be passed to `from_pretrained` as None, such as SD 3's T5.
     """
 
     folder: Path | None
@@ -67,13 +66,13 @@ class PipelineSource:
 
 
 def find_pipeline(model: ModelConfig) -> PipelineSource:
-    """Looks the pipeline up, downloading it if it is on the Hub; reads its index, not its weights.
+    """Finds the pipeline, downloading it from the Hub if needed; reads its index, not its weights.
 
     Raises:
         UserError: no such folder or repository, no network, or not a pipeline.
     """
     name = str(model.pretrained_model_name_or_path)
-    # Unlike pathlib's, this `exists` takes a name that is too long for the system as one that is not there.
+    # Unlike pathlib's, this `exists` returns False for a name that is too long for the system.
     folder = Path(name) if os.path.exists(name) else _download(name, model)
     index_file = folder / "model_index.json"
     if not index_file.is_file():
@@ -122,14 +121,14 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 
 def _components(folder: Path, index: dict[str, Any]) -> dict[str, list[str]]:
-    """Library and class of the pipeline's parts; each must have its folder, and a tokenizer its words."""
-    # A component is `[library, class]`; one that the pipeline does without is `[null, null]`.
+    """Returns library and class of the components; each must have its folder, and a tokenizer its vocabulary."""
+    # A component is `[library, class]`; a missing one is `[null, null]`.
     parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
     for name, (_, class_name) in parts.items():
         part = part_folder(folder, name)
         if not part.is_dir():
             raise UserError(f"`{folder}` is not complete: model_index.json names {name}, but its folder is missing.")
-        # transformers makes a tokenizer without words of such a folder, and says nothing.
+        # transformers silently builds a tokenizer without words from such a folder.
         if "Tokenizer" in str(class_name) and not any((part / file).is_file() for file in _VOCABULARIES):
             raise UserError(f"`{part}` has no vocabulary, such as a tokenizer.json. Get the pipeline anew.")
     return parts
@@ -141,7 +140,7 @@ def _absent(index: dict[str, Any]) -> tuple[str, ...]:
 
 
 def part_folder(folder: Path, name: str) -> Path:
-    """Where a component of a pipeline lies: in a folder of its name, or, in early pipelines, among all the others."""
+    """Returns the folder of a component: one of its name or, in early pipelines, the pipeline's own."""
     flat = not (folder / name).is_dir() and (folder / "scheduler_config.json").is_file()
     return folder if flat else folder / name
 
@@ -155,7 +154,7 @@ def _download(name: str, model: ModelConfig) -> Path:
                 name, revision=model.revision, variant=model.variant, cache_dir=model.cache_dir
             )
     except Exception as error:
-        # diffusers' own words point to a traceback that nobody is shown.
+        # diffusers' own message refers to a traceback that is not shown.
         reason = one_line(error.__cause__ or error).rstrip(".")
         raise UserError(
             f"`--pretrained_model_name_or_path {name}` is no folder here, and the Hub did not give it ({reason}). "
@@ -166,13 +165,13 @@ def _download(name: str, model: ModelConfig) -> Path:
 
 
 def _fetch_card(name: str, model: ModelConfig) -> None:
-    """Puts the repository's README.md, which names the licence, beside the files that diffusers fetches."""
+    """Downloads the repository's README.md, which names the licence and which diffusers does not fetch."""
     with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
         hf_hub_download(name, "README.md", revision=model.revision, cache_dir=model.cache_dir)
 
 
 def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeline:
-    """The pipeline with all its models in fp32.
+    """Loads the pipeline with all its models in fp32.
 
     Raises:
         UserError: files are missing or damaged.
@@ -191,12 +190,12 @@ def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeli
 
 
 def stored_dtypes(folder: Path, components: list[str], variant: str | None) -> dict[str, torch.dtype]:
-    """The precision that most tensors of each component are stored in, and, by component/tensor, that of the others.
+    """Returns the precision of most stored tensors of each component and, by component/tensor, of the exceptions.
 
-    Components without weights are left out. T5 in fp16, for one, has some layers in fp32, which would not bear fp16.
+    Components without weights are left out. T5 in fp16, for example, keeps some layers in fp32, which would overflow.
 
     Raises:
-        UserError: a file of weights is damaged; names it.
+        UserError: a weights file is damaged; names it.
     """
     return _summary({name: _stored_dtypes(part_folder(folder, name), variant) for name in components})
 
@@ -230,12 +229,12 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
 def _dtypes_in(file: Path) -> dict[str, torch.dtype]:
     try:
         return _dtypes_pickled(file) if file.suffix == ".bin" else _dtypes_in_safetensors(file)
-    except Exception as error:  # torch raises whatever comes, from EOFError to UnpicklingError
+    except Exception as error:  # torch raises all kinds of errors, from EOFError to UnpicklingError
         raise UserError(f"`{file}` is damaged: {one_line(error).rstrip('.')}. Get the pipeline anew.") from None
 
 
 def _dtypes_pickled(file: Path) -> dict[str, torch.dtype]:
-    # Files of before torch 1.6 are no archives, and cannot be mapped.
+    # Files from before torch 1.6 are not archives and cannot be mapped.
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     return {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
 
@@ -249,16 +248,16 @@ def _dtypes_in_safetensors(file: Path) -> dict[str, torch.dtype]:
 def save_pipeline(
     pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype], classes: dict[str, list[str]] | None = None
 ) -> None:
-    """Saves the pipeline with each model in the precision given for it; its models keep that precision afterwards.
+    """Saves the pipeline with each model in its given precision; the models keep that precision afterwards.
 
-    Precisions are given as in `PipelineSource.dtypes`.
+    Configuration files are saved without the paths they were loaded from. A transformers model in half precision is
+    recorded as fp32: without `dtype`, `from_pretrained` takes its precision from that record but fp32 for all other
+    models, and a pipeline of mixed precision cannot sample.
 
-    Components are named in model_index.json as in `classes`, where they are: without torchvision transformers puts
-    another image processor in the place of the one that was stored, and would name that.
-
-    What diffusers and transformers note in configuration files of where they were loaded from is taken out. A
-    transformers model in half precision is noted as fp32: without a `dtype`, `from_pretrained` takes its precision
-    from that note, and fp32 for all others; a pipeline of both cannot draw.
+    Args:
+        dtypes: as `PipelineSource.dtypes`.
+        classes: library and class of components in model_index.json. Without torchvision, transformers loads another
+            image processor than the stored one and would record that.
     """
     round_pipeline(pipeline, dtypes)
     with quiet_loading():
@@ -287,9 +286,9 @@ def round_pipeline(pipeline: Any, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def _round(module: nn.Module, dtype: torch.dtype, others: dict[str, torch.dtype]) -> None:
-    """Puts the module into a precision, and some of its tensors, by name, into others."""
+    """Converts the module to a precision, and the tensors in `others` to theirs."""
     exact = {name: tensor for name, tensor in module.state_dict().items() if name in others}
-    # The plain method: diffusers' own warns about layers kept in fp32, of which nothing is lost here.
+    # The plain method: diffusers' own warns about layers kept in fp32, which are handled below.
     nn.Module.to(module, dtype)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in exact:
@@ -297,7 +296,7 @@ def _round(module: nn.Module, dtype: torch.dtype, others: dict[str, torch.dtype]
 
 
 def _save_tokenizers_as_loaded(pipeline: Any, folder: Path) -> None:
-    # Using a tokenizer leaves its last padding and truncation in the tokenizer.json that it saves.
+    # A used tokenizer saves its last padding and truncation in tokenizer.json.
     source = pipeline.config.get("_name_or_path")
     for name, component in pipeline.components.items():
         if isinstance(component, PreTrainedTokenizerBase) and source and (Path(source) / name).is_dir():

@@ -1,4 +1,4 @@
-"""A diffusers pipeline that draws pictures of given classes."""
+"""A diffusers pipeline that generates images of given classes."""
 
 import json
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Draws with a `UNet2DModel` that is told a class, by DDIM (Song et al., 2020, arXiv 2010.02502).
+    """Samples from a class-conditional `UNet2DModel` with DDIM (Song et al., 2020, arXiv 2010.02502).
 
-    diffusers has none. What it saves is named DDIMPipeline, so that `DiffusionPipeline.from_pretrained` loads it
-    anywhere; this class loads that, and a class-conditional DDPMPipeline, with its own `from_pretrained`.
+    diffusers has no such pipeline. It saves itself under the name DDIMPipeline, so that
+    `DiffusionPipeline.from_pretrained` loads it anywhere. Its own `from_pretrained` loads that, and class-conditional
+    DDPMPipelines.
 
     Args:
         unet: with `num_class_embeds` or `class_embed_type`.
@@ -40,22 +41,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """One picture a label.
+        """Generates one image per label.
 
         Args:
             class_labels: numbers of classes.
             num_inference_steps: denoising steps.
-            eta: 0 draws by DDIM, 1 with the noise of DDPM.
-            generator: one for all pictures, or one a picture.
+            eta: 0: DDIM; 1: with the noise of DDPM.
+            generator: one for all images, or one per image.
             output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), both in [0, 1].
-            return_dict: whether the pictures come as the attribute `images` or as a tuple of one.
+            return_dict: whether to return an object with `images`, or a tuple of one.
 
         Raises:
             ValueError: the model has no such class, or there are not as many generators as labels.
         """
         labels = self._labels([class_labels] if isinstance(class_labels, int) else list(class_labels))
         if isinstance(generator, list) and len(generator) != len(labels):
-            raise ValueError(f"{len(generator)} generators for {len(labels)} class_labels: give one a label")
+            raise ValueError(f"{len(generator)} generators for {len(labels)} class_labels: give one per label")
         size = self.unet.config.sample_size
         shape = (len(labels), self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
         image = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
@@ -68,7 +69,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def to_json_string(self) -> str:
-        """What model_index.json says: as diffusers writes it, under the name of a class that every diffusers has."""
+        """Returns diffusers' model_index.json with the name of a class that every diffusers has."""
         index = json.loads(super().to_json_string())
         return json.dumps(index | {"_class_name": "DDIMPipeline"}, indent=2, sort_keys=True) + "\n"
 

@@ -15,8 +15,7 @@ from .text import require_parts
 class PixArt(StableDiffusion):
     """`PixArtAlphaPipeline` and `PixArtSigmaPipeline`.
 
-    The second half of the channels of a transformer that also predicts a variance is not trained: the pipelines do
-    not use it.
+    If the transformer also predicts a variance, that half of its channels is not trained; the pipelines do not use it.
 
     Raises:
         UserError: T5 is missing.
@@ -31,13 +30,13 @@ class PixArt(StableDiffusion):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of T5 for each caption; as many as the pipeline draws with, unless the user says otherwise."""
+        """Number of T5 tokens per caption; by default that of the pipeline."""
         default = 120 if type(self.pipeline).__name__ == "PixArtAlphaPipeline" else 300
         return self.config.training.max_sequence_length or default
 
     @property
     def call_options(self) -> dict[str, Any]:
-        """Drawn with as many tokens, from the text and at the resolution, as trained with."""
+        """Samples with the sequence length, captions and resolution of training."""
         return {
             "max_sequence_length": self.sequence_length,
             "clean_caption": False,
@@ -45,14 +44,14 @@ class PixArt(StableDiffusion):
         }
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, R/f, R/f); the resolution must suit the VAE and the patches."""
+        """Returns (C, R/f, R/f); the resolution must fit the VAE and the patches."""
         transformer, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
         check_resolution(resolution, factor * transformer.patch_size)
         return transformer.in_channels, resolution // factor, resolution // factor
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """T5's last hidden states of the captions in lower case, and which of them are not padding."""
+        """Returns T5's last hidden states of the lower-cased captions, and their attention mask."""
         pipeline = self.pipeline
         tokens = pipeline.tokenizer(
             pipeline._text_preprocessing(list(captions)),
@@ -65,14 +64,14 @@ class PixArt(StableDiffusion):
         return {"encoder_hidden_states": states, "encoder_attention_mask": tokens.attention_mask}
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
-        """The resolution (B, 2) and the aspect ratio (B, 1), for a model that is told them."""
+        """Returns resolution (B, 2) and aspect ratio (B, 1), for a model conditioned on them."""
         if not self.denoiser.use_additional_conditions:
             return {}
         resolution = torch.full_like(sizes[:, :2], self.config.data.resolution).float()
         return {"resolution": resolution, "aspect_ratio": torch.ones_like(resolution[:, :1])}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The transformer's noise for (x_t, t, text, resolution)."""
+        """Returns the predicted noise for (x_t, t, text, resolution)."""
         output = self.network(
             noisy_latents,
             timestep=timesteps,

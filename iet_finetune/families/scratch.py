@@ -1,4 +1,4 @@
-"""From a network's configuration to a pipeline with random weights, for training from scratch."""
+"""Builds a pipeline with random weights from a network's configuration, for training from scratch."""
 
 import inspect
 import json
@@ -20,7 +20,7 @@ Settings = dict[str, Any]
 
 
 def scratch_source(name: str) -> PipelineSource:
-    """What is known of the pipeline before its weights are drawn.
+    """Returns the source of a pipeline whose weights are not initialized yet.
 
     Raises:
         UserError: as `read_recipe`.
@@ -31,11 +31,11 @@ def scratch_source(name: str) -> PipelineSource:
 
 
 def read_recipe(name: str) -> tuple[Settings, Settings]:
-    """The settings of the `UNet2DModel` and of the `DDPMScheduler` that `--model_config` gives.
+    """Returns the settings of the `UNet2DModel` and of the `DDPMScheduler` for `--model_config`.
 
     Args:
         name: one of `settings.PRESETS`, or a JSON or YAML file: a config.json as diffusers writes it, or any part of
-            one, with the scheduler's settings as `scheduler` if they are not to be the defaults.
+            one; under `scheduler`, the scheduler's settings if they differ from the defaults.
 
     Raises:
         UserError: no such file or preset, not a mapping, another model, or an unknown key.
@@ -53,7 +53,7 @@ def _read(path: Path, source: str) -> Settings:
         raise UserError(f"{source} is no file, and the networks known by name are {', '.join(PRESETS)}.")
     try:
         text = path.read_text(encoding="utf-8")
-        # Not YAML for both: it reads the 1e-05 of JSON as text.
+        # Not YAML for both: it reads JSON's 1e-05 as text.
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{source} cannot be read: {one_line(error).rstrip('.')}.") from None
@@ -63,7 +63,7 @@ def _read(path: Path, source: str) -> Settings:
 
 
 def _checked(settings: Settings, kind: type, source: str) -> Settings:
-    """The settings without diffusers' notes, which begin with _; each must be known to the class."""
+    """Returns the settings without diffusers' private keys, which begin with _; the class must know each."""
     stated = settings.get("_class_name", kind.__name__)
     if stated != kind.__name__:
         raise UserError(f"{source} is for a {stated}; only a {kind.__name__} can be trained from scratch.")
@@ -86,15 +86,15 @@ def _number(value: Any, default: Any) -> Any:
 
 
 def build_pipeline(name: str, resolution: int, seed: int) -> DDPMPipeline:
-    """A pipeline whose weights follow from the seed alone; torch's global generator is left as it was.
+    """Builds a pipeline whose weights depend on the seed alone; leaves torch's global generator unchanged.
 
     Args:
         name: as `read_recipe`.
-        resolution: side of its pictures in pixels, where the configuration gives no `sample_size`.
+        resolution: side of its images in pixels, if the configuration has no `sample_size`.
         seed: `--seed`.
 
     Raises:
-        UserError: as `read_recipe`, or the settings do not make a network.
+        UserError: as `read_recipe`, or no network can be built from the settings.
     """
     network, scheduler = read_recipe(name)
     if network.get("sample_size") is None:
@@ -103,12 +103,12 @@ def build_pipeline(name: str, resolution: int, seed: int) -> DDPMPipeline:
         with torch.random.fork_rng(devices=[]), quiet_loading():
             torch.manual_seed(weights_seed(seed))
             return DDPMPipeline(UNet2DModel(**network), DDPMScheduler(**scheduler))
-    except Exception as error:  # diffusers and torch raise whatever comes of settings that do not fit together
+    except Exception as error:  # diffusers and torch raise all kinds of errors for inconsistent settings
         raise UserError(f"`--model_config {name}` makes no network: {one_line(error).rstrip('.')}.") from None
 
 
 def small_recipe(name: str) -> tuple[Settings, int]:
-    """A network of the same blocks with few channels, as `--model_config` takes it, and a resolution that suits it.
+    """Returns a network of the same blocks with few channels, as `--model_config` takes it, and a fitting resolution.
 
     Raises:
         UserError: as `read_recipe`.

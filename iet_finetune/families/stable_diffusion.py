@@ -12,7 +12,7 @@ class StableDiffusion(Family):
     """`StableDiffusionPipeline`, predicting the noise (1.x, 2.x-base) or v (2.x at 768 pixels)."""
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, R/f, R/f); the resolution must suit the VAE and the UNet's downsampling."""
+        """Returns (C, R/f, R/f); the resolution must fit the VAE and the UNet's downsampling."""
         unet = self.pipeline.unet.config
         factor = self.pipeline.vae_scale_factor
         check_resolution(resolution, factor * 2 ** (len(unet.block_out_channels) - 1))
@@ -20,17 +20,17 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """The VAE's posterior, in fp32."""
+        """Returns the VAE's posterior in fp32."""
         posterior = self.pipeline.vae.encode(pixel_values).latent_dist
         return posterior.mean, posterior.std
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """(mean + std · noise) times the VAE's scaling factor."""
+        """Returns (mean + std · noise) times the VAE's scaling factor."""
         return (mean + std * noise) * self.pipeline.vae.config.scaling_factor
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """The text encoder's last hidden state; a caption that is too long for it is cut off."""
+        """Returns the text encoder's last hidden state; longer captions are truncated."""
         tokenizer, text_encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         tokens = tokenizer(
             list(captions),
@@ -42,5 +42,5 @@ class StableDiffusion(Family):
         return {"encoder_hidden_states": text_encoder(tokens.input_ids.to(text_encoder.device, non_blocking=True))[0]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The UNet's output for (x_t, t, text)."""
+        """Returns the UNet's output for (x_t, t, text)."""
         return self.network(noisy_latents, timesteps, **conditions, return_dict=False)[0]

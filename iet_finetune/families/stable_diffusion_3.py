@@ -15,7 +15,7 @@ from .text import clip_states, require_parts, t5_states
 
 
 class StableDiffusion3(FlowFamily):
-    """`StableDiffusion3Pipeline`; without its T5 the transformer sees zeros in the place of T5's states.
+    """`StableDiffusion3Pipeline`; without T5 the transformer receives zeros in place of T5's states.
 
     Raises:
         UserError: a CLIP text encoder is missing, or as `FlowFamily`.
@@ -34,7 +34,7 @@ class StableDiffusion3(FlowFamily):
         require_parts(pipeline, ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, R/f, R/f); the resolution must suit the VAE and the patches, and not outgrow the places of these."""
+        """Returns (C, R/f, R/f); the resolution must fit the VAE, the patches and the position embedding."""
         transformer, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
         patch = factor * transformer.patch_size
         check_resolution(resolution, patch)
@@ -45,7 +45,7 @@ class StableDiffusion3(FlowFamily):
         return transformer.in_channels, resolution // factor, resolution // factor
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """CLIP's states, side by side and filled up with zeros, before T5's; and CLIP's projected states."""
+        """Returns both CLIPs' states, concatenated and padded with zeros, followed by T5's; and CLIP's projections."""
         pipeline, length = self.pipeline, self.pipeline.tokenizer_max_length
         first, pooled = clip_states(pipeline.tokenizer, pipeline.text_encoder, captions, length)
         second, pooled_2 = clip_states(pipeline.tokenizer_2, pipeline.text_encoder_2, captions, length)
@@ -64,6 +64,6 @@ class StableDiffusion3(FlowFamily):
         return t5_states(self.pipeline.tokenizer_3, self.pipeline.text_encoder_3, captions, self.sequence_length)
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The transformer's output for (x_σ, σ T, text)."""
-        told = self.objective.sigma(timesteps) * len(self.objective)
-        return self.network(noisy_latents, timestep=told, **conditions, return_dict=False)[0]
+        """Returns the transformer's output for (x_σ, σ T, text)."""
+        sigma = self.objective.sigma(timesteps)
+        return self.network(noisy_latents, timestep=sigma * len(self.objective), **conditions, return_dict=False)[0]

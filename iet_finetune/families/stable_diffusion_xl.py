@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, and a UNet that is told the size and the crop of each image."""
+"""Stable Diffusion XL: two CLIP text encoders, and a UNet conditioned on the size and crop of each image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class StableDiffusionXL(StableDiffusion):
         require_parts(pipeline, ("text_encoder_2", "tokenizer_2"))
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """(mean + std · noise) times the VAE's scaling factor; normalised by channel first if the VAE says how."""
+        """Returns (mean + std · noise) times the VAE's scaling factor, normalized by channel if the VAE says how."""
         vae = self.pipeline.vae.config
         if vae.get("latents_mean") is None or vae.get("latents_std") is None:
             return super().latents(mean, std, noise)
@@ -36,7 +36,7 @@ class StableDiffusionXL(StableDiffusion):
         return (sample - centre) / spread * vae.scaling_factor
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
-        """Both encoders' states before the last layer, side by side, and the second's projected state of the text."""
+        """Returns both encoders' penultimate states, concatenated, and the second's projected text embedding."""
         pipeline = self.pipeline
         pairs = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
         outputs = [
@@ -48,12 +48,12 @@ class StableDiffusionXL(StableDiffusion):
         return {"encoder_hidden_states": states, "text_embeds": outputs[-1][1]}
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
-        """(B, 6): height and width of the stored picture, top and left of its crop, height and width of the crop."""
+        """Returns (B, 6): height and width of the stored image, top and left, height and width of its crop."""
         resolution = self.config.data.resolution
         return {"time_ids": torch.cat([sizes, torch.full_like(sizes[:, :2], resolution)], dim=1).float()}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The UNet's output for (x_t, t, text, sizes)."""
+        """Returns the UNet's output for (x_t, t, text, sizes)."""
         return self.network(
             noisy_latents,
             timesteps,
@@ -63,7 +63,7 @@ class StableDiffusionXL(StableDiffusion):
         )[0]
 
     def sampling_pipeline(self) -> Any:
-        """As `Family.sampling_pipeline`, treating empty prompts as the pipeline that came does."""
+        """As `Family.sampling_pipeline`, treating empty prompts like the original pipeline."""
         pipeline = super().sampling_pipeline()
         empty = "force_zeros_for_empty_prompt"
         pipeline.register_to_config(**{empty: self.pipeline.config[empty]})

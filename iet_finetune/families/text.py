@@ -1,4 +1,4 @@
-"""Captions as tokens, and what CLIP and T5 make of them, as diffusers' pipelines for text do it."""
+"""Tokenizes captions and encodes them with CLIP and T5, as diffusers' pipelines do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
-    """(B, length) int64 on the host; what is shorter is padded, what is longer is cut off."""
+    """Returns (B, length) int64 on the host, padded and truncated to `length`."""
     return tokenizer(
         list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
@@ -18,9 +18,9 @@ def token_ids(tokenizer: Any, captions: Sequence[str], length: int) -> Tensor:
 
 @torch.no_grad()
 def clip_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
-    """The hidden states before the last layer (B, length, D), and the encoder's first output.
+    """Returns the penultimate hidden states (B, length, D) and the encoder's first output.
 
-    That is the projected state of the last token (B, P) of a CLIPTextModelWithProjection.
+    For a CLIPTextModelWithProjection that is the projected state (B, P) of the last token.
     """
     output = encoder(
         token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True), output_hidden_states=True
@@ -30,18 +30,18 @@ def clip_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: i
 
 @torch.no_grad()
 def clip_pooled(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> Tensor:
-    """The last token's state (B, D) of a CLIPTextModel."""
+    """Returns the last token's state (B, D) of a CLIPTextModel."""
     return encoder(token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True)).pooler_output
 
 
 @torch.no_grad()
 def t5_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> Tensor:
-    """The last hidden states (B, length, D) of a T5EncoderModel, padding too, as the pipelines have it."""
+    """Returns the last hidden states (B, length, D) of a T5EncoderModel, padding included, as in the pipelines."""
     return encoder(token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True))[0]
 
 
 def require_parts(pipeline: Any, names: Sequence[str]) -> None:
-    """Raises a `UserError` that names the first of these components that the pipeline does without."""
+    """Raises a `UserError` that names the first of these components that is missing."""
     for name in names:
         if getattr(pipeline, name) is None:
             raise UserError(

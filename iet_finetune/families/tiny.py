@@ -249,9 +249,9 @@ def tiny_flux(guidance_embeds: bool = True) -> FluxPipeline:
 
 
 def tiny_pixart(sigma: bool = False) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
-    """PixArt-alpha, told the resolution, or PixArt-sigma; 4x4 patches of 16-pixel images, noise and variance."""
+    """PixArt-alpha, conditioned on the resolution, or PixArt-sigma; 4x4 patches of 16-pixel images; with variance."""
     transformer = PixArtTransformer2DModel(
-        # At 128 alone the pipeline of alpha tells the resolution.
+        # Only at 128 does the pipeline of alpha pass the resolution.
         sample_size=RESOLUTION // 2 if sigma else 128,
         patch_size=2,
         in_channels=4,

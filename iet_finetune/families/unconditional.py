@@ -1,4 +1,4 @@
-"""Denoisers of pixels: a UNet2DModel without text, and with or without classes."""
+"""Pixel-space denoisers: a UNet2DModel without text, with or without classes."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from ..errors import UserError
 from .base import Conditions, Family, check_resolution
 from .pipelines import ClassConditionalPipeline
 
-# How many classes are drawn while training, if the user names none.
+# Number of classes sampled during training if the user names none.
 FIRST_CLASSES = 8
 
 
 class Unconditional(Family):
-    """`DDPMPipeline` and `DDIMPipeline`, predicting the noise, v or the image, as the scheduler says.
+    """`DDPMPipeline` and `DDIMPipeline`, predicting the noise, v or the image, according to the scheduler.
 
-    The images are the latents: nothing encodes them. A model of one channel is trained on grey ones.
+    Images are not encoded: they are the latents. A one-channel model is trained on grey images.
 
     Raises:
-        UserError: a UNet2DModel that is not trained by the squared error of one prediction of the image's channels.
+        UserError: the UNet2DModel's output channels differ from those of the image, or it takes embeddings of classes.
     """
 
     image_encoders = ()
@@ -50,12 +50,12 @@ class Unconditional(Family):
 
     @property
     def takes_classes(self) -> bool:
-        """Whether the UNet is told a class."""
+        """Whether the UNet is class-conditional."""
         unet = self.pipeline.unet.config
         return unet.num_class_embeds is not None or unet.class_embed_type is not None
 
     def take_classes(self, names: tuple[str, ...] | None, highest: int) -> None:
-        """As `Family.take_classes`; a model that takes classes must get them."""
+        """As `Family.take_classes`; a class-conditional model requires classes."""
         if not self.takes_classes:
             return super().take_classes(names, highest)
         if names is None:
@@ -70,43 +70,43 @@ class Unconditional(Family):
         return None
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, R, R); R must be what the UNet draws, and suit its downsampling."""
+        """Returns (C, R, R); R must be the UNet's own size."""
         unet = self.pipeline.unet.config
         check_resolution(resolution, 2 ** (len(unet.block_out_channels) - 1))
         own = unet.sample_size
         own = [own, own] if isinstance(own, int) else list(own or [])
         if own != [resolution, resolution]:
             raise UserError(
-                f"`--resolution {resolution}` is not the size of the pictures that this model draws: "
+                f"`--resolution {resolution}` is not the size of the images that this model generates: "
                 f"{'its configuration gives none' if not own else ' x '.join(map(str, own))}."
             )
         return unet.in_channels, resolution, resolution
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """The pixels, grey for a model of one channel, and zeros."""
+        """Returns the pixels, grey for a one-channel model, and zeros."""
         if self.pipeline.unet.config.in_channels == 1:
             red, green, blue = pixel_values.split(1, dim=1)
-            # Luma of ITU-R BT.601, written so that equal channels give exactly that channel.
+            # ITU-R BT.601 luma, written so that equal channels give exactly that channel.
             pixel_values = green + 0.299 * (red - green) + 0.114 * (blue - green)
         return pixel_values, torch.zeros_like(pixel_values)
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """The pixels."""
+        """Returns the pixels."""
         return mean
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
-        """The class, for a model that takes one."""
+        """Returns the class, for a class-conditional model."""
         return {"class_labels": labels} if self.takes_classes else {}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
-        """The UNet's output for (x_t, t), and the class if it takes one."""
+        """Returns the UNet's output for (x_t, t) and, if it takes one, the class."""
         return self.network(noisy_latents, timesteps, **conditions, return_dict=False)[0]
 
     def prompts(self, validation: ValidationConfig) -> tuple[str, ...]:
-        """One empty prompt without classes; else the names of those to draw, the first eight if none are named.
+        """Returns one empty prompt without classes; else the names of the classes to sample, by default the first 8.
 
         Raises:
-            UserError: prompts for a model that takes none, or a class that is not in the data.
+            UserError: the model takes no prompts, or a class is not in the data.
         """
         chosen, names = validation.validation_prompts, self._class_names
         if names is None:
@@ -128,16 +128,16 @@ class Unconditional(Family):
     def draw(
         self, pipeline: Any, prompt: str, generators: list[torch.Generator], validation: ValidationConfig, size: int
     ) -> list[Image.Image]:
-        """One RGB picture a generator, by DDIM."""
-        of_what: Any = len(generators)
+        """Returns one RGB image per generator, sampled with DDIM."""
+        labels: Any = len(generators)
         if self._class_names is not None:
-            of_what = [self._class_names.index(prompt)] * len(generators)
+            labels = [self._class_names.index(prompt)] * len(generators)
         steps = validation.validation_inference_steps
-        images = pipeline(of_what, num_inference_steps=steps, generator=generators).images
+        images = pipeline(labels, num_inference_steps=steps, generator=generators).images
         return [image.convert("RGB") for image in images]
 
     def sampling_pipeline(self) -> Any:
-        """A pipeline that draws by DDIM, and by class if the model takes classes."""
+        """Returns a DDIM pipeline, class-conditional if the model is."""
         kind: Any = ClassConditionalPipeline if self.takes_classes else DDIMPipeline
         scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         pipeline = kind(unet=self.pipeline.unet, scheduler=scheduler)
@@ -145,7 +145,7 @@ class Unconditional(Family):
         return pipeline
 
     def fingerprint(self) -> str:
-        """As `Family.fingerprint`, and over the UNet's settings: from scratch, its dropout is a setting of the run."""
+        """As `Family.fingerprint`, with the UNet's settings: from scratch, its dropout is a setting of the run."""
         settings = {key: value for key, value in self.pipeline.unet.config.items() if not key.startswith("_")}
         text = super().fingerprint() + json.dumps(settings, default=str, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -699,7 +699,7 @@ def test_a_cache_that_cannot_be_written_is_enough_where_nothing_is_missing(
     read_only(disk)
     assert_equal(train(config(world, tmp_path / "after", **flags)), before)
     line = refusal(config(world, tmp_path / "other", **flags, **FLIPS), capfd)
-    assert line.startswith(f"what was encoded cannot be kept in {disk}/")
+    assert line.startswith(f"encoded rows cannot be written to {disk}/")
     assert "Read-only file system" in line
     assert "`--cache_dir`" in line
     assert line.endswith("`--no_cache_latents`.")

@@ -1,4 +1,4 @@
-"""Filling a cache: ranks share the work, memory stays bounded, and what was encoded is kept whatever ends it."""
+"""Filling a cache: ranks share the work, memory stays bounded, and encoded rows survive any error."""
 
 import errno
 import os
@@ -227,7 +227,7 @@ def test_a_folder_that_cannot_be_written_ends_in_one_line_and_is_enough_where_no
     source = Numbers(disk, 11)
     line = refusal(source)
     assert line == (
-        f"what was encoded cannot be kept in {source.rows.folder}: {os.strerror(errno.EROFS)}: choose a folder on "
+        f"encoded rows cannot be written to {source.rows.folder}: {os.strerror(errno.EROFS)}: choose a folder on "
         "another disk with `--cache_dir`, or encode anew in every step with `--no_cache_latents`."
     )
     assert source.encoded == [], "that is known before"
@@ -341,4 +341,4 @@ def test_one_rank_that_cannot_write_ends_all_with_one_line(tmp_path):
     ended = run_ranks(body(10), 2, environments=caches(tmp_path / "good", tmp_path / "file" / "bad"))
     assert [end.code for end in ended] == [2, 2]
     (line,) = [line for end in ended for line in end.said]
-    assert f"what was encoded cannot be kept in {tmp_path / 'file' / 'bad'}" in line
+    assert f"encoded rows cannot be written to {tmp_path / 'file' / 'bad'}" in line

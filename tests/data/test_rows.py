@@ -334,7 +334,7 @@ def test_a_file_that_is_gone_when_it_is_first_read_is_named_with_what_helps(tmp_
     places = rows.places(["0"])
     path = file_of(rows)
     path.unlink()
-    with pytest.raises(UserError, match="Start again, and what is missing is encoded anew") as error:
+    with pytest.raises(UserError, match="Start again to encode what is missing") as error:
         rows.read(places[0])
     assert f"`{path}`" in str(error.value)
     assert "\n" not in str(error.value)

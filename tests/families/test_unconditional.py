@@ -370,7 +370,7 @@ def test_a_lora_file_that_no_pipeline_loads_is_not_written(world, tmp_path, form
 
 
 def test_the_resolution_must_be_what_the_model_draws(world, tmp_path):
-    assert "`--resolution 32` is not the size of the pictures that this model draws: 16 x 16" in refusal(
+    assert "`--resolution 32` is not the size of the images that this model generates: 16 x 16" in refusal(
         world, tmp_path / "a", resolution=32
     )
     assert "must be a multiple of 2" in refusal(world, tmp_path / "b", resolution=15)
