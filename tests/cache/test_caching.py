@@ -1,4 +1,4 @@
-"""Images and captions that are encoded once give the same weights as those encoded anew, and are never stale."""
+"""Images and captions that are encoded once give the same weights as encoding in every step, and are never stale."""
 
 import json
 import os
@@ -43,7 +43,7 @@ from iet_finetune.training.starting import start_accelerator
 
 MB = 1_000_000
 LATEST = {"resume_from_checkpoint": "latest"}
-# Width and height of the pictures of `mixed`: of five of them something is cut off.
+# Width and height of the images of `mixed`: of five of them something is cut off.
 SIZES = [(16, 16), (24, 16), (16, 40), (30, 20), (32, 32), (17, 33), (16, 16), (16, 16), (20, 44), (50, 50), (16, 16)]
 CUT = 5
 COPY_OF = {7: 6}  # a picture that is there twice, with captions of its own
@@ -52,7 +52,7 @@ MIXED, SQUARES = len(SIZES), 8
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipelines of several families, `squares`, 8 pictures of 16 pixels, and `mixed`, 11 of many sizes."""
+    """Pipelines of several families, `squares`, 8 images of 16 pixels, and `mixed`, 11 of many sizes."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny_sd(folder / "sd", timesteps=10)
     for name in ("sdxl", "sd3", "flux dev", "pixart alpha"):
@@ -66,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_pictures(
     folder: Path, sizes: list[tuple[int, int]], captions: int = 1, copies: dict[int, int] | None = None
 ) -> Path:
-    """Pictures of coloured noise, each with so many captions; the values of `copies` are those to copy."""
+    """Images of coloured noise, each with so many captions; the values of `copies` are those to copy."""
     folder.mkdir()
     generator = np.random.default_rng(1)
     lines = []
@@ -219,7 +219,7 @@ def test_training_with_the_cache_reads_and_encodes_nothing(world, tmp_path):
 
 
 @pytest.mark.parametrize("base", ["sd", "sdxl", "sd3", "flux dev", "pixart alpha", "pixels"])
-def test_what_the_cache_gives_at_every_visit_is_what_the_picture_is_encoded_to(world, tmp_path, base):
+def test_the_cache_gives_at_every_visit_what_encoding_gives(world, tmp_path, base):
     text = {} if base == "pixels" else {"caption_dropout": 0.2}
     flags = {**FLIPS, **text, "data": "mixed", "train_batch_size": 3, "noise_offset": 0.1}
     cached, *_ = built(config(world, tmp_path / "out", base, **flags))
@@ -405,7 +405,7 @@ def test_another_number_of_threads_makes_everything_new(world, tmp_path):
 
 
 @pytest.mark.parametrize(("threads", "batch"), [(2, 3), (3, 8)])
-def test_with_several_threads_too_the_cache_gives_what_the_picture_is_encoded_to(world, tmp_path, threads, batch):
+def test_with_several_threads_the_cache_gives_what_encoding_gives(world, tmp_path, threads, batch):
     # Of small tensors torch's kernels give no part to another thread.
     flags = {"data": "mixed", "resolution": 64, "train_batch_size": batch, "num_shards": 1}
     torch.set_num_threads(threads)
@@ -451,7 +451,7 @@ def test_a_family_of_ones_own_that_is_amended_makes_what_it_encodes_new(world, t
     assert encoded_by(config(world, tmp_path / "out"))[0] == SQUARES
 
 
-def test_another_picture_under_the_same_name_and_another_caption_are_new(world, tmp_path):
+def test_another_image_under_the_same_name_and_another_caption_are_new(world, tmp_path):
     assert encoded_by(config(world, tmp_path / "out", **FLIPS)) == (2 * SQUARES, SQUARES)
     data = Path(amended(world, tmp_path, "squares"))
     picture = np.asarray(Image.open(data / "003.png")).copy()
@@ -538,7 +538,7 @@ def test_of_more_data_only_what_is_new_is_encoded(world, tmp_path):
     assert_equal(cached, train(plain))
 
 
-def test_what_rows_were_made_from_is_told_beside_them_and_names_no_place(world, tmp_path):
+def test_made_from_describes_the_rows_and_names_no_path(world, tmp_path):
     built(config(world, tmp_path / "out", data="mixed"))
     images, captions = made_from(tmp_path / "cache")
     assert [*images["models"]] == ["vae"]
@@ -551,7 +551,7 @@ def test_what_rows_were_made_from_is_told_beside_them_and_names_no_place(world, 
 
 
 OF_RANKS = {**FLIPS, **CAPTIONS, "train_batch_size": 2}
-# A run that fails, and then one that does not; what is told goes to stdout.
+# A run that fails, and then one that does not; what tests read goes to stdout.
 ON_RANKS = """
     from pathlib import Path
     from iet_finetune import Config, Trainer
@@ -628,7 +628,7 @@ def killed_at(number: int, owner: Any, name: str, settings: Config) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def test_a_run_that_is_killed_while_it_encodes_goes_on_with_what_is_missing(world, tmp_path):
+def test_a_run_that_is_killed_while_it_encodes_resumes_with_what_is_missing(world, tmp_path):
     flags = {**FLIPS, "data": "mixed", "train_batch_size": 3}
     settings = config(world, tmp_path / "out", **flags)
     cache = tmp_path / "cache"

@@ -151,7 +151,7 @@ def test_what_was_encoded_before_an_error_is_kept(tmp_path, error):
     assert rest.values() == list(range(20))
 
 
-def test_a_damaged_file_is_encoded_anew_and_goes(tmp_path, monkeypatch):
+def test_a_damaged_file_is_removed_and_encoded_again(tmp_path, monkeypatch):
     monkeypatch.setattr(filling, "FILE_BYTES", 1)
     source = fill(Numbers(tmp_path, 12))
     number_of = {path: int(Rows.read(source.rows, (i, 0))["x"][0]) for i, path in enumerate(source.rows._files)}

@@ -1,4 +1,4 @@
-"""Folders of small pictures, and how tests load them."""
+"""Folders of small images, and how tests load them."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from iet_finetune.errors import UserError
 
 
 def png(number):
-    """A small picture that differs for every number below 2**24."""
+    """A small image that differs for every number below 2**24."""
     colour = (number & 255, number >> 8 & 255, number >> 16 & 255)
     file = io.BytesIO()
     PIL.Image.new("RGB", (10, 12), colour).save(file, "PNG")
@@ -21,7 +21,7 @@ def png(number):
 
 
 def write_folder(folder, files, rows=None, metadata="metadata.jsonl"):
-    """Image files (name -> number of the picture) and, if given, metadata rows."""
+    """Image files (name -> number of the image) and, if given, metadata rows."""
     for name, number in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(png(number))

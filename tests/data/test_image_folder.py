@@ -1,4 +1,4 @@
-"""What is loaded from folders of images, and what is refused by name."""
+"""Loading folders of images, and refusing bad ones by name."""
 
 import hashlib
 import os

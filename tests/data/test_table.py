@@ -1,4 +1,4 @@
-"""What is loaded from tables in every format, and what is refused by name."""
+"""Loading tables in every format, and refusing bad ones by name."""
 
 import hashlib
 import io
@@ -103,7 +103,7 @@ def test_a_table_that_datasets_made_of_an_image_folder_is_put_in_the_order_of_it
     assert [samples.read(i) for i in range(8)] == [png(ord(name)) for name in "abcdefgh"]
 
 
-def test_the_cache_goes_where_it_is_told(tmp_path):
+def test_the_cache_is_kept_in_cache_dir(tmp_path):
     (tmp_path / "data").mkdir()
     table().to_parquet(tmp_path / "data" / "a.parquet")
     load_all(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""What every kind of picture becomes on its way to the tensor that is trained on."""
+"""Every kind of image becomes the right training tensor."""
 
 import io
 
@@ -55,7 +55,7 @@ def test_the_tensor_equals_block_means_cropped_at_the_centre_flipped_and_scaled(
 
 
 @given(st.integers(8, 40), st.integers(0, 30), st.integers(0, 30), st.booleans(), st.booleans())
-def test_a_picture_whose_shorter_side_fits_keeps_its_exact_values(resolution, extra, seed, tall, flip):
+def test_an_image_whose_shorter_side_fits_keeps_its_exact_values(resolution, extra, seed, tall, flip):
     size = (resolution, resolution + extra) if tall else (resolution + extra, resolution)
     image = picture(*size, seed=seed)
     t = transform(resolution, center_crop=False, seed=seed)
@@ -83,7 +83,7 @@ def test_the_tensor_is_contiguous_and_shares_memory_with_nothing():
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(8, 64), st.integers(0, 2**40), st.booleans())
-def test_tall_wide_and_tiny_pictures_are_resized_by_their_shorter_side_and_cropped_inside(w, h, r, seed, center):
+def test_tall_wide_and_tiny_images_are_resized_by_their_shorter_side_and_cropped_inside(w, h, r, seed, center):
     t = transform(r, center_crop=center, seed=seed)
     width, height = t.resized((w, h))
     assert min(width, height) == r
@@ -93,7 +93,7 @@ def test_tall_wide_and_tiny_pictures_are_resized_by_their_shorter_side_and_cropp
     assert 0 <= left <= width - r
 
 
-def test_a_picture_of_one_pixel_fills_the_square_with_its_colour():
+def test_an_image_of_one_pixel_fills_the_square_with_its_colour():
     pixels = transform()(PIL.Image.new("RGB", (1, 1), (255, 0, 255)), HASH, False)
     assert torch.equal(pixels, torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1).expand(3, 16, 16))
 
@@ -160,7 +160,7 @@ TURNED = {
 
 
 @pytest.mark.parametrize("orientation", TURNED)
-def test_exif_orientation_turns_the_picture_upright(orientation):
+def test_exif_orientation_turns_the_image_upright(orientation):
     image = picture(5, 3)
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
@@ -190,7 +190,7 @@ def test_the_transparent_entry_of_a_palette_becomes_white_and_the_others_their_c
     assert result[0].tolist() == [[10, 20, 30], [255, 255, 255], [1, 2, 3]]
 
 
-def test_a_colour_marked_transparent_in_an_rgb_picture_becomes_white():
+def test_a_colour_marked_transparent_in_an_rgb_image_becomes_white():
     image = PIL.Image.new("RGB", (2, 1), (10, 20, 30))
     image.putpixel((1, 0), (10, 20, 31))
     assert np.asarray(decoded(image, transparency=(10, 20, 30)))[0].tolist() == [[255, 255, 255], [10, 20, 31]]
@@ -242,7 +242,7 @@ def test_bytes_that_are_no_image_are_refused_by_name(data):
             read(data, "odd.png")
 
 
-def test_a_picture_cut_off_in_its_pixels_passes_the_header_check_and_is_named_when_decoded():
+def test_an_image_cut_off_in_its_pixels_passes_the_header_check_and_is_named_when_decoded():
     data = encoded(picture(64, 64))
     check_image(data[: len(data) // 2], "cut.png")
     with pytest.raises(UserError, match=r"`cut.png` cannot be decoded: .*truncated"):

@@ -32,7 +32,7 @@ def tiny_pixels(
 
 
 def save_pictures(folder: Path, count: int, kinds: tuple[Any, ...] = ()) -> Path:
-    """So many pictures of coloured squares, with a metadata file of `kinds` in turn if there are any."""
+    """So many images of coloured squares, with a metadata file of `kinds` in turn if there are any."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []

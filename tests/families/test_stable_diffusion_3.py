@@ -36,7 +36,7 @@ def test_captions_are_encoded_as_the_pipeline_encodes_prompts(name, length):
     assert states.shape == (3, 12 + (length or 256), T5_WIDTH)
 
 
-def test_clip_stands_side_by_side_before_t5():
+def test_clip_states_are_concatenated_and_precede_t5():
     ours = family(max_sequence_length=16)
     pipeline, states = ours.pipeline, ours.encode_captions(["a thing"])["encoder_hidden_states"]
     ids = [

@@ -100,7 +100,7 @@ def test_the_loss_of_a_sample_is_that_of_the_published_objective(prediction_type
         assert loss[i].item() == pytest.approx(functional.mse_loss(said, wanted).item(), rel=1e-4)
 
 
-def test_the_unet_is_told_each_number_of_size_and_crop():
+def test_the_unet_receives_each_number_of_size_and_crop():
     ours = family()
     noisy, timesteps = torch.randn(1, 4, 8, 8).expand(7, -1, -1, -1), torch.full((7,), 500)
     text = {name: value.expand(7, *value.shape[1:]) for name, value in ours.encode_captions(["a thing"]).items()}
@@ -120,7 +120,7 @@ def test_the_unet_is_told_each_number_of_size_and_crop():
 
 
 def marked(folder, sizes):
-    """Pictures each of whose pixels names its row in red and its column in green; blue is the picture's number."""
+    """Images each of whose pixels names its row in red and its column in green; blue is the image's number."""
     folder.mkdir(parents=True)
     rows = []
     for number, (width, height) in enumerate(sizes):
@@ -150,14 +150,14 @@ def test_size_and_crop_are_those_of_what_the_unet_sees(tmp_path, center_crop):
             width, height = shapes[number]
             flipped = next_column < column
             flips.add((number, flipped))
-            # As in the training script, which mirrors the picture and then crops it.
+            # As in the training script, which mirrors the image and then crops it.
             left = width - 1 - column if flipped else column
             told = ours.details(sample.sizes[None], torch.zeros(1, dtype=torch.int64))["time_ids"]
             assert told.tolist() == [[height, width, row, left, RESOLUTION, RESOLUTION]]
     assert flips == {(number, flipped) for number in range(4) for flipped in (False, True)}
 
 
-def test_the_stored_size_is_told_of_a_picture_that_is_resized(tmp_path):
+def test_a_resized_image_is_conditioned_on_its_stored_size(tmp_path):
     tiny_pipeline("sdxl").save_pretrained(tmp_path / "base")
     marked(tmp_path / "data", [(3 * RESOLUTION, 7 * RESOLUTION)] * 2)
     flags = {"num_shards": 1, "image_interpolation_mode": "nearest", "cache_latents": False}
@@ -168,12 +168,12 @@ def test_the_stored_size_is_told_of_a_picture_that_is_resized(tmp_path):
         told = ours.details(sample.sizes[None], torch.zeros(1, dtype=torch.int64))["time_ids"][0].tolist()
         row = float((sample.pixel_values[0, 0, 0] + 1) * 127.5)
         assert told[:2] == [7 * RESOLUTION, 3 * RESOLUTION]
-        # Of three rows one was kept: the crop's place is that in the resized picture.
+        # Of three rows one was kept: the crop's place is that in the resized image.
         assert told[2] == int(row / 3)
         assert told[3:] == [0, RESOLUTION, RESOLUTION]
 
 
-def test_a_training_step_is_told_what_belongs_to_its_images(tmp_path):
+def test_a_training_step_receives_the_conditions_of_its_own_images(tmp_path):
     tiny_pipeline("sdxl").save_pretrained(tmp_path / "base")
     shapes = [(RESOLUTION, 61), (90, RESOLUTION), (37, RESOLUTION), (RESOLUTION, 80)]
     marked(tmp_path / "data", shapes)

@@ -47,7 +47,7 @@ def run_family(name: str, world: Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """The runs of each family by name, with the pictures that one fresh process draws from them all."""
+    """The runs of each family by name, with the images that one fresh process draws from them all."""
     folder = tmp_path_factory.mktemp("families")
     families = {name: run_family(name, folder / name) for name in FAMILIES}
     jobs = {}

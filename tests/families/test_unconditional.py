@@ -56,7 +56,7 @@ PATHS = ("pretrained_model_name_or_path", "model_config", "train_data_dir")
 
 
 def config(world: Path, output: Path, start: str = "pretrained", **flags: Any) -> Config:
-    """K = 2, two rounds of two steps a clone; pictures before and after."""
+    """K = 2, two rounds of two steps a clone; images before and after."""
     begin = {name: str(world / value) if name in PATHS else value for name, value in STARTS[start].items()}
     defaults = {
         "output_dir": str(output),
@@ -262,7 +262,7 @@ def test_every_image_is_trained_with_its_own_class(world, tmp_path):
         assert label == numbers[place]
 
 
-def test_a_grey_model_is_trained_and_its_pictures_go_to_the_tracker(world, tmp_path):
+def test_a_grey_model_is_trained_and_its_images_go_to_the_tracker(world, tmp_path):
     tiny_pixels(channels=1).save_pretrained(tmp_path / "grey")
     grey = {"pretrained_model_name_or_path": str(tmp_path / "grey"), "report_to": "tensorboard"}
     output = train(world, tmp_path / "out", num_train_epochs=1, **grey)
@@ -275,7 +275,7 @@ def test_a_grey_model_is_trained_and_its_pictures_go_to_the_tracker(world, tmp_p
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_drawn_by_ddim_with_a_generator_each():
+def test_images_are_drawn_by_ddim_with_a_generator_each():
     pipeline = tiny_pixels()
     family = Unconditional(pipeline)
     generators = [torch.Generator().manual_seed(seed) for seed in (4, 5)]

@@ -1,4 +1,4 @@
-"""Short runs of the larger text-to-image families: pipelines, images, flags, and the pictures that come of them."""
+"""Short runs of the larger text-to-image families: pipelines, images, flags, and the images that come of them."""
 
 import json
 import sys
@@ -51,14 +51,14 @@ def options(base: Path) -> dict[str, Any]:
 
 
 def call_options(base: Path) -> dict[str, Any]:
-    """What a call must be told besides to draw as in training; PixArt's, to leave text and resolution as they are."""
+    """Further arguments that make a call sample as in training; those of PixArt keep text and resolution unchanged."""
     kind = json.loads((base / "model_index.json").read_text())["_class_name"]
     plain = {"clean_caption": False, "use_resolution_binning": False} if kind.startswith("PixArt") else {}
     return {**options(base), **plain}
 
 
 def config(world: Path, output: Path, **flags: Any) -> Config:
-    """K = 2, two rounds of two steps a clone; pictures before and after."""
+    """K = 2, two rounds of two steps a clone; images before and after."""
     defaults = {
         "pretrained_model_name_or_path": str(world / "base"),
         "train_data_dir": str(world / "data"),
@@ -89,18 +89,18 @@ def train(world: Path, output: Path, **flags: Any) -> Path:
 
 
 def validation_picture(output: Path, round_: int) -> np.ndarray:
-    """The one picture of a round, (R, R, 3) int."""
+    """The one image of a round, (R, R, 3) int."""
     sheet = Image.open(output / "validation" / f"round-{round_:04d}.png").convert("RGB")
     return np.asarray(sheet.crop((0, 16, RESOLUTION, 16 + RESOLUTION))).astype(int)
 
 
 def furthest(one: np.ndarray, other: np.ndarray) -> int:
-    """The largest difference between two pictures, in steps of 1/255."""
+    """The largest difference between two images, in steps of 1/255."""
     return int(np.abs(one - other).max())
 
 
 def drawn(pipeline: DiffusionPipeline, **call: Any) -> np.ndarray:
-    """The picture that a validation of these runs should give, (R, R, 3) int."""
+    """The image that a validation of these runs should give, (R, R, 3) int."""
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline(
         PROMPT,
@@ -131,7 +131,7 @@ print(any(name.startswith("iet_finetune") for name in sys.modules))
 
 
 def drawn_in_a_fresh_process(folder: Path, jobs: dict[str, tuple[Path, Path | None]]) -> dict[str, np.ndarray]:
-    """Name -> picture, from (pipeline, folder of its LoRA file or None) by name, with nothing but diffusers."""
+    """Name -> image, from (pipeline, folder of its LoRA file or None) by name, with nothing but diffusers."""
     plain = {"prompt": PROMPT, "height": RESOLUTION, "width": RESOLUTION, "num_inference_steps": 2}
     targets = {name: folder / f"{name}.npy" for name in jobs}
     pictures = [
