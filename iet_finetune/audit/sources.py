@@ -94,4 +94,4 @@ def _generated(images: str | Dataset, config: Config) -> TrainingImages:
     if isinstance(images, Dataset):
         return load_table("generated_images", images, data, captions=data.caption_column in images.column_names)
     captions = any(is_metadata(path) for path in find_files(images))
-    return load_folder("generated_dir", images, data, captions=captions)
+    return load_folder("generated_dir", images, data, captions=captions, cache_dir=config.model.cache_dir)
