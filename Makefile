@@ -1,12 +1,12 @@
-# One command each for what is done often. Each of them sets up .venv first if it is not there.
+# One command for each thing done often. Each creates .venv first if needed.
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Written at the end of a complete installation, so that an interrupted one is done again.
+# Written when an installation is complete, so that an interrupted one is repeated.
 INSTALLED := $(VENV)/.installed
-# PYTHON=/path/to/python chooses the Python of .venv; otherwise the first of these that is recent enough.
+# PYTHON=/path/to/python chooses the Python of .venv; otherwise the first of these that fits.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
-# More for pytest, such as ARGS="tests/test_agc.py -k bank".
+# Further arguments of pytest, such as ARGS="tests/method/test_agc.py -k bank".
 ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -16,49 +16,49 @@ help: ## List these commands.
 	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
-# accelerate gives a process one thread unless told otherwise; the demo is one process and may have them all.
-# --quiet: an error of the demo ends with the demo's own line, not with accelerate's traceback as well.
+# By default accelerate gives a process one thread; the demo is a single process and may use all of them.
+# --quiet: errors end with the demo's own line, without accelerate's traceback.
 LAUNCH = $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process "$${OMP_NUM_THREADS:-$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
 	train_iet_agc.py --resume_from_checkpoint latest
 
-demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/; goes on where an interrupted run stopped.
+demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/; resumes an interrupted run.
 	$(LAUNCH) --config configs/demo.yaml
 
 demo-lora: $(INSTALLED) ## The same with LoRA adapters of rank 4.
 	$(LAUNCH) --config configs/demo_lora.yaml
 
-# Pictures from the captions of the 300 emoji, against 60 emoji that no model here has seen.
+# Images from the captions of the 300 emoji, against 60 emoji that no model here has seen.
 AUDIT = $(BIN)/iet-finetune audit --holdout_data_dir demo/data/heldout --num_images 320 --num_inference_steps 25 \
 	--sampling_guidance_scale 3
-demo-audit: demo ## How much do the demo's pipeline, plain fine-tuning and IET-AGC repeat their images? Takes 20 minutes.
+demo-audit: demo ## Compare copies after plain fine-tuning and IET-AGC; takes 20 minutes.
 	$(LAUNCH) --config configs/demo_plain.yaml
 	$(AUDIT) --model demo/pipeline --train_data_dir demo/data/finetune --output_dir outputs/demo-base/audit
 	$(AUDIT) --model outputs/demo-plain
 	$(AUDIT) --model outputs/demo
 	$(BIN)/iet-finetune audit --compare outputs/demo-base outputs/demo-plain outputs/demo --output_dir outputs/demo-compared
 
-# As many ranks as cores, four at most, each with one thread and a shard of its own: on a CPU that is faster than threads.
-# Without the interface's name gloo looks for a network, which not every machine has.
+# One rank per core, four at most, each with one thread and its own shard: on a CPU faster than threads.
+# Without an interface name gloo looks for a network, which not every machine has.
 RANKS = cores=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
 	export GLOO_SOCKET_IFNAME="$${GLOO_SOCKET_IFNAME:-$$(if [ -d /sys/class/net/lo ]; then echo lo; fi)}"; \
 	ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
 	--nproc_per_node $$((cores < 4 ? cores : 4)) train_iet_agc.py --resume_from_checkpoint latest
 
-# The images of Debian's package dataset-fashion-mnist if it is installed; else the 2,000 of them that are kept here.
+# The images of Debian's package dataset-fashion-mnist if installed; else the 2,000 of them in this repository.
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
-demo-unconditional: $(INSTALLED) ## Train a small network from scratch to draw garments, without prompts.
+demo-unconditional: $(INSTALLED) ## Train a small network from scratch to generate garments, without prompts.
 	@if [ -d $(FASHION_MNIST) ]; then \
 		$(BIN)/python demo/unconditional/make_data.py --count 20000 --output outputs/fashion-mnist; \
 	fi
 	$(RANKS) --config configs/demo_unconditional.yaml \
 		$$(if [ -d $(FASHION_MNIST) ]; then echo --dataset_name outputs/fashion-mnist; fi)
 
-# Two files at a time with one thread each: more threads than cores make torch many times slower.
+# Two files at a time, one thread each: more threads than cores make torch many times slower.
 test: $(INSTALLED) ## Run the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The others also where one found a miss. TMPDIR=/path chooses the disk for what they write.
+# Runs all of them even if one misses its target. TMPDIR=/path chooses the disk they write to.
 bench: $(INSTALLED) ## Measure memory and speed; takes 20 minutes or more, 16 GB of memory and 45 GB of disk.
 	@missed=0; for each in memory scaling lora_merge lora_step nearest cache; do \
 		OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$each.py || missed=1; \
@@ -72,11 +72,11 @@ lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED) ## Put the code into shape.
+format: $(INSTALLED) ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove .venv and the tools' caches; what runs wrote stays.
+clean: ## Remove .venv and the tools' caches; keeps the output of runs.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on besides its settings: versions, processor, threads."""
+"""What a run's bits depend on besides its settings: versions, processor, threads."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "accelerate", "p
 
 
 def environment() -> dict[str, Any]:
-    """What the bits of a run depend on besides its settings."""
+    """Returns everything that a run's bits depend on besides its settings."""
     return {
         "versions": {
             "iet_finetune": __version__,
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """One line for each entry that differs, in words for a warning."""
+    """Returns one line per entry that differs, for a warning."""
     flat_saved, flat_current = _flat(saved), _flat(current)
     return [
         f"{name} was {flat_saved.get(name)}, is {value}"

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written beside their place, moved there, removed as a whole."""
+"""Atomic files and folders: written under a temporary name, renamed when complete, removed as a whole."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ LORA_NAME = "pytorch_lora_weights.safetensors"
 
 
 def partial_name(path: Path) -> Path:
-    """Where something is written before it is moved to `path`; `clean` removes what a killed process left there."""
+    """Returns the temporary name for writing `path`; `clean` removes leftovers of killed processes."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -50,7 +50,7 @@ def replaced_folder(folder: Path) -> Iterator[None]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that one whose removal is interrupted does not look like a whole one."""
+    """Removes a folder atomically: an interrupted removal does not leave what looks like a complete folder."""
     partial = partial_name(folder)
     folder.rename(partial)
     shutil.rmtree(partial)
@@ -69,7 +69,7 @@ def clean(folder: Path) -> None:
 
 
 def to_disk(path: Path) -> None:
-    """Waits until a file's content has reached the disk."""
+    """Flushes a file to disk."""
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
 
