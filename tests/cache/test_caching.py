@@ -191,7 +191,7 @@ CAPTIONS = {"caption_dropout": 0.3, "data": "mixed"}
 )
 def test_the_cache_changes_no_bit_of_the_weights(world, tmp_path, base, flags):
     uncached = train(config(world, tmp_path / "uncached", base, cache_latents=False, **flags))
-    assert not (tmp_path / "cache" / "iet_finetune").exists()
+    assert not (tmp_path / "cache" / "iet_finetune" / "encoded").exists()
     images, _ = encoded_by(config(world, tmp_path / "cached", base, **flags))
     assert images >= SQUARES
     assert_equal(train(config(world, tmp_path / "cached", base, **flags)), uncached)
