@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from e2e.command import ROOT
-from ranks import run_ranks
+from ranks import Ended, run_ranks
 from runs import assert_equal, run_until
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd
@@ -77,7 +78,7 @@ from iet_finetune.ensemble.checkpoint import CheckpointStore
 trainer = Trainer(Config.from_flags(**json.loads(os.environ["FLAGS"])))
 save, left = trainer.store.save, int(os.environ["CHECKPOINTS"])
 def save_or_die(*args, **settings):
-    global left
+    nonlocal left
     path, left = save(*args, **settings), left - 1
     if not left:
         while not path.exists():
@@ -89,25 +90,26 @@ trainer.train()
 """
 
 
-def train_on_two(settings: Config, checkpoints: int = -1) -> list[int]:
+def train_on_two(settings: Config, checkpoints: int = -1) -> list[Ended]:
     programs = json.dumps([PROGRAMS[kind] for kind in ("register_merge_rule", "register_sharding")])
     flags = json.dumps(settings.to_flags())
     shared = {"ACCELERATE_USE_CPU": "true", "FLAGS": flags, "PROGRAMS": programs, "CHECKPOINTS": str(checkpoints)}
-    return [
-        end.code for end in run_ranks(ON_RANKS, 2, environments={r: {**shared, "LOCAL_RANK": str(r)} for r in (0, 1)})
-    ]
+    environments = {rank: {**shared, "LOCAL_RANK": str(rank)} for rank in (0, 1)}
+    return run_ranks(ON_RANKS, 2, environments=environments)
 
 
 def test_both_rules_give_the_same_bits_on_one_rank_and_two_killed_and_resumed(world, tmp_path):
     Trainer(config(world, tmp_path / "whole")).train()
     # One rank is gone in the middle of the second round, with one clone collected.
-    run_until(Trainer(config(world, tmp_path / "resumed")), 5)
+    run_until(config(world, tmp_path / "resumed"), 5)
     newest = json.loads((tmp_path / "resumed/checkpoint-4/manifest.json").read_text())["pieces"]
     assert {"denoiser_weights.pt", "denoiser_clone-00000-00001-of-00001.safetensors"} <= newest.keys()
     Trainer(config(world, tmp_path / "resumed", resume_from_checkpoint="latest")).train()
     # Two ranks are gone after the first two clones of a round; two others go on.
-    assert all(train_on_two(config(world, tmp_path / "two"), checkpoints=1))
-    assert train_on_two(config(world, tmp_path / "two", resume_from_checkpoint="latest")) == [0, 0]
+    killed = train_on_two(config(world, tmp_path / "two"), checkpoints=1)
+    assert -signal.SIGKILL in [end.code for end in killed], killed
+    resumed = train_on_two(config(world, tmp_path / "two", resume_from_checkpoint="latest"))
+    assert [end.code for end in resumed] == [0, 0], resumed
     for output in ("resumed", "two"):
         assert_equal(weights(tmp_path / output), weights(tmp_path / "whole"))
     ledger = pq.read_table(tmp_path / "whole/ledger.parquet").to_pydict()
