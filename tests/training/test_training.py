@@ -235,7 +235,7 @@ def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing(world, tmp_p
     trainer = Trainer(config(world, tmp_path / "out", use_ema=True))
     ensemble, local = trainer.ensemble, trainer.run.local
     clone = ensemble.checkout([0])
-    steps = list(trainer.schedule.steps(0, 0, 3))
+    steps = list(trainer.data.schedule.steps(0, 0, 3))
     run = local.run(clone, trainer.data.shards[0], steps, trainer.run.learning_rates[0])
     next(run)
     before = {name: tensor.clone() for name, tensor in trainer.model.trainable.tensors.items()}
