@@ -415,8 +415,8 @@ def test_with_several_threads_the_cache_gives_what_encoding_gives(world, tmp_pat
         visits = [Visit(0, position) for position in range(batch)]
         pixels = torch.stack([plain.shards[0][visit].pixel_values for visit in visits])
         means = torch.stack([cached.shards[0][visit].encoded.mean for visit in visits])
-        # As `LocalTraining` encodes a micro-batch.
-        assert torch.equal(means, run.local._encoder.images(pixels)[0])
+        # As a micro-batch is encoded in training.
+        assert torch.equal(means, run.local._noising._encoder.images(pixels)[0])
     finally:
         torch.set_num_threads(1)
 

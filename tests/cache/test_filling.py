@@ -168,7 +168,7 @@ def test_a_disk_that_maps_nothing_into_memory_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENODEV, "No such device")
 
     monkeypatch.setattr("iet_finetune.data.rows.safe_open", refuses)
-    assert "cannot map it into memory" in refusal(Numbers(tmp_path, 12))
+    assert "not map them into memory" in refusal(Numbers(tmp_path, 12))
 
 
 def test_two_runs_that_fill_the_same_folder_at_the_same_time_both_end_with_everything(tmp_path, monkeypatch):
@@ -248,6 +248,7 @@ def test_rows_that_do_not_come_back_from_the_disk_end_in_one_line_and_not_in_a_l
 
 FILL = """
     from pathlib import Path
+    sys.path.insert(0, {tests!r})
     from cache.test_filling import Numbers, filling
     filling.FILE_BYTES = {file_bytes}
     {before}
@@ -263,7 +264,7 @@ FILL = """
 def body(count: int, before: str = "before = lambda number: None", file_bytes: int = 1 << 20) -> str:
     """Lines of ranks that fill the folder in $CACHE with so many numbers; each tells what it encoded, and the rows."""
     before = textwrap.indent(textwrap.dedent(before), "    ").strip()
-    return FILL.format(count=count, before=before, file_bytes=file_bytes)
+    return FILL.format(tests=str(Path(__file__).parents[1]), count=count, before=before, file_bytes=file_bytes)
 
 
 def caches(*folders: Path) -> dict[int, dict[str, str]]:
