@@ -13,6 +13,7 @@ import torch
 
 from iet_finetune import Callback, Config, Trainer
 from iet_finetune.data.loader import micro_batches
+from iet_finetune.method.rules import AGCRule
 from iet_finetune.training import local as local_training
 from iet_finetune.training.callbacks import StepFacts
 
@@ -124,10 +125,10 @@ def parts_timed(trainer: Trainer, spent: dict[str, float]) -> Iterator[None]:
     """Adds up the seconds of a step's parts while it trains; none of them lies within another."""
     local, family, ensemble = trainer.run.local, trainer.model.family, trainer.ensemble
     places = [
-        (local, "_encode", "encode images and captions"),
+        (local._noising, "_encode", "encode images and captions"),
         (family, "predict", "denoise, forward"),
         (torch.Tensor, "backward", "backward"),
-        (local, "_keep", "anti-gradient control and records"),
+        (AGCRule, "keep", "anti-gradient control and records"),
         (local, "_record", "anti-gradient control and records"),
         (local, "_prepare_gradients", "gradient norm and clipping"),
         (local_training, "masked_step", "optimizer"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from iet_finetune import cli
 from iet_finetune.publish import result
-from iet_finetune.training import trainer
+from iet_finetune.training import finish
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 LATEST = {"resume_from_checkpoint": "latest"}
@@ -160,7 +160,7 @@ def test_ctrl_c_in_the_middle_of_a_file_of_a_checkpoint_is_still_ctrl_c(world, t
 
 
 @pytest.mark.parametrize(
-    ("room", "function"), [(result, "save_pipeline"), (trainer, "write_ledger"), (trainer, "write_model_card")]
+    ("room", "function"), [(result, "save_pipeline"), (finish, "write_ledger"), (finish, "write_model_card")]
 )
 def test_a_disk_that_is_full_at_the_end_costs_only_the_end(world, small_disk, monkeypatch, capfd, room, function):
     disk = small_disk(40 * MB)

@@ -116,7 +116,6 @@ def drawn(pipeline: DiffusionPipeline, **call: Any) -> np.ndarray:
 _DRAW = """
 import json, sys
 import numpy as np
-import processes
 import torch
 from diffusers import DiffusionPipeline
 for folder, lora, call, target in json.loads(sys.argv[1]):
