@@ -41,8 +41,9 @@ def decode(kind: type[T], values: Any, renamed: Mapping[str, str], place: str = 
         raise ValueError(f"`{place}` is no table")
     items = {renamed.get(name, name): value for name, value in values.items()}
     hints, arguments = get_type_hints(kind), {}
-    names = {each.name for each in fields(kind)}  # type: ignore[arg-type]
-    for each in fields(kind):  # type: ignore[arg-type]
+    own = fields(kind)  # type: ignore[arg-type]  # a dataclass, which a type variable cannot say
+    names = {each.name for each in own}
+    for each in own:
         inline = each.metadata.get("inline")
         value = {name: item for name, item in items.items() if name not in names} if inline else items.get(each.name)
         has_default = each.default is not MISSING or each.default_factory is not MISSING
