@@ -11,6 +11,7 @@ from typing import Any
 
 import processes
 import psutil
+import yaml
 from ranks import free_port
 from tiny import RESOLUTION
 
@@ -185,9 +186,10 @@ def repeatable(output: Path) -> dict[str, bytes]:
     """The files of a run by path, without those that hold times; the output folder's own name is taken out."""
     files = {name: data for name, data in contents(output).items() if not name.startswith("logs/")}
     del files["timings.jsonl"]
-    config = files["training_config.yaml"].decode()
-    assert str(output) in config
-    return files | {"training_config.yaml": config.replace(str(output), "OUTPUT").encode()}
+    # Read and written again: in a file, a long path with blanks is folded over two lines.
+    config = yaml.safe_load(files["training_config.yaml"])
+    assert config["output_dir"] == str(output)
+    return files | {"training_config.yaml": yaml.safe_dump(config | {"output_dir": "OUTPUT"}, sort_keys=False).encode()}
 
 
 def assert_same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
