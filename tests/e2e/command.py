@@ -189,7 +189,9 @@ def repeatable(output: Path) -> dict[str, bytes]:
     # Read and written again: in a file, a long path with blanks is folded over two lines.
     config = yaml.safe_load(files["training_config.yaml"])
     assert config["output_dir"] == str(output)
-    return files | {"training_config.yaml": yaml.safe_dump(config | {"output_dir": "OUTPUT"}, sort_keys=False).encode()}
+    return files | {
+        "training_config.yaml": yaml.safe_dump(config | {"output_dir": "OUTPUT"}, sort_keys=False).encode()
+    }
 
 
 def assert_same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> None:
