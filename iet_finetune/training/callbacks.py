@@ -1,6 +1,7 @@
 """Callbacks: what a run passes to code from outside while it goes on. They read facts and change nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,11 +83,20 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """The clones of a round are merged; `metrics` is the line of `metrics.jsonl`."""
+    """The clones of a round are merged.
+
+    Attributes:
+        step: steps of all clones together.
+        round: the number of rounds completed.
+        metrics: the line of `metrics.jsonl`.
+        pipeline: lends the pipeline with the merged weights, or their moving average if there is one, to draw with or
+            to measure: `with facts.pipeline() as pipeline:`. None on all ranks but the main one.
+    """
 
     step: int
     round: int
     metrics: Mapping[str, Any]
+    pipeline: Callable[[], AbstractContextManager[Any]] | None
 
 
 @dataclass(frozen=True)

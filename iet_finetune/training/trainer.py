@@ -3,6 +3,7 @@
 import atexit
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +30,7 @@ from .reporting import Reporter, round_metrics, run_facts, step_facts, warn
 from .resuming import after_a_break, drawn_with, manifest_facts, open_checkpoint, restore, space_needed
 from .starting import start_accelerator
 from .tracking import Trackers
-from .validation import Validation
+from .validation import Validation, merged_pipeline
 
 
 class Trainer:
@@ -170,7 +171,8 @@ class Trainer:
         metrics = round_metrics(self.run, drift)
         for clone in self.ensemble.clones:
             clone.meter.clear()
-        facts = RoundFacts(self.ensemble.step, self.ensemble.round, MappingProxyType(metrics))
+        pipeline = partial(merged_pipeline, self.ensemble, self.model.family) if self.ranks.is_main else None
+        facts = RoundFacts(self.ensemble.step, self.ensemble.round, MappingProxyType(metrics), pipeline)
         self._call("on_round_end", facts)
 
     def draw(self) -> None:

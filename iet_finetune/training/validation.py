@@ -1,12 +1,16 @@
 """Validation images: drawn while training, always from the same prompts and noise, and put side by side."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils.pil_utils import make_image_grid
 from PIL import Image, ImageDraw
 
 from ..config.config import Config
+from ..ensemble.ensemble import Ensemble
 from ..families.base import Family, evaluating
 from ..files import written_beside
 from .compiling import uncompiled
@@ -59,15 +63,13 @@ class Validation:
 
         torch's global generators are left alone.
         """
-        family, settings, data = self._family, self._config.validation, self._config.data
-        device, seed = next(family.denoiser.parameters()).device, self._config.training.seed
-        # Idle encoders return to the host afterwards. A compiled denoiser would be compiled once more for this.
-        encoders = family.lent((*family.image_encoders, *family.caption_encoders), device)
-        with encoders, evaluating(family.denoiser), torch.no_grad(), uncompiled():
-            pipeline, rows = family.sampling_pipeline().to(device), []
+        settings, rows = self._config.validation, []
+        first, resolution = self._config.training.seed, self._config.data.resolution
+        with sampling(self._family) as pipeline:
             for prompt in self._prompts:
-                generators = [torch.Generator().manual_seed(seed + i) for i in range(settings.num_validation_images)]
-                rows.append(family.draw(pipeline, prompt, generators, settings, data.resolution))
+                seeds = range(first, first + settings.num_validation_images)
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                rows.append(self._family.draw(pipeline, prompt, generators, settings, resolution))
         return rows
 
     def forget(self, above: int) -> None:
@@ -96,6 +98,24 @@ class Validation:
 
     def _file(self, round_: int) -> Path:
         return self._output / FOLDER / f"round-{round_:04d}.png"
+
+
+@contextlib.contextmanager
+def sampling(family: Family) -> Iterator[Any]:
+    """The pipeline as it stands, on the denoiser's device and without gradients, to draw with."""
+    device = next(family.denoiser.parameters()).device
+    # Idle encoders return to the host afterwards. A compiled denoiser would be compiled once more for this.
+    encoders = family.lent((*family.image_encoders, *family.caption_encoders), device)
+    with encoders, evaluating(family.denoiser), torch.no_grad(), uncompiled():
+        yield family.sampling_pipeline().to(device)
+
+
+@contextlib.contextmanager
+def merged_pipeline(ensemble: Ensemble, family: Family) -> Iterator[Any]:
+    """The same with the merged weights, or their moving average; only between rounds."""
+    ensemble.load_result()
+    with sampling(family) as pipeline:
+        yield pipeline
 
 
 def grid(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from runs import AtStepEnd, assert_equal, files
 from safetensors.torch import load_file
 from tiny import RESOLUTION, save_images, save_tiny_sd
@@ -30,6 +31,22 @@ class Recorder(Callback):
 
 class LossRecorder(Recorder):
     wants_losses = True
+
+
+class Borrower(Callback):
+    """Draws with the pipeline of each round, and keeps its weights."""
+
+    def __init__(self) -> None:
+        self.weights, self.images = [], []
+
+    def on_round_end(self, facts) -> None:
+        with facts.pipeline() as pipeline:
+            self.weights.append({name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()})
+            generator = torch.Generator().manual_seed(3)
+            images = pipeline("a dog", num_inference_steps=2, generator=generator, output_type="np").images
+            self.images += list(images)
+            assert not torch.is_grad_enabled()
+            assert not pipeline.unet.training
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +82,32 @@ def config(world: Path, output: Path, **flags) -> Config:
 
 
 @pytest.fixture(scope="module")
-def recorded(world, tmp_path_factory) -> tuple[Path, Recorder, LossRecorder]:
-    """A run with two callbacks, one of which wants losses; a run without leaves the same."""
+def observed(world, tmp_path_factory) -> tuple[Path, Recorder, LossRecorder, Borrower]:
+    """A run with three callbacks, one of which wants losses and one draws; a run without leaves the same."""
     folder = tmp_path_factory.mktemp("recorded")
-    callbacks = Recorder(), LossRecorder()
+    callbacks = Recorder(), LossRecorder(), Borrower()
     output = Trainer(config(world, folder / "out"), callbacks=callbacks).train()
     plain = Trainer(config(world, folder / "plain")).train()
     assert files(output) == files(plain)
     assert_equal(load_file(output / WEIGHTS), load_file(plain / WEIGHTS))
     assert (output / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
     return output, *callbacks
+
+
+@pytest.fixture
+def recorded(observed) -> tuple[Path, Recorder, LossRecorder]:
+    return observed[:3]
+
+
+def test_a_round_lends_the_pipeline_with_the_merged_weights(observed, world):
+    output, _, _, borrower = observed
+    first, last = borrower.weights
+    assert_equal(last, load_file(output / WEIGHTS))
+    assert any(not torch.equal(first[name], last[name]) for name in last)
+    assert not np.array_equal(*borrower.images)
+    averaged = Borrower()
+    output = Trainer(config(world, output.parent / "ema", use_ema=True, ema_max_decay=0.5), [averaged]).train()
+    assert_equal(averaged.weights[-1], load_file(output / WEIGHTS))
 
 
 def test_every_event_comes_once_and_in_order_to_all_callbacks(recorded):

@@ -85,6 +85,8 @@ class EfficientNetLite0(Features):
     slug = "effnet_lite0"
     title = "EfficientNet-Lite0 (ImageNet)"
     dimensions = 1280
+    # The side that images are resized to.
+    size = 224
     _mean, _std = (127 / 255,) * 3, (128 / 255,) * 3
 
     def __init__(self, device: torch.device) -> None:
@@ -99,10 +101,10 @@ class EfficientNetLite0(Features):
         self._network.load_state_dict(weights)
         self._network.to(device).eval()
         self._device = device
-        self.fingerprint = fingerprint_of(weights.items(), "224 bicubic", self._mean, self._std)
+        self.fingerprint = fingerprint_of(weights.items(), f"{self.size} bicubic", self._mean, self._std)
 
     def _encode(self, images: Sequence[np.ndarray]) -> Tensor:
-        pixels = _pixels(images, 224, Image.Resampling.BICUBIC, self._mean, self._std)
+        pixels = _pixels(images, self.size, Image.Resampling.BICUBIC, self._mean, self._std)
         return self._network.extract_features(pixels.to(self._device)).mean((2, 3)).cpu()
 
 
