@@ -48,7 +48,7 @@ def push(argv: list[str]) -> None:
     """
     from .push_command import push_command
 
-    print(push_command(argv))
+    _show(push_command(argv))
 
 
 def merge(argv: list[str]) -> None:
@@ -59,7 +59,7 @@ def merge(argv: list[str]) -> None:
     """
     from .merge_command import merge_command
 
-    print(merge_command(argv))
+    _show(merge_command(argv))
 
 
 def audit(argv: list[str]) -> None:
@@ -70,7 +70,7 @@ def audit(argv: list[str]) -> None:
     """
     from .audit_command import audit_command
 
-    print(audit_command(argv))
+    _show(audit_command(argv))
 
 
 def recipes(argv: list[str]) -> None:
@@ -81,7 +81,17 @@ def recipes(argv: list[str]) -> None:
     """
     from .recipes_command import recipes_command
 
-    print(recipes_command(argv))
+    _show(recipes_command(argv))
+
+
+def _show(text: str) -> None:
+    """Prints a result. Where nobody reads on, as after `| head`, the command ends silently, as others do."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would try once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 COMMANDS = {
@@ -91,7 +101,7 @@ COMMANDS = {
         HOW_TO_GO_ON,
     ),
     "audit": Command(
-        "measure how much a pipeline repeats its training images, and how good its pictures are",
+        "measure how much a pipeline repeats its training images, and how good its images are",
         audit,
         "the same command goes on where it was",
     ),
@@ -118,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _without_command(arguments: list[str]) -> None:
     first = arguments[0] if arguments else None
     if first in ("-h", "--help"):
-        print(_usage())
+        _show(_usage())
     elif first == "--version":
         from .. import __version__
 

@@ -25,11 +25,6 @@ from .settings import (
     require,
 )
 
-# What means nothing where the trainer is passed an object instead of a name.
-_OF_A_NAMED_PIPELINE = ("pretrained_model_name_or_path", "model_config", "revision", "variant", "smoke", "audit")
-_OF_A_NAMED_DATASET = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "smoke", "audit")
-
-
 GROUPS: dict[str, tuple[str, type]] = {
     "model": ("Model", ModelConfig),
     "data": ("Data", DataConfig),
@@ -196,16 +191,16 @@ class Config:
             dataset or self.data.train_data_dir is not None or self.data.dataset_name is not None,
             "no images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.",
         )
-        if pipeline:
-            self._refuse(_OF_A_NAMED_PIPELINE, "a pipeline that is passed as an object")
-        if dataset:
-            self._refuse(_OF_A_NAMED_DATASET, "a dataset that is passed as an object")
+        for passed, kind in ((pipeline, "pipeline"), (dataset, "dataset")):
+            if passed:
+                self._refuse_names_of(kind)
 
-    def _refuse(self, names: tuple[str, ...], beside: str) -> None:
+    def _refuse_names_of(self, kind: str) -> None:
         flags, defaults = self.to_flags(), type(self)().to_flags()
-        for name in names:
-            given = flags[name]
-            require(given == defaults[name], f"`--{name} {given}` does not go with {beside}: leave it out.")
+        for name, spec in all_flags().items():
+            wanted = kind not in spec.names or flags[name] == defaults[name]
+            beside = f"a {kind} that is passed as an object"
+            require(wanted, f"`--{name} {flags.get(name)}` does not go with {beside}: leave it out.")
 
     def to_flags(self) -> dict[str, Any]:
         """Every effective flag by name, secrets left out, in plain YAML types; the inverse of `from_flags`."""

@@ -30,6 +30,7 @@ class Facts:
             anywhere. May be left out where the value is a number, a switch or one of `choices`: then it is public.
         known: the values of a "named" flag that others know.
         per_machine: whether each machine of a run may have a value of its own; of what is local or named if left out.
+        names: "pipeline" or "dataset", or both, if the flag does not go with one that is passed as an object.
         instead_of: a flag that this one replaces; only one of the two may be given.
         needs: the feature of a pipeline family without which the flag means nothing and is refused; one of `NEEDS`.
         smoke: the value that `--smoke` sets.
@@ -43,6 +44,7 @@ class Facts:
     scope: str = "public"
     known: tuple[str, ...] = ()
     per_machine: bool | None = None
+    names: tuple[str, ...] = ()
     instead_of: str | None = None
     needs: str | None = None
     smoke: Any = KEPT

@@ -50,6 +50,15 @@ def test_help_lists_every_command_with_one_line(capsys):
     assert len(shown.splitlines()) < 15
 
 
+def test_a_result_that_nobody_reads_on_ends_the_command_silently():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "iet_finetune", "recipes"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
+
+
 def test_version_is_the_package_s(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"iet-finetune {__version__}\n"

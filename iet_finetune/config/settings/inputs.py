@@ -18,6 +18,7 @@ class ModelConfig:
         None,
         "Hub id or folder of the diffusers pipeline to fine-tune.",
         scope="named",
+        names=("pipeline",),
         audit="run",
         audit_help="Hub id or folder of the pipeline that a LoRA file is for.",
     )
@@ -27,13 +28,22 @@ class ModelConfig:
         "of a DDPMScheduler as `scheduler`, or one of " + ", ".join(PRESETS) + ".",
         scope="named",
         known=PRESETS,
+        names=("pipeline",),
         instead_of="pretrained_model_name_or_path",
     )
     revision: str | None = other(
-        None, "Revision of the pipeline on the Hub: branch, tag or commit.", scope="public", audit="given"
+        None,
+        "Revision of the pipeline on the Hub: branch, tag or commit.",
+        scope="public",
+        names=("pipeline",),
+        audit="given",
     )
     variant: str | None = other(
-        None, "Variant of the weight files to load, such as fp16.", scope="public", audit="given"
+        None,
+        "Variant of the weight files to load, such as fp16.",
+        scope="public",
+        names=("pipeline",),
+        audit="given",
     )
     cache_dir: str | None = other(
         None, "Where downloaded models, datasets and encoded images are kept.", scope="local", audit="run"
@@ -64,22 +74,32 @@ class DataConfig:
     """The images, their captions, and what is done to them before training."""
 
     train_data_dir: str | None = other(
-        None, "Folder of images, with captions in metadata.jsonl or metadata.csv.", scope="local", audit="run"
+        None,
+        "Folder of images, with captions in metadata.jsonl or metadata.csv.",
+        scope="local",
+        names=("dataset",),
+        audit="run",
     )
     dataset_name: str | None = other(
         None,
         "Dataset on the Hub, or a folder in any format that `datasets` reads.",
         scope="named",
+        names=("dataset",),
         instead_of="train_data_dir",
         audit="run",
     )
     dataset_config_name: str | None = other(
-        None, "Configuration of the dataset, where it has several.", scope="public", audit="run"
+        None,
+        "Configuration of the dataset, where it has several.",
+        scope="public",
+        names=("dataset",),
+        audit="run",
     )
     dataset_split: str = other(
         "train",
         "Split of the dataset to train on.",
         scope="public",
+        names=("dataset",),
         audit_help="Split of the dataset that was trained on. (default: train)",
         audit="run",
     )

@@ -33,7 +33,10 @@ class AuditConfig:
     """Measuring how much the finished pipeline repeats its training images, and how good its images are."""
 
     audit: bool = other(
-        False, "Audit the pipeline when it is finished; `iet-finetune audit` does it later.", smoke=False
+        False,
+        "Audit the pipeline when it is finished; `iet-finetune audit` does it later.",
+        names=("pipeline", "dataset"),
+        smoke=False,
     )
     holdout_data_dir: str | None = other(
         None,

@@ -76,6 +76,7 @@ class TrainingConfig:
         False,
         "Try the recipe out in seconds: a tiny random model of its kind, made-up images with its columns, two short "
         "rounds; the result is in the folder `OUTPUT_DIR-smoke`.",
+        names=("pipeline", "dataset"),
         smoke=False,
     )
     ddp_timeout: int = other(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
