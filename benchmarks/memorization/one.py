@@ -1,0 +1,100 @@
+"""One run: trains one arm of one set with one seed, and writes down what was measured on the way."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iet_finetune import Config, Trainer
+from iet_finetune.families import family_class
+from iet_finetune.families.loading import source_of
+from iet_finetune.files import written_beside
+
+from . import rules  # noqa: F401 - registers one
+from .arms import ARMS, COURSES, FINE_TUNED, base, chosen_rows, config_of
+from .features import GarmentFeatures, SmallEfficientNet
+from .judge import Judge, Ruler, losses, measure
+from .sets import SETS
+
+BEFORE = "before"
+
+
+def measured_file(home: Path, name: str, arm: str, seed: int) -> Path:
+    """Where the measurements of a run are."""
+    return home / "measured" / f"{name}.{arm}.{seed}.json"
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The measurements of a run, one row a judged round."""
+    return json.loads(file.read_text())
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Keeps the measurements of a run."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with written_beside(file) as partial:
+        partial.write_text(json.dumps(rows, default=_plain) + "\n")
+
+
+def run(name: str, arm: str, seed: int, home: Path) -> None:
+    """Trains and judges; does nothing if it was done."""
+    if (file := measured_file(home, name, arm, seed)).is_file():
+        return
+    torch.set_num_threads(1)
+    evidence = SETS[name](seed, home / "packages")
+    features = (GarmentFeatures if name.startswith("garments") else SmallEfficientNet)(home / "features")
+    ruler = Ruler(evidence, features)
+    labels = {"set": name, "arm": arm, "seed": seed}
+    if arm == BEFORE:
+        rows = [{**labels, "round": 0, "step": 0, **_before(name, seed, home, ruler)}]
+    else:
+        rows = _trained(name, arm, seed, home, ruler, labels)
+    write_rows(file, rows)
+
+
+def _before(name: str, seed: int, home: Path, ruler: Ruler) -> dict[str, Any]:
+    """The held-out images in the place of generated ones, and the model that fine-tuning starts from."""
+    row = {f"baseline_{key}": value for key, value in ruler.baseline.items()}
+    if name in FINE_TUNED:
+        pipeline, config = base(name, seed, home), config_of(name, "plain", seed, home, {})
+        family = family_class(source_of(pipeline), config.model)(pipeline, config)
+        row |= measure(family.sampling_pipeline(), config, ruler, COURSES[name], None)
+        del row["losses"]
+    return row
+
+
+def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: dict[str, Any]) -> list[dict[str, Any]]:
+    course, rows = COURSES[name], chosen_rows(ARMS[arm], ruler.evidence)
+    extra = {"chance_of_skipping": _skipped(name, seed, home)} if arm == "chance" else {}
+    with tempfile.TemporaryDirectory(prefix="iet-evidence-") as scratch:
+        config = config_of(name, arm, seed, Path(scratch) / "run", extra)
+        pipeline = base(name, seed, home)
+        reference = _reference(pipeline, config, ruler) if name in FINE_TUNED else None
+        judge = Judge(ruler, config, rows, course, labels, reference)
+        Trainer(config, [judge], pipeline=pipeline, dataset=ruler.evidence.dataset(rows)).train()
+    return judge.measured
+
+
+def _reference(pipeline: Any, config: Config, ruler: Ruler) -> tuple[np.ndarray, np.ndarray]:
+    family = family_class(source_of(pipeline), config.model)(pipeline, config)
+    with torch.no_grad():
+        ours, others, _ = losses(family, ruler, config)
+    return ours, others
+
+
+def _skipped(name: str, seed: int, home: Path) -> float:
+    """The share of samples that AGC skipped in the run with the same set and seed."""
+    return float(read(measured_file(home, name, "agc", seed))[-1]["skipped_all"])
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy as numbers of JSON."""
+    return value.item() if isinstance(value, np.generic) else value.tolist()
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,0 +1,190 @@
+"""The evidence: its data, its rulers and its arithmetic, and a short form of what it compares."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.memorization import arms, judge, matched, one, sets
+from benchmarks.memorization.__main__ import planned, wanted
+from benchmarks.memorization.copies import near_copy
+from benchmarks.memorization.rules import ByChance
+from benchmarks.memorization.sources import Pictures, emoji
+from iet_finetune.audit.inputs.duplicates import find_duplicates
+from iet_finetune.audit.measures.features import Features
+from iet_finetune.method.rules import Samples
+
+ROOT = Path(__file__).parents[1]
+
+
+class Pixels(Features):
+    """The pixels of 8 x 8 grey values, as features."""
+
+    slug, title, dimensions, fingerprint = "pixels", "pixels", 64, "0"
+
+    def _encode(self, images):
+        return torch.from_numpy(np.stack(images))[..., 0].reshape(len(images), -1).float()
+
+
+@pytest.fixture(scope="module")
+def garments() -> Pictures:
+    """The 2,000 garments that come with the repository."""
+    rows = Dataset.from_parquet(str(ROOT / "demo" / "unconditional" / "data" / "train.parquet"))
+    return Pictures(list(rows["image"]), np.full(len(rows), ""), np.array(rows["label"]))
+
+
+@pytest.fixture(scope="module")
+def evidence(garments) -> sets.EvidenceSet:
+    order = np.random.default_rng(0).permutation(2000)
+    others = garments.at(order[:300]), garments.at(order[300:400])
+    return sets.build(garments.at(order[400:]), 40, *others, size=8, seed=0)
+
+
+@pytest.fixture(scope="module")
+def ruler(evidence) -> judge.Ruler:
+    return judge.Ruler(evidence, Pixels())
+
+
+def test_repeats_have_a_long_tail_and_originals_come_first(evidence):
+    assert Counter(evidence.repeats[evidence.kind == "exact"].tolist()) == sets.LONG_TAIL
+    assert Counter(evidence.repeats[evidence.kind == "near"].tolist()) == sets.LONG_TAIL
+    assert (evidence.repeats[evidence.kind == "once"] == 1).all()
+    assert np.array_equal(np.bincount(evidence.origin), evidence.repeats)
+    rows = sets.array(evidence.rows)
+    for number, (first, kind) in enumerate(zip(evidence.firsts, evidence.kind, strict=True)):
+        copies = rows[evidence.origin == number]
+        assert np.array_equal(copies[0], rows[first])
+        assert (len(np.unique(copies, axis=0)) == 1) == (kind != "near")
+
+
+def test_the_search_finds_all_exact_copies_and_few_of_the_near_ones():
+    pictures = emoji()
+    some = pictures.at(np.arange(60))
+    rng = np.random.default_rng(3)
+    copies = [near_copy(image, rng) for image in some.images]
+    found = find_duplicates(sets.array([*some.images, *some.images, *copies])).representative
+    assert np.array_equal(found[60:120], found[:60])
+    assert (found[120:] == found[:60]).mean() < 0.4
+    # And yet each is nearest to the image that it was made of.
+    pixels = sets.array([sets.small(image, 16) for image in [*some.images, *copies]]).reshape(120, -1).astype(float)
+    mirrored = sets.array([sets.small(image, 16) for image in copies])[:, :, ::-1].reshape(60, -1).astype(float)
+    far = [((side[:, None] - pixels[None, :60]) ** 2).sum(-1) for side in (pixels[60:], mirrored)]
+    assert (np.minimum(*far).argmin(1) == np.arange(60)).mean() > 0.8
+
+
+def test_a_ruler_knows_copies_and_counts_none_among_other_images(evidence, ruler):
+    rows = sets.array(evidence.rows)
+    copies = ruler.of_images(rows)
+    assert copies["images"] == copies["f_mem"] == len(rows)
+    assert copies["extracted"] == list(range(len(evidence.kind)))
+    for kind in ("once", "exact", "near"):
+        assert copies[f"nearest_{kind}"] == copies[f"copies_{kind}"] == evidence.repeats[evidence.kind == kind].sum()
+    assert ruler.baseline["f_mem"] < 0.05 * ruler.baseline["images"]
+
+
+def test_an_original_is_as_near_as_the_nearest_of_its_copies(evidence, ruler):
+    rows = sets.array(evidence.rows).astype(np.int64)
+    images = sets.array(evidence.seen.images)[:20]
+    found = ruler._nearest_originals(images)
+    for image, index, distance in zip(images, found.index, found.distance, strict=True):
+        far = np.full(len(evidence.kind), np.inf)
+        for row, origin in zip(rows, evidence.origin, strict=True):
+            for side in (image, image[:, ::-1]):
+                far[origin] = min(far[origin], ((row - side.astype(np.int64)) ** 2).sum() / 255**2)
+        order = np.argsort(far, kind="stable")[: len(index)]
+        assert np.allclose(distance, far[order])
+        assert np.allclose(far[index], far[order])
+
+
+def test_chance_skips_its_share_and_the_same_samples_wherever_they_are_judged():
+    rule = ByChance(ByChance.Config(0.3), objective=None, num_images=4000, device=torch.device("cpu"))
+    members = torch.arange(4000)
+
+    def keep(which: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(len(which))
+        return rule.keep(Samples(zeros, zeros.long(), which, members, None))
+
+    whole = keep(members)
+    assert 0.27 < 1 - whole.float().mean() < 0.33
+    assert torch.equal(torch.cat([keep(part) for part in members.split(7)]), whole)
+    other = ByChance(ByChance.Config(0.3), objective=None, num_images=4000, device=torch.device("cpu"))
+    rule.update(None)
+    assert not torch.equal(keep(members), whole)
+    other.load_state_dict(rule.state_dict())
+    assert other.steps == 1
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.floats(0, 1)), min_size=1, max_size=8, unique_by=lambda point: point[0]),
+    st.floats(0, 100),
+)
+def test_the_value_at_a_quality_is_where_the_course_first_comes_to_it(points, wanted):
+    quality, values = (np.array(each) for each in zip(*points, strict=True))
+    expected = float("nan")
+    for number, (q, v) in enumerate(points):
+        if q <= wanted:
+            if number == 0:
+                expected = v
+            else:
+                (q0, v0) = points[number - 1]
+                expected = v0 + (v - v0) * (q0 - wanted) / (q0 - q)
+            break
+    found = matched.at_quality(quality, values, wanted)
+    assert found == pytest.approx(expected, nan_ok=True, abs=1e-9)
+
+
+def test_a_difference_at_matched_quality_is_found_with_its_interval():
+    quality = np.array([9.0, 5.0, 1.0])
+    total = np.full(3, 1000)
+    theirs = [matched.Trajectory(quality, np.array([100, 300, 500]), total)] * 3
+    ours = [matched.Trajectory(quality, np.array([100, 200, 300]), total)] * 3
+    us, them, part = matched.difference(ours, theirs, wanted=3.0, baseline=0.1)
+    assert (us.value, them.value) == (pytest.approx(0.15), pytest.approx(0.3))
+    assert part.value == pytest.approx(0.5)
+    assert 0.4 < part.low < part.value < part.high < 0.6
+    assert matched.difference(ours, theirs, wanted=0.5, baseline=0.1) is None
+    same = matched.difference(theirs, theirs, wanted=3.0, baseline=0.1)[2]
+    assert same.low < 0 < same.high
+    assert matched.fewer([(10, 100)], [(50, 100)]).value == pytest.approx(0.8)
+
+
+def test_runs_are_planned_by_seed_and_chosen_by_name():
+    everything = planned()
+    assert len(everything) == len(set(everything))
+    assert [seed for _, _, seed in everything] == sorted(seed for _, _, seed in everything)
+    assert {run[:2] for run in wanted(["emoji", "garments/plain"], 1)} == {
+        ("garments", "plain"),
+        *(("emoji", arm) for arm in ("before", *arms.arms_of("emoji"))),
+    }
+    with pytest.raises(SystemExit, match="garments/dull"):
+        wanted(["garments/dull"], None)
+
+
+@pytest.mark.slow
+def test_in_short_at_equal_passes_iet_agc_knows_its_images_less_and_draws_worse(monkeypatch, garments, tmp_path):
+    """The orders alone, with wide margins: 8 pixels, a small network, few images."""
+    others = garments.at(np.arange(100, 160)), garments.at(np.arange(160, 192))
+    evidence = sets.build(garments.at(np.arange(80)), 30, *others, size=8, seed=0)
+    flags = {**arms.COURSES["garments"].flags, "resolution": 8, "train_batch_size": 8, "learning_rate": 4e-3}
+    monkeypatch.setitem(arms.COURSES, "garments", arms.Course(60, (1, 3), 64, flags, 8))
+    monkeypatch.setattr(arms, "LEVELS", (16, 24))
+    monkeypatch.setattr(one, "SETS", {"garments": lambda seed, cache: evidence})
+    monkeypatch.setattr(one, "GarmentFeatures", lambda cache: Pixels())
+    found = {}
+    for arm in ("before", "plain", "iet-agc"):
+        one.run("garments", arm, 0, tmp_path)
+        found[arm] = one.read(one.measured_file(tmp_path, "garments", arm, 0))
+    first, plain = found["plain"]
+    ours = found["iet-agc"][-1]
+    assert (first["round"], plain["round"], plain["step"]) == (1, 3, 180)
+    assert plain["frechet"] < 0.9 * first["frechet"]
+    assert plain["frechet"] < 0.9 * ours["frechet"]
+    assert plain["heldout_loss"] < ours["heldout_loss"] - 0.1
+    assert plain["mia_ref_auc"] > ours["mia_ref_auc"] + 0.05
+    assert plain["mq_0.4"] > 1.2 * ours["mq_0.4"]
+    assert plain["skipped_all"] == 0 < ours["skipped_all"] < 0.5
