@@ -22,8 +22,10 @@ from ..ensemble.host import HostMemory, check_offload
 from ..ensemble.ledger import ShardLedger
 from ..ensemble.meter import RoundMeter
 from ..ensemble.optimizers import build_optimizer, learning_rate_schedule, state_bytes
+from ..ensemble.trainable import Trainable
 from ..errors import UserError
 from ..families import family_class, find_pipeline, source_of
+from ..lora.adapters import Adapter
 from ..method.rules import SkipRule
 from .compiling import TOLERANCE
 from .data import Data, find_images, read_shards, split
@@ -121,18 +123,10 @@ def _build_run(
     if config.optimizer.use_ema:
         ema = EMA(trainable.parameters, config.optimizer.ema_max_decay, start_share=config.merges_exactly)
     policy = POLICIES[config.ensemble.optimizer_across_rounds]
-    size = sum(parameter.nbytes for parameter in trainable.parameters.values())
     entry, settings = config.chosen(SKIP_RULES)
     rule: type[SkipRule] = entry.load()
     make_rule = partial(rule, settings, objective=family.objective, device=device)
-    needs = [
-        trainable.need(placement),
-        policy.need(state_bytes(size, config.optimizer), placement, ranks.rank),
-        need_of_mergers(config, trainable, adapter, ema, placement),
-        *([ema.need(placement)] if ema is not None else []),
-        need_of_rule(rule, size, adapter.nbytes if adapter is not None and config.merges_exactly else 0),
-    ]
-    need = sum(needs, Need())
+    need = need_of_run(config, trainable, adapter, ema, placement, ranks.rank)
     host = _host_memory(config, need, device, ranks)
     mergers = build_mergers(config, trainable, adapter, ema, ranks, host)
     ensemble = Ensemble(
@@ -151,6 +145,28 @@ def _build_run(
     lender = Lender(data, model, mergers, noising, ranks, rule.borrows, batch)
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
     return Run(accelerator, ranks, placement, ensemble, local, lender, rates, need, identity)
+
+
+def need_of_run(
+    config: Config, trainable: Trainable, adapter: Adapter | None, ema: EMA | None, placement: Placement, rank: int
+) -> Need:
+    """Bytes on a rank of what training keeps; of all the tensors only names and sizes count.
+
+    Args:
+        adapter: the LoRA layers, or None if the whole denoiser is trained.
+        ema: the moving average, or None.
+    """
+    size = sum(parameter.nbytes for parameter in trainable.parameters.values())
+    policy = POLICIES[config.ensemble.optimizer_across_rounds]
+    below = adapter.nbytes if adapter is not None and config.merges_exactly else 0
+    needs = [
+        trainable.need(placement),
+        policy.need(state_bytes(size, config.optimizer), placement, rank),
+        need_of_mergers(config, trainable, adapter, ema, placement),
+        *([ema.need(placement)] if ema is not None else []),
+        need_of_rule(config.chosen(SKIP_RULES)[0].load(), size, below),
+    ]
+    return sum(needs, Need())
 
 
 def _host_memory(config: Config, need: Need, device: torch.device, ranks: Ranks) -> HostMemory:
