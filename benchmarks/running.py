@@ -42,7 +42,10 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     """The command line of a run's settings."""
     flags: list[str] = []
     for name, value in settings.items():
-        flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return flags
 
 
