@@ -6,14 +6,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # PYTHON=/path/to/python chooses the Python of .venv; otherwise the first of these that fits.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
-# Further arguments of pytest, such as ARGS="tests/method/test_agc.py -k bank".
+# Further arguments of pytest and others, such as ARGS="tests/method/test_agc.py -k bank", or of benchmarks/paper.py.
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-memorization bench-speed lint format clean
+.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-memorization bench-speed paper lint format \
+	clean
 
 help: ## List these commands.
-	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest'], where COMMAND is one of"
+	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest, paper or bench-memorization'], where COMMAND is one of"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
 # By default accelerate gives a process one thread; the demo is a single process and may use all of them.
@@ -69,6 +70,10 @@ bench-speed: $(INSTALLED) ## Measure the trainer's speed against a plain loop, a
 
 bench-memorization: $(INSTALLED) ## Rerun the paper's experiments in small; takes hours, goes on where it was (docs/results.md).
 	$(BIN)/python -m benchmarks.memorization $(ARGS)
+
+# The plan can be counted anywhere; ARGS=--smoke tries all of it in a minute on a CPU.
+paper: $(INSTALLED) ## Plan to rerun the paper's experiment, of SET=cifar10 for one; RUN=1 runs it, on a GPU.
+	@$(BIN)/python benchmarks/paper.py $(SET) $(if $(RUN),--run) $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types.
 	$(BIN)/ruff check .

@@ -235,8 +235,8 @@ def print_plan(experiment: Experiment, steps: Sequence[Step], name: str) -> None
         f"the denoiser on one {name}, which is assumed to reach {card.reached:.0%} of the {card.bf16:g} TFLOP/s in "
         f"bf16 and {card.tf32:g} in TF32 (PyTorch's default for convolutions in fp32) of its data sheet. On the GPU: "
         "weights, gradients, AdamW's state, the moving average, and activations in fp32; on the host: idle clones. "
-        "Not counted: reading, encoding and decoding images, checkpoints, what an audit does besides drawing, other "
-        f"parts of the pipeline, and libraries. Held-out images: {_held_out_words(experiment)}."
+        "Not counted: the optimizer's steps, reading, encoding and decoding images, checkpoints, what an audit does "
+        f"besides drawing, other parts of the pipeline, and libraries. Held-out images: {_held_out_words(experiment)}."
     )
     print(_comment(about))
     total = 0.0
