@@ -201,7 +201,7 @@ def steps_of(
                 f"audit: {model}",
                 "iet-finetune",
                 ("audit", "--model", str(output), *as_flags({**auditing, **changes.audit})),
-                audit_file(output),
+                audit_file(output).with_name("report.html"),
                 lambda config=config: _drawing_cost(config, experiment.drawing),
             ),
         ]
