@@ -16,18 +16,16 @@ MB = 10**6
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """One thread a process, no network, caches in a scratch folder, and nothing of a launcher that runs us."""
+    """One thread a process, no network, caches in a scratch folder, and nothing of a launcher that runs us.
+
+    Caches are where the environment says if it does.
+    """
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ours = {name: value for name, value in os.environ.items() if name not in launchers}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return ours | {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(scratch / "hf"),
-        "HF_DATASETS_CACHE": str(scratch / "datasets"),
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    caches = {"HF_HOME": str(scratch / "hf"), "HF_DATASETS_CACHE": str(scratch / "datasets")}
+    settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    return {**caches, **ours, **settings, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -2,7 +2,8 @@
 
 That import takes some ten seconds of a core, longer than most of what tests do in a process. From the fork on a
 program lives, and ends, as any does: with arguments, environment, folder, files, signals and modules of its own. Where
-its environment differs in what libraries read at their import, or forking is not safe, it is started anew.
+its environment differs in what libraries read at their import, or forking is not safe, it is started anew. A launcher
+may be given a process of its own to fork from, so that the programs that it starts need not import either.
 """
 
 import contextlib
@@ -34,7 +35,6 @@ LIBRARIES = (
 )
 # How the names begin of variables that these, or Python itself, read no later than at their import.
 READ_AT_IMPORT = (
-    "CUDA_",
     "DIFFUSERS_",
     "HF_",
     "HOME",
@@ -45,35 +45,49 @@ READ_AT_IMPORT = (
     "TORCH_",
     "TRANSFORMERS_",
 )
+# Of those, some that are read later: torchrun sets one for its ranks.
+READ_LATER = ("PYTHONPATH", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 LARGEST_REQUEST = 1 << 18
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
-_parameters = inspect.signature(subprocess.Popen._execute_child)
+_start_anew = subprocess.Popen._execute_child
+_parameters = inspect.signature(_start_anew)
 _environment = dict(os.environ)
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen`, which forks a command of this Python with a script, `-m` and a module, or `-c` and code."""
+    """`subprocess.Popen`, which forks a command of this Python with a script, `-m` and a module, or `-c` and code.
+
+    `launcher` is whether the processes that it starts in turn are forked, too, and those that they start.
+    """
+
+    launcher = False
+
+    def __init__(self, *arguments: Any, launcher: bool = False, **settings: Any) -> None:
+        self.launcher = launcher
+        super().__init__(*arguments, **settings)
 
     def _execute_child(self, *given: Any) -> None:
         call = _parameters.bind(self, *given).arguments
         command, environment = call["args"], dict(os.environ if call["env"] is None else call["env"])
-        plain = isinstance(command, list) and len(command) > 1 and not call["shell"] and not call["preexec_fn"]
+        plain = isinstance(command, list | tuple) and len(command) > 1 and not call["shell"] and not call["preexec_fn"]
         if not plain or command[0] != sys.executable or not _can_be_forked(environment):
-            super()._execute_child(*given)
+            _start_anew(self, *given)
             return
         pipes = [call[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         # Where a pipe is missing, the process has the standard file of this one.
         files = [file if file != -1 else standard for standard, file in enumerate((pipes[0], pipes[3], pipes[5]))]
         request = {"words": [str(word) for word in command[1:]], "environment": environment}
         request |= {"folder": os.fspath(call["cwd"] or os.getcwd()), "session": call["start_new_session"]}
+        # What a launcher starts may be one.
+        request["launcher"] = getattr(self, "launcher", True)
         self.pid = _ask(request, files)
         self._child_created = True
         self._close_pipe_fds(*pipes)
 
 
 def run(command: list[str], *, timeout: float = 120, **settings: Any) -> "subprocess.CompletedProcess[str]":
-    """A command run to its end, with what it wrote; `settings` are those of `subprocess.Popen`."""
+    """A command run to its end, with what it wrote; `settings` are those of `Popen`."""
     with Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings) as process:
         try:
             stdout, stderr = process.communicate(timeout=timeout)
@@ -89,7 +103,7 @@ def _can_be_forked(environment: Mapping[str, str]) -> bool:
     if not sys.platform.startswith("linux") or os.path.exists("/dev/nvidiactl"):
         return False
     early = [
-        {name: value for name, value in each.items() if name.startswith(READ_AT_IMPORT) and name != "PYTHONPATH"}
+        {name: value for name, value in each.items() if name.startswith(READ_AT_IMPORT) and name not in READ_LATER}
         for each in (environment, _environment)
     ]
     return early[0] == early[1]
@@ -140,11 +154,32 @@ def _serve(requests: socket.socket) -> list[str]:
         pid = _fork_orphan()
         if not pid:
             requests.close()
-            _become(request, files)
-            return request["words"]
+            return _begin(request, files)
         for file in files:
             os.close(file)
         requests.send(str(pid).encode())
+
+
+def _begin(request: Mapping[str, Any], files: list[int]) -> list[str]:
+    """Make this new process what was asked for, and return the words of its command."""
+    if request["launcher"]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if not os.fork():
+            ours.close()
+            for file in files:
+                os.close(file)
+            return _serve(theirs)
+        theirs.close()
+        _fork_all_from(ours)
+    _become(request, files)
+    return request["words"]
+
+
+def _fork_all_from(server: socket.socket) -> None:
+    """Have what this process starts forked from the one at the other end, whoever starts it here."""
+    global _server
+    _server = lambda: server  # noqa: E731 - it takes the place of a function
+    subprocess.Popen._execute_child = Popen._execute_child
 
 
 def _fork_orphan() -> int:
@@ -184,6 +219,9 @@ def _become(request: Mapping[str, Any], files: list[int]) -> None:
 def _execute(words: list[str]) -> None:
     """Run as `python` with these words would."""
     what, *arguments = words
+    if what == "-u":
+        sys.stdout.reconfigure(write_through=True)
+        what, *arguments = words = arguments
     if what == "-m":
         sys.argv = arguments
         sys.path.insert(0, os.getcwd())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def run_benchmark(name: str, tmp_path: Path, *flags: str) -> tuple[dict, list[st
     scratch.mkdir()
     command = [sys.executable, str(FOLDER / f"{name}.py"), *flags, "--dir", str(scratch), "--json", str(record)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = processes.run(command, env=environment, timeout=300)
+    done = processes.run(command, launcher=True, env=environment, timeout=300)
     assert record.exists(), done.stderr
     found = json.loads(record.read_text(encoding="utf-8"))
     assert done.returncode == int(not all(check["holds"] for check in found["checks"]))
@@ -79,7 +78,7 @@ with sampled_peaks(peaks):
 print(json.dumps([before, look()]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT)])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = processes.run([sys.executable, "-c", code], env=environment)
     before, after = json.loads(done.stdout)
     for name in ("resident", "RssAnon"):
         assert 195e6 < after[name] - before[name] < 260e6
@@ -125,7 +124,7 @@ def test_a_disk_without_room_is_said_before_anything_is_trained(programs, tmp_pa
 
 @pytest.mark.slow
 def test_the_speed_of_real_ranks_and_merges_is_measured(tmp_path):
-    training = ["--images", "8", "--batch", "1", "--passes", "1", "--rounds", "2", "--runs", "1", "--resolution", "16"]
+    training = ["--images", "4", "--batch", "1", "--passes", "1", "--rounds", "2", "--runs", "1", "--resolution", "16"]
     found, printed = run_benchmark("scaling", tmp_path, *training, "--channels", "16", "32", "--repeats", "1")
     one, two = found["speeds"]
     assert (one["ranks"], two["ranks"]) == (1, 2)

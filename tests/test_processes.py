@@ -44,6 +44,29 @@ def test_it_has_the_libraries_already_and_one_that_reads_other_variables_then_ha
     assert processes.run(command, env={**os.environ, "HF_ENDPOINT": "http://localhost"}).stdout == "False False\n"
 
 
+# Starts another program as launchers do, and ends with its code.
+LAUNCH = """
+import subprocess, sys
+print(1, flush=True)
+command = (sys.executable, "-u", "-c", "import sys; print('torch' in sys.modules, sys.argv); sys.exit(5)", "a")
+sys.exit(subprocess.run(command, start_new_session=True).returncode)
+"""
+
+
+@linux
+@pytest.mark.parametrize("launcher", [True, False])
+def test_what_a_launcher_starts_is_forked_too_if_that_is_wanted(launcher):
+    done = processes.run([sys.executable, "-c", LAUNCH], launcher=launcher)
+    assert (done.returncode, done.stdout, done.stderr) == (5, f"1\n{launcher} ['-c', 'a']\n", "")
+
+
+@linux
+def test_a_launcher_may_start_another():
+    twice = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    done = processes.run([sys.executable, "-c", twice, LAUNCH], launcher=True)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "1\nTrue ['-c', 'a']\n", "")
+
+
 @pytest.mark.parametrize(
     ("code", "ending"),
     [

@@ -86,7 +86,7 @@ def start(configuration: str, *launcher: str, settings: dict, **variables: str) 
     """`accelerate launch` with one of the configurations."""
     file = FOLDER / f"{configuration}.yaml"
     command = [*LAUNCH, "--config_file", str(file), *launcher, str(ROOT / "train_iet_agc.py"), *words(settings)]
-    return processes.Popen(command, env=environment(**variables), stdout=-1, stderr=-1, text=True)
+    return processes.Popen(command, launcher=True, env=environment(**variables), stdout=-1, stderr=-1, text=True)
 
 
 def finish(*launchers: "subprocess.Popen[str]") -> list[tuple[str, str]]:

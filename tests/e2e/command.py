@@ -91,9 +91,10 @@ def torchrun(ranks: int, settings: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(command: list[str], **settings: str) -> Iterator["subprocess.Popen[str]"]:
+def started(command: list[str], *, launcher: bool = False, **settings: str) -> Iterator["subprocess.Popen[str]"]:
     """The process of a command with its output in pipes; neither it nor one that it started outlives the block."""
-    with processes.Popen(command, env=environment(**ON_CPU, **settings), text=True, stdout=-1, stderr=-1) as process:
+    pipes = {"text": True, "stdout": -1, "stderr": -1}
+    with processes.Popen(command, env=environment(**ON_CPU, **settings), launcher=launcher, **pipes) as process:
         try:
             yield process
         finally:
@@ -126,7 +127,7 @@ def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 def run_torchrun(ranks: int, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     """So many ranks under `torchrun`, run to their end."""
-    with started(torchrun(ranks, settings)) as process:
+    with started(torchrun(ranks, settings), launcher=True) as process:
         stdout, stderr = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -44,7 +44,7 @@ def short_demo(recipe: str, output: Path) -> str:
     short = ["--max_train_steps", "2", "--validation_inference_steps", "2", "--num_validation_images", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     script = ["train_iet_agc.py", "--config", recipe, "--output_dir", str(output), *short]
-    result = processes.run([*command, *script], cwd=ROOT, env=environment, timeout=300)
+    result = processes.run([*command, *script], launcher=True, cwd=ROOT, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

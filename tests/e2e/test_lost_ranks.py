@@ -235,7 +235,7 @@ def test_an_image_that_only_one_rank_reads_and_cannot_is_named_once(world, tmp_p
 
 def test_ctrl_c_on_the_launcher_is_one_line_that_says_how_to_go_on(world, tmp_path):
     output = tmp_path / "out"
-    with started(torchrun(2, flags(world, output, **IN_FOUR))) as launcher:
+    with started(torchrun(2, flags(world, output, **IN_FOUR)), launcher=True) as launcher:
         wait_for(lambda: newest(output)[0], launcher)
         launcher.send_signal(signal.SIGINT)
         _, stderr = launcher.communicate(timeout=60)
