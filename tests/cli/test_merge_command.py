@@ -1,6 +1,7 @@
 """`iet-finetune merge`: what it writes loads in diffusers and is the weighted mean; mistakes end in one line."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -139,9 +141,8 @@ pipeline = DiffusionPipeline.from_pretrained(f"{folder}/base")
 pipeline.load_lora_weights(f"{folder}/out")
 torch.save(answers(pipeline), f"{folder}/answers.pt")
 """
-    path = {"PYTHONPATH": f"{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=120, check=False)
+    done = processes.run(command, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
     assert done.returncode == 0, done.stderr
     expected = answers(with_dense(updates, [1 / 3] * 3))
     for one, other in zip(torch.load(tmp_path / "answers.pt"), expected, strict=True):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(600)
 
 # A round is 12 steps, of which a checkpoint is written after every fifth and the last.
 RUN: dict[str, Any] = {
-    "num_train_epochs": 50,
+    "num_train_epochs": 30,
     "merge_every_epochs": 2,
     "learning_rate": 1e-3,
     "lr_scheduler": "cosine",
@@ -47,8 +47,8 @@ RUN: dict[str, Any] = {
 }
 # Adapters instead: three rounds and one that is shorter.
 LORA: dict[str, Any] = {**RUN, "use_lora": True, "rank": 2, "lora_dropout": 0.1, "num_train_epochs": 7}
-STEPS = 300
-ROUNDS = 25
+STEPS = 180
+ROUNDS = 15
 SEED = 20240722
 KILLS = 5
 

@@ -1,12 +1,12 @@
 """LoRA training with the real command: what it saves loads in a fresh process and draws what the trainer drew."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -89,9 +89,7 @@ def redrawn(world: Path, outputs: Path) -> dict[str, np.ndarray]:
     arguments = [str(world / "base"), json.dumps(PROMPTS), json.dumps(settings), str(outputs / "drawn.npz"), *folders]
     # As it is started, it cannot see the package.
     alone = environment() | {"PYTHONPATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", DRAW, *arguments], env=alone, cwd=outputs, capture_output=True, text=True, timeout=120
-    )
+    done = processes.run([sys.executable, "-c", DRAW, *arguments], env=alone, cwd=outputs)
     assert done.returncode == 0, done.stderr
     assert "not expected" not in done.stderr, "every tensor of the files was loaded"
     return dict(np.load(outputs / "drawn.npz"))
