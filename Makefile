@@ -101,5 +101,6 @@ $(INSTALLED): setup.py constraints.txt
 	fi; \
 	echo "Setting up $(VENV) with $$python; this is done once and takes a minute or more." && \
 	"$$python" -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test,dev]' -c constraints.txt
+	@# --no-compile: Python compiles what it imports, which is a third of what pip would compile.
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e '.[test,dev]' -c constraints.txt
 	@touch $@

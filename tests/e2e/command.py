@@ -39,7 +39,7 @@ IN_FOUR: dict[str, Any] = {
     "num_shards": 4,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 2,
-    "num_train_epochs": 8,
+    "num_train_epochs": 6,
     "merge_every_epochs": 2,
     "learning_rate": 1e-3,
     "agc_threshold": 0.99,
@@ -53,7 +53,7 @@ IN_FOUR: dict[str, Any] = {
     "checkpoints_total_limit": 2,
     "resume_from_checkpoint": "latest",
 }
-STEPS_IN_FOUR = 64
+STEPS_IN_FOUR = 48
 
 
 def flags(world: Path, output: Path, **changes: Any) -> dict[str, Any]:
