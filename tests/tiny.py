@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from iet_finetune.families.tiny import RESOLUTION as RESOLUTION
@@ -15,6 +17,26 @@ from iet_finetune.families.tiny import tiny_tokenizer as tiny_tokenizer
 def save_tiny_sd(folder: Path, **settings: Any) -> Path:
     """Saves `tiny_sd(**settings)` for `from_pretrained` and returns the folder."""
     tiny_sd(**settings).save_pretrained(folder)
+    return folder
+
+
+def save_sd_of_one_width(folder: Path, dropout: float = 0.0) -> Path:
+    """Saves such a pipeline for `--compile`; its UNet's blocks are of one kind, for each takes the compiler long."""
+    pipeline = tiny_sd()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline.unet = UNet2DConditionModel(
+            sample_size=RESOLUTION // 2,
+            block_out_channels=(16,),
+            down_block_types=("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",),
+            layers_per_block=1,
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=4,
+            dropout=dropout,
+        )
+    pipeline.save_pretrained(folder)
     return folder
 
 

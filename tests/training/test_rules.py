@@ -16,7 +16,7 @@ from reference import TeachingOddOnes, rng
 from rules import SEED, TIMESTEPS, Asking, Borrowing
 from runs import assert_close, assert_equal, run_until, samples, train_on_ranks
 from safetensors.torch import load_file
-from tiny import RESOLUTION, save_images, save_tiny_sd, tiny_sd
+from tiny import RESOLUTION, save_images, save_sd_of_one_width, save_tiny_sd, tiny_sd
 
 from iet_finetune import Config, Trainer, UserError
 from iet_finetune.config.registry import SKIP_RULES
@@ -112,8 +112,9 @@ def test_a_compiled_denoiser_learns_the_same_instead(world, tmp_path, monkeypatc
     compile_ = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", compile_)
     torch._dynamo.reset()
+    base = str(save_sd_of_one_width(tmp_path / "base"))
     for name in ("compiled", "plain"):
-        flags = {"num_train_epochs": 1, "compile": name == "compiled"}
+        flags = {"num_train_epochs": 1, "compile": name == "compiled", "pretrained_model_name_or_path": base}
         Trainer(config(world, tmp_path / name, "TeachOdd", **flags)).train()
     assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "plain"), tolerance=1e-6)
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from runs import assert_close, assert_equal, run_until
 from safetensors.torch import load_file
-from tiny import RESOLUTION, save_images, save_tiny_sd
+from tiny import RESOLUTION, save_images, save_sd_of_one_width, save_tiny_sd
 from tiny_families import tiny_pipeline
 
 from iet_finetune import Config, Trainer, UserError
@@ -120,13 +120,15 @@ def test_numbers_are_found_where_they_lie_whatever_the_order_in_memory():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with a C++ compiler")
 def test_a_compiled_run_learns_the_same_with_one_graph_for_all_clones_and_rounds(world, tmp_path):
-    trainer = Trainer(config(world, tmp_path / "out", compile=True, num_train_epochs=6))
+    base = save_sd_of_one_width(tmp_path / "base")
+    flags = {"pretrained_model_name_or_path": str(base), "num_train_epochs": 6}
+    trainer = Trainer(config(world, tmp_path / "out", compile=True, **flags))
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     assert before > 0, "nothing was compiled"
     trainer.train()
     assert graphs["unique_graphs"] == before, "the clones were compiled anew"
-    Trainer(config(world, tmp_path / "plain", num_train_epochs=6)).train()
+    Trainer(config(world, tmp_path / "plain", **flags)).train()
     assert_close(load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "plain" / WEIGHTS))
 
 
@@ -160,8 +162,8 @@ def test_a_network_without_blocks_that_repeat_is_compiled_as_a_whole(light_compi
 
 
 def test_a_dropout_does_not_seem_a_wrong_gradient(world, tmp_path, light_compiler):
-    save_tiny_sd(tmp_path / "dropping", dropout=0.5)
-    flags = {"pretrained_model_name_or_path": str(tmp_path / "dropping")}
+    dropping = save_sd_of_one_width(tmp_path / "dropping", dropout=0.5)
+    flags = {"pretrained_model_name_or_path": str(dropping)}
     Trainer(config(world, tmp_path / "out", compile=True, **flags))
 
 
