@@ -97,8 +97,20 @@ def flag_specs(group: type) -> list[FlagSpec]:
     Raises:
         TypeError: a field lacks a fact that a flag must declare, or declares one that does not exist.
     """
+    # What may be chosen can change, as rules are registered; all else is read once.
+    declared = zip(_declared(group), dataclasses.fields(group), strict=True)
+    return [_with_choices(spec, field.metadata["choices"]) for spec, field in declared]
+
+
+@functools.cache
+def _declared(group: type) -> list[FlagSpec]:
+    """The flags of one dataclass with the choices that stand in it, none where a function returns them."""
     hints = typing.get_type_hints(group)
     return [_spec(f"{group.__name__}.{each.name}", each, hints[each.name]) for each in dataclasses.fields(group)]
+
+
+def _with_choices(spec: FlagSpec, choices: Any) -> FlagSpec:
+    return dataclasses.replace(spec, choices=choices()) if callable(choices) else spec
 
 
 def _spec(owner: str, field: dataclasses.Field, hint: Any) -> FlagSpec:
@@ -111,7 +123,7 @@ def _spec(owner: str, field: dataclasses.Field, hint: Any) -> FlagSpec:
     scalar = typing.get_args(inner)[0] if many else inner
     choices, facts = field.metadata["choices"], field.metadata["facts"]
     _check_facts(owner, facts, scope_needed=scalar is str and choices is None)
-    choices = choices() if callable(choices) else choices
+    choices = None if callable(choices) else choices
     return FlagSpec(field.name, scalar, optional, many, field.default, field.metadata["help"], choices, **facts)
 
 
