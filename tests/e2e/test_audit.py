@@ -193,7 +193,7 @@ def test_a_share_that_was_trained_on_is_not_taken_for_held_out(audited, held, tm
 
 
 def test_a_cut_off_audit_goes_on_where_it_was(world, held, tmp_path):
-    settings = small(held, model=world / "trained", num_images=12, num_inference_steps=6, membership_draws=10)
+    settings = small(held, model=world / "trained", num_images=12, num_inference_steps=6)
     whole = audit(tmp_path / "whole", **settings)
     output = tmp_path / "cut"
     command = [*AUDIT, *words({**settings, "output_dir": output})]

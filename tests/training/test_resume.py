@@ -222,28 +222,39 @@ def test_a_run_that_breaks_leaves_good_weights_and_can_go_on(world, tmp_path, br
     assert [line["step"] for line in lines] == [12, 24, 30]
 
 
-@pytest.mark.parametrize("stop", [3, 9, 11, 12, 14, 15])
-def test_clones_of_unequal_shards_resume_exactly_too(world, tmp_path, stop):
-    # 4, 3 and 3 images in batches of 3: the first clone takes 6 steps, the others 3, in rounds of 3.
-    settings = {
-        "max_train_samples": 10,
-        "train_batch_size": 3,
-        "num_train_epochs": 3,
-        "merge_every_epochs": None,
-        "merge_every_steps": 3,
-        "checkpointing_steps": 1,
-    }
-    Trainer(config(world, tmp_path / "whole", **settings)).train()
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+# 4, 3 and 3 images in batches of 3: the first clone takes 6 steps, the others 3, in rounds of 3.
+UNEQUAL = {
+    "max_train_samples": 10,
+    "train_batch_size": 3,
+    "num_train_epochs": 3,
+    "merge_every_epochs": None,
+    "merge_every_steps": 3,
+    "checkpointing_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def unequal(world) -> Path:
+    """What a run with clones of unequal shards leaves that was never interrupted."""
+    output = world / "unequal"
+    Trainer(config(world, output, **UNEQUAL)).train()
+    return output
+
+
+def test_clones_of_unequal_shards_that_have_nothing_left_to_do_take_no_part_in_the_merge(unequal):
+    lines = [json.loads(line) for line in (unequal / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [9, 12]
     assert lines[1]["clone_drift"][1:] == [0.0, 0.0]
-    # The clones that had nothing left to do take no part in the merge.
     assert lines[1]["merge_drift"] == pytest.approx(lines[1]["clone_drift"][0], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop", [3, 9, 11, 12, 14, 15])
+def test_clones_of_unequal_shards_resume_exactly_too(world, unequal, tmp_path, stop):
     output = tmp_path / "out"
     if stop < 12:
-        run_until(config(world, output, **settings), stop)
+        run_until(config(world, output, **UNEQUAL), stop)
     else:
-        trainer = Trainer(config(world, output, **settings))
+        trainer = Trainer(config(world, output, **UNEQUAL))
         collect, calls = trainer.ensemble.collect, []
 
         def collect_or_die(clone):
@@ -255,8 +266,8 @@ def test_clones_of_unequal_shards_resume_exactly_too(world, tmp_path, stop):
         trainer.ensemble.collect = collect_or_die
         with pytest.raises(Killed):
             trainer.train()
-    Trainer(config(world, output, resume_from_checkpoint="latest", **settings)).train()
-    assert_same_outcome(output, tmp_path / "whole")
+    Trainer(config(world, output, resume_from_checkpoint="latest", **UNEQUAL)).train()
+    assert_same_outcome(output, unequal)
 
 
 def test_clones_that_trained_side_by_side_go_on_one_after_the_other_though_few_checkpoints_are_kept(world, tmp_path):
