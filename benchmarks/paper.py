@@ -18,14 +18,12 @@ from typing import Any, NoReturn
 import heldout
 from counted import CARDS, GB, Cost, audit_cost, training_cost
 from made_up import save_features, save_folders, save_table, shrunk
-from running import ROOT, as_flags, print_table
+from paper_table import OURS, PLAIN, PLAIN_STEPS, SIMILARITY, print_table_of
+from running import ROOT, as_flags
 
 from iet_finetune import Config, UserError
 from iet_finetune.audit.flags import check_extra
-from iet_finetune.audit.measures.metrics import Metric
-from iet_finetune.audit.report.catalogue import Entry, describe
-from iet_finetune.audit.report.comparison import difference
-from iet_finetune.audit.report.record import AuditRecord, read_audit
+from iet_finetune.audit.report.record import read_audit
 from iet_finetune.cli import main as iet_finetune
 from iet_finetune.config.flags import nearest
 
@@ -35,12 +33,8 @@ PROGRAMS: dict[str, tuple[list[str], Callable[[list[str]], int]]] = {
     "iet-finetune": ([sys.executable, "-m", "iet_finetune"], iet_finetune),
     "python benchmarks/heldout.py": ([sys.executable, str(ROOT / "benchmarks" / "heldout.py")], heldout.main),
 }
-OURS, PLAIN, PLAIN_STEPS = "IET-AGC", "plain", "plain, steps of a clone"
 # Model -> end of its recipe's name.
 RECIPES = {OURS: "", PLAIN: "_plain", PLAIN_STEPS: "_plain_steps"}
-# {} stands for features: the first of an audit for the quality, the last for similarity.
-QUALITY = ("frechet_{}", "kid_{}")
-SIMILARITY = ("similarity_mean_{}", "similarity_p90_{}", "similarity_p95_{}", "similarity_above_0.5_{}")
 SSCD = "sscd_disc_large.torchscript.pt"
 
 
@@ -266,6 +260,17 @@ def _held_out_words(experiment: Experiment) -> str:
     return f"{experiment.fraction:.0%} of the images, which training leaves out, as there is no test split"
 
 
+def print_results(experiment: Experiment, models: Mapping[str, tuple[str, Path]]) -> None:
+    """Prints the paper's table from the models' audits.
+
+    Raises:
+        UserError: an audit cannot be read.
+    """
+    files = {model: audit_file(output) for model, (_, output) in models.items()}
+    audits = {model: read_audit(file, str(file)) for model, file in files.items()}
+    print_table_of(experiment.title, audits, experiment.memorization)
+
+
 def run_steps(steps: Sequence[Step], here: bool) -> int:
     """Runs the steps that are not done; returns the exit code of the first that fails, or 0."""
     for step in steps:
@@ -278,62 +283,6 @@ def run_steps(steps: Sequence[Step], here: bool) -> int:
             print(line, file=sys.stderr)
             return code
     return 0
-
-
-def print_results(experiment: Experiment, models: Mapping[str, tuple[str, Path]]) -> None:
-    """Prints the paper's table from the models' audits.
-
-    Raises:
-        UserError: an audit cannot be read.
-    """
-    files = {model: audit_file(output) for model, (_, output) in models.items()}
-    audits = {model: read_audit(file, str(file)) for model, file in files.items()}
-    images = audits[OURS].data.generated_images
-    print(f"\n{experiment.title}: {images:,} generated images a model; in brackets 95 % intervals")
-    measures = (*QUALITY, *experiment.memorization)
-    print_table([_row(measure, audits) for measure in measures])
-    print("FD is a Fréchet distance in the features that it names, and no FID. The baseline is the same measure of")
-    print("held-out images, of the quality that of training images.")
-    for model, audit in audits.items():
-        for measure in measures:
-            if reason := audit.not_measured.get(_name(measure, audit)):
-                print(f"{model}: {describe(_name(measure, audit)).title} was not measured: {reason}")
-
-
-def _name(measure: str, audit: AuditRecord) -> str:
-    return measure.format(audit.features[0 if measure in QUALITY else -1].slug)
-
-
-def _row(measure: str, audits: Mapping[str, AuditRecord]) -> dict[str, str]:
-    """A line of the table: the measure of each model, its baseline, and how much lower it is with IET-AGC."""
-    entry = describe(_name(measure, audits[OURS]))
-    values = {model: audit.metrics.get(_name(measure, audit)) for model, audit in audits.items()}
-    ours, plain = values[OURS], values[PLAIN]
-    row = {"": entry.title, **{model: _shown(entry, value) for model, value in values.items()}}
-    row["baseline"] = _baseline(entry, ours)
-    apart = difference(plain, ours) if plain and ours else None
-    row["IET-AGC minus plain"] = "-" if apart is None else _bracketed(entry, apart.value, apart.low, apart.high)
-    row["lower by"] = "-"
-    if plain and ours and plain.value > 0:
-        row["lower by"] = f"{round(100 * (1 - ours.value / plain.value))} %"
-    return row
-
-
-def _shown(entry: Entry, metric: Metric | None) -> str:
-    return "-" if metric is None else _bracketed(entry, metric.value, metric.low, metric.high)
-
-
-def _baseline(entry: Entry, metric: Metric | None) -> str:
-    """The baseline of a measure, with an interval where it has one of its own."""
-    if metric is None or metric.baseline is None:
-        return "-"
-    if metric.baseline_low is None or metric.baseline_high is None:
-        return entry.show(metric.baseline)
-    return _bracketed(entry, metric.baseline, metric.baseline_low, metric.baseline_high)
-
-
-def _bracketed(entry: Entry, value: float, low: float, high: float) -> str:
-    return f"{entry.show(value)} [{entry.number(low)}, {entry.number(high)}]"
 
 
 class _Parser(argparse.ArgumentParser):
