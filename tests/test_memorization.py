@@ -13,13 +13,21 @@ from hypothesis import strategies as st
 from benchmarks.memorization import arms, judge, matched, one, sets
 from benchmarks.memorization.__main__ import planned, wanted
 from benchmarks.memorization.copies import near_copy
-from benchmarks.memorization.rules import ByChance
+from benchmarks.memorization.rules import ByChance, register
 from benchmarks.memorization.sources import Pictures, emoji
+from iet_finetune import Config
 from iet_finetune.audit.inputs.duplicates import find_duplicates
 from iet_finetune.audit.measures.features import Features
+from iet_finetune.config.registry import SKIP_RULES
 from iet_finetune.method.rules import Samples
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def only_the_rules_of_the_package(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(SKIP_RULES, "entries", dict(SKIP_RULES.entries))
 
 
 class Pixels(Features):
@@ -99,6 +107,12 @@ def test_an_original_is_as_near_as_the_nearest_of_its_copies(evidence, ruler):
         order = np.argsort(far, kind="stable")[: len(index)]
         assert np.allclose(distance, far[order])
         assert np.allclose(far[index], far[order])
+
+
+def test_the_rule_of_chance_is_chosen_once_it_is_registered():
+    register()
+    register()
+    assert Config.from_flags(skip_rule="by_chance", chance_of_skipping=0.25).to_flags()["chance_of_skipping"] == 0.25
 
 
 def test_chance_skips_its_share_and_the_same_samples_wherever_they_are_judged():

@@ -11,6 +11,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from iet_finetune import Config, Trainer
 from iet_finetune.audit.inputs.duplicates import find_duplicates
 
+from . import rules
 from .sets import EvidenceSet, array, seen_classes
 from .sources import ROOT
 
@@ -87,7 +88,7 @@ _OFF, _AGC = {"agc_threshold": 0.0}, {"agc_threshold": 0.5, "agc_decay": 0.8, "a
 ARMS = {
     "plain": Arm("plain training", _OFF),
     "agc": Arm("AGC", _AGC),
-    "chance": Arm("skipping by chance, as often as AGC", {"skip_rule": "by_chance"}),
+    "chance": Arm("skipping by chance, as often as AGC", {"skip_rule": rules.NAME}),
     "iet": Arm("IET", _OFF, shards=SHARDS),
     "iet-agc": Arm("IET-AGC", _AGC, shards=SHARDS),
     "iet-weights": Arm("IET, without a moving average", {**_OFF, "use_ema": False}, shards=SHARDS),

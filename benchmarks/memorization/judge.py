@@ -29,6 +29,8 @@ from .arms import Course
 from .sets import EXACT, NEAR, ONCE, EvidenceSet, array
 
 BATCH = 64
+# Draws well in few steps.
+SCHEDULER = "DPMSolverMultistepScheduler"
 # Of prompts; pixels are drawn without.
 GUIDANCE = 3.0
 # How often an image must be in the data to count as repeated often.
@@ -111,6 +113,7 @@ class Judge(Callback):
 
     Attributes:
         measured: one row a judged round.
+        drawn: (n, H, W, 3) uint8, what was drawn at the last one.
     """
 
     wants_losses = True
@@ -125,6 +128,7 @@ class Judge(Callback):
         self._seen, self._skipped = (torch.zeros(len(ruler.evidence.kind)) for _ in range(2))
         self._spent, self._since = 0.0, time.perf_counter()
         self.measured: list[Row] = []
+        self.drawn = np.zeros((0, 1, 1, 3), np.uint8)
 
     def on_run_begin(self, facts: RunFacts) -> None:
         """Starts the clock."""
@@ -145,7 +149,7 @@ class Judge(Callback):
             with facts.pipeline() as pipeline:
                 row = measure(pipeline, self._config, self._ruler, self._course, self._reference)
             # What is known of the losses becomes the reference of later rounds.
-            losses = row.pop("losses")
+            losses, self.drawn = row.pop("losses"), row.pop("drawn")
             self._reference = self._reference or losses
             about = {"round": facts.round, "step": facts.step, "seconds": self._spent, **self._skips()}
             self.measured.append({**self._labels, **about, **row})
@@ -163,12 +167,12 @@ class Judge(Callback):
 def measure(
     pipeline: Any, config: Config, ruler: Ruler, course: Course, reference: tuple[np.ndarray, np.ndarray] | None
 ) -> Row:
-    """All measurements of a pipeline, and under `losses` those of the originals and of the held-out images."""
+    """All measurements; under `losses` those of the originals and of held-out images, under `drawn` the images."""
     family = family_class(source_of(pipeline), config.model)(pipeline, config)
     images = draw(pipeline, family, ruler.evidence, course, config)
     ours, others, levels = losses(family, ruler, config)
     row = {**ruler.of_images(images), **membership(ours, others, ruler.evidence, levels, reference)}
-    return {**row, "losses": (ours, others)}
+    return {**row, "losses": (ours, others), "drawn": images}
 
 
 def draw(pipeline: Any, family: Family, evidence: EvidenceSet, course: Course, config: Config) -> np.ndarray:
@@ -178,6 +182,8 @@ def draw(pipeline: Any, family: Family, evidence: EvidenceSet, course: Course, c
     """
     count, steps = course.drawn, course.sampling_steps
     subject = Subject("", type(pipeline).__name__, family, pipeline, torch.device("cpu"), "")
+    if not subject.takes_classes:  # such pipelines draw by DDIM alone
+        subject.set_scheduler(SCHEDULER)
     often = np.flatnonzero(evidence.repeats > 1)
     once = np.flatnonzero(evidence.repeats == 1)
     numbers = np.arange(count) // 2

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from iet_finetune import Config, Trainer
 from iet_finetune.families import family_class
 from iet_finetune.families.loading import source_of
 from iet_finetune.files import written_beside
 
-from . import rules  # noqa: F401 - registers one
+from . import rules
 from .arms import ARMS, COURSES, FINE_TUNED, base, chosen_rows, config_of
 from .features import GarmentFeatures, SmallEfficientNet
 from .judge import Judge, Ruler, losses, measure
@@ -63,12 +64,13 @@ def _before(name: str, seed: int, home: Path, ruler: Ruler) -> dict[str, Any]:
         pipeline, config = base(name, seed, home), config_of(name, "plain", seed, home, {})
         family = family_class(source_of(pipeline), config.model)(pipeline, config)
         row |= measure(family.sampling_pipeline(), config, ruler, COURSES[name], None)
-        del row["losses"]
+        del row["losses"], row["drawn"]
     return row
 
 
 def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: dict[str, Any]) -> list[dict[str, Any]]:
     course, rows = COURSES[name], chosen_rows(ARMS[arm], ruler.evidence)
+    rules.register()
     extra = {"chance_of_skipping": _skipped(name, seed, home)} if arm == "chance" else {}
     with tempfile.TemporaryDirectory(prefix="iet-evidence-") as scratch:
         config = config_of(name, arm, seed, Path(scratch) / "run", extra)
@@ -76,7 +78,17 @@ def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: d
         reference = _reference(pipeline, config, ruler) if name in FINE_TUNED else None
         judge = Judge(ruler, config, rows, course, labels, reference)
         Trainer(config, [judge], pipeline=pipeline, dataset=ruler.evidence.dataset(rows)).train()
+    save_grid(judge.drawn[:64], home / "drawn" / f"{name}.{arm}.{seed}.png")
     return judge.measured
+
+
+def save_grid(images: np.ndarray, file: Path) -> None:
+    """Images (n, H, W, 3) uint8 in rows of 16, to look at."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = -(-len(images) // 16)
+    Image.fromarray(np.concatenate([np.concatenate(images[16 * row : 16 * row + 16], 1) for row in range(rows)])).save(
+        file
+    )
 
 
 def _reference(pipeline: Any, config: Config, ruler: Ruler) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,18 @@ import torch
 
 from iet_finetune import register_skip_rule
 from iet_finetune.config.flags import flag
+from iet_finetune.config.registry import SKIP_RULES
 from iet_finetune.method.rules import Samples, SkipRule
 
+NAME = "by_chance"
 
-@register_skip_rule("by_chance")
+
+def register() -> None:
+    """Lets `--skip_rule by_chance` choose the rule."""
+    if NAME not in SKIP_RULES.entries:
+        register_skip_rule(NAME)(ByChance)
+
+
 class ByChance(SkipRule):
     """Skips each sample with the same probability, whatever its loss."""
 
