@@ -88,10 +88,12 @@ def test_the_search_finds_all_exact_copies_and_few_of_the_near_ones():
 def test_a_ruler_knows_copies_and_counts_none_among_other_images(evidence, ruler):
     rows = sets.array(evidence.rows)
     copies = ruler.of_images(rows)
-    assert copies["images"] == copies["f_mem"] == len(rows)
-    assert copies["extracted"] == list(range(len(evidence.kind)))
+    assert copies["images"] == copies["f_mem"] == copies["close"] == len(rows)
+    assert copies["extracted_f_mem"] == copies["repeated"] == 2 * sum(sets.LONG_TAIL.values())
+    assert all(copies[f"extracted_close_x{times}"] == 2 * count for times, count in sets.LONG_TAIL.items())
+    assert copies["extracted_close_x1"] == (evidence.repeats == 1).sum()
     for kind in ("once", "exact", "near"):
-        assert copies[f"nearest_{kind}"] == copies[f"copies_{kind}"] == evidence.repeats[evidence.kind == kind].sum()
+        assert copies[f"nearest_{kind}"] == copies[f"f_mem_{kind}"] == evidence.repeats[evidence.kind == kind].sum()
     assert ruler.baseline["f_mem"] < 0.05 * ruler.baseline["images"]
 
 

@@ -26,13 +26,13 @@ from iet_finetune.families.loading import source_of
 from iet_finetune.training.callbacks import RoundFacts, RunFacts, StepFacts
 
 from .arms import Course
-from .sets import EXACT, NEAR, ONCE, EvidenceSet, array
+from .sets import EXACT, LONG_TAIL, NEAR, ONCE, EvidenceSet, array
 
 BATCH = 64
-# Draws well in few steps.
-SCHEDULER = "DPMSolverMultistepScheduler"
 # Of prompts; pixels are drawn without.
 GUIDANCE = 3.0
+# A weaker sign of a copy than f_mem's third, for images of few pixels, of which hardly any real one shows it.
+CLOSE = 1 / 2
 # How often an image must be in the data to count as repeated often.
 OFTEN = 5
 # Noise levels of the held-out loss.
@@ -65,14 +65,15 @@ class Ruler:
         kind, repeats = self.evidence.kind, self.evidence.repeats
         found = self._nearest_originals(images)
         ratio, mq, nearest = ratios(found), mq_ratios(found), found.index[:, 0]
-        copied = np.unique(nearest[ratio < MEMORIZED])
-        row: Row = {"images": len(images), "f_mem": int((ratio < MEMORIZED).sum())}
+        row: Row = {"images": len(images)}
+        row |= {"f_mem": int((ratio < MEMORIZED).sum()), "close": int((ratio < CLOSE).sum())}
         row |= {f"mq_{delta:g}": int((mq < delta).sum()) for delta in DELTAS}
         row |= {f"nearest_{each}": int((kind[nearest] == each).sum()) for each in (ONCE, EXACT, NEAR)}
-        row |= {
-            f"copies_{each}": int((kind[nearest[ratio < MEMORIZED]] == each).sum()) for each in (ONCE, EXACT, NEAR)
-        }
-        row["extracted"] = copied.tolist()
+        for sign, copies in (("f_mem", ratio < MEMORIZED), ("close", ratio < CLOSE)):
+            row |= {f"{sign}_{each}": int((kind[nearest[copies]] == each).sum()) for each in (ONCE, EXACT, NEAR)}
+            found = repeats[np.unique(nearest[copies])]
+            row |= {f"extracted_{sign}_x{times}": int((found == times).sum()) for times in (1, *LONG_TAIL)}
+            row[f"extracted_{sign}"] = int((found > 1).sum())
         row["repeated"] = int((repeats > 1).sum())
         if not baseline:
             features = self.features(images)
@@ -182,8 +183,6 @@ def draw(pipeline: Any, family: Family, evidence: EvidenceSet, course: Course, c
     """
     count, steps = course.drawn, course.sampling_steps
     subject = Subject("", type(pipeline).__name__, family, pipeline, torch.device("cpu"), "")
-    if not subject.takes_classes:  # such pipelines draw by DDIM alone
-        subject.set_scheduler(SCHEDULER)
     often = np.flatnonzero(evidence.repeats > 1)
     once = np.flatnonzero(evidence.repeats == 1)
     numbers = np.arange(count) // 2

@@ -31,6 +31,7 @@ WORDS = {"frechet": "Fréchet distance", "heldout_loss": "log of the held-out lo
 COUNTED = {
     "mq_0.3": "MQ 0.3",
     "f_mem": "f_mem",
+    "close": "nearest at half the distance of the second",
     f"nearest_{EXACT}": "nearest to an exact repeat",
     f"nearest_{NEAR}": "nearest to a near repeat",
 }
@@ -162,16 +163,8 @@ def _fewer(measured: Measurements, name: str, arm: str, column: str) -> str:
 
 def _extracted(measured: Measurements, name: str, arm: str) -> str:
     """How many of the repeated originals were extracted at the last point, of how many."""
-    rows, found, there = _last(measured, name, arm), 0, 0
-    for _, row in rows.iterrows():
-        # Originals that are in the data once come first.
-        once = max(SETS_ONCE[name] - 1, 0)
-        found += sum(number > once for number in row["extracted"])
-        there += int(row["repeated"])
-    return f"{found} of {there}"
-
-
-SETS_ONCE = dict.fromkeys(SETS, 50) | {"text-to-image": 100}
+    rows = _last(measured, name, arm)
+    return f"{rows['extracted_close'].sum():.0f} of {rows['repeated'].sum():.0f}"
 
 
 def _matched(measured: Measurements, name: str) -> list[dict[str, str]]:
