@@ -68,7 +68,7 @@ bench: $(INSTALLED) ## Measure memory and speed; takes 20 minutes or more, 16 GB
 bench-speed: $(INSTALLED) ## Measure the trainer's speed against a plain loop, and its start; takes about 10 minutes.
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/speed.py
 
-bench-memorization: $(INSTALLED) ## Rerun the paper's experiments in small; takes hours, goes on where it was (docs/results.md).
+bench-memorization: $(INSTALLED) ## Rerun the paper's experiments in small; takes hours, goes on where it was.
 	$(BIN)/python -m benchmarks.memorization $(ARGS)
 
 # The plan can be counted anywhere; ARGS=--smoke tries all of it in a minute on a CPU.

@@ -1,6 +1,7 @@
 """Writes `docs/results.md` and its pictures from what was measured."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def collect(home: Path) -> pd.DataFrame:
 
 def restore(home: Path) -> None:
     """Takes over the runs that the table in the repository has, as if they had been measured here."""
+    if not TABLE.is_file():
+        sys.exit(f"{TABLE} is not there yet: leave out --go_on.")
     for (name, arm, seed), rows in pd.read_parquet(TABLE).groupby(["set", "arm", "seed"]):
         write_rows(measured_file(home, name, arm, seed), [row.dropna().to_dict() for _, row in rows.iterrows()])
 
@@ -86,6 +89,8 @@ def write_results(home: Path) -> None:
     """Writes the table, the pictures and the document; from the table alone where nothing was measured here."""
     if (home / "measured").is_dir():
         collect(home).to_parquet(TABLE, index=False)
+    if not TABLE.is_file():
+        sys.exit("nothing has been measured yet: leave out --report.")
     measured = Measurements(pd.read_parquet(TABLE))
     there = [name for name in SETS if measured.seeds(name, "plain")]
     PICTURES.mkdir(parents=True, exist_ok=True)
@@ -209,7 +214,7 @@ def _signals(measured: Measurements, there: Sequence[str]) -> str:
 def _skips(measured: Measurements, there: Sequence[str]) -> str:
     rows = []
     for name in there:
-        for arm in ("agc", "iet-agc"):
+        for arm in (arm for arm in ("agc", "iet-agc") if measured.seeds(name, arm)):
             last = _last(measured, name, arm)
             rates = {
                 words: percent(last[f"skipped_{each}"].mean())
@@ -240,7 +245,9 @@ def interval(found: Interval) -> str:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """A table in Markdown."""
+    """A table in Markdown; nothing without rows."""
+    if not rows:
+        return ""
     heads = list(rows[0])
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row.get(head, "") for head in heads] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
