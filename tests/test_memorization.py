@@ -111,6 +111,17 @@ def test_an_original_is_as_near_as_the_nearest_of_its_copies(evidence, ruler):
         assert np.allclose(far[index], far[order])
 
 
+def test_the_settings_of_every_run_are_taken(tmp_path):
+    register()
+    for name in sets.SETS:
+        for arm in arms.arms_of(name):
+            config = arms.config_of(name, arm, 1, tmp_path, {})
+            course = arms.COURSES[name]
+            steps = config.training.max_train_steps * config.ensemble.num_shards
+            assert steps == course.round_steps * course.judged[-1]
+            assert config.optimizer.use_ema == (arm != "iet-weights")
+
+
 def test_the_rule_of_chance_is_chosen_once_it_is_registered():
     register()
     register()

@@ -57,7 +57,11 @@ def main() -> None:
         restore(args.home)
     runs = wanted(args.only, args.seeds)
     if not args.report:
-        _run_all(runs, args.home, args.jobs)
+        try:
+            _run_all(runs, args.home, args.jobs)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on with the runs that are not done", file=sys.stderr)
+            sys.exit(130)
     write_results(args.home)
 
 

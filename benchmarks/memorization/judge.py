@@ -71,9 +71,9 @@ class Ruler:
         row |= {f"nearest_{each}": int((kind[nearest] == each).sum()) for each in (ONCE, EXACT, NEAR)}
         for sign, copies in (("f_mem", ratio < MEMORIZED), ("close", ratio < CLOSE)):
             row |= {f"{sign}_{each}": int((kind[nearest[copies]] == each).sum()) for each in (ONCE, EXACT, NEAR)}
-            found = repeats[np.unique(nearest[copies])]
-            row |= {f"extracted_{sign}_x{times}": int((found == times).sum()) for times in (1, *LONG_TAIL)}
-            row[f"extracted_{sign}"] = int((found > 1).sum())
+            copied = repeats[np.unique(nearest[copies])]
+            row |= {f"extracted_{sign}_x{times}": int((copied == times).sum()) for times in (1, *LONG_TAIL)}
+            row[f"extracted_{sign}"] = int((copied > 1).sum())
         row["repeated"] = int((repeats > 1).sum())
         if not baseline:
             features = self.features(images)

@@ -78,7 +78,6 @@ def difference(
         our excess, theirs, and 1 - ours / theirs; None if a run does not come to the quality.
     """
     pairs = list(zip(ours, theirs, strict=True))
-    shares: Callable[[Trajectory], np.ndarray] = lambda run: run.count / run.total  # noqa: E731
 
     def excess(
         runs: Sequence[tuple[Trajectory, Trajectory]], values: Callable[[Trajectory], np.ndarray]
@@ -87,7 +86,7 @@ def difference(
         return np.mean(both, axis=0) - baseline
 
     rng = np.random.default_rng(seed)
-    value = excess(pairs, shares)
+    value = excess(pairs, lambda run: run.count / run.total)
     if not np.isfinite(value).all():
         return None
     drawn = np.array(

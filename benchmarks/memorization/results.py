@@ -82,7 +82,8 @@ def restore(home: Path) -> None:
     if not TABLE.is_file():
         sys.exit(f"{TABLE} is not there yet: leave out --go_on.")
     for (name, arm, seed), rows in pd.read_parquet(TABLE).groupby(["set", "arm", "seed"]):
-        write_rows(measured_file(home, name, arm, seed), [row.dropna().to_dict() for _, row in rows.iterrows()])
+        if not (file := measured_file(home, name, arm, seed)).is_file():
+            write_rows(file, [row.dropna().to_dict() for _, row in rows.iterrows()])
 
 
 def write_results(home: Path) -> None:

@@ -49,13 +49,7 @@ class EvidenceSet:
     def dataset(self, rows: np.ndarray | None = None) -> Dataset:
         """The training images as the trainer takes them; some of the rows, or all."""
         rows = np.arange(len(self.rows)) if rows is None else rows
-        columns = {
-            "image": [self.rows[row] for row in rows],
-            "text": [str(self.captions[row]) for row in rows],
-            "label": [int(self.labels[row]) for row in rows],
-        }
-        features = Features({"image": ImageFeature(), "text": Value("string"), "label": Value("int64")})
-        return Dataset.from_dict(columns, features=features)
+        return table(Pictures(self.rows, self.captions, self.labels).at(rows))
 
 
 def build(pictures: Pictures, once: int, quality: Pictures, seen: Pictures, *, size: int, seed: int) -> EvidenceSet:
@@ -87,6 +81,14 @@ def build(pictures: Pictures, once: int, quality: Pictures, seen: Pictures, *, s
         quality=quality._replace(images=[small(each, size) for each in quality.images]),
         seen=seen._replace(images=[small(each, size) for each in seen.images]),
     )
+
+
+def table(pictures: Pictures) -> Dataset:
+    """Images as the trainer takes them, with the columns `image`, `text` and `label`."""
+    features = Features({"image": ImageFeature(), "text": Value("string"), "label": Value("int64")})
+    captions = [str(caption) for caption in pictures.captions]
+    columns = {"image": pictures.images, "text": captions, "label": pictures.labels.tolist()}
+    return Dataset.from_dict(columns, features=features)
 
 
 def small(image: Image.Image, size: int) -> Image.Image:
