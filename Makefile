@@ -10,11 +10,11 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-memorization bench-speed paper lint format \
-	clean
+.PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-memorization bench-speed gpu-check paper lint \
+	format clean
 
 help: ## List these commands.
-	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest, paper or bench-memorization'], where COMMAND is one of"
+	@echo "make COMMAND [PYTHON=python3.11] [ARGS='more for pytest, gpu-check, paper ...'], where COMMAND is one of"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-18s %s\n", $$1, $$2 }' Makefile
 
 # By default accelerate gives a process one thread; the demo is a single process and may use all of them.
@@ -70,6 +70,9 @@ bench-speed: $(INSTALLED) ## Measure the trainer's speed against a plain loop, a
 
 bench-memorization: $(INSTALLED) ## Rerun the paper's experiments in small; takes hours, goes on where it was.
 	$(BIN)/python -m benchmarks.memorization $(ARGS)
+
+gpu-check: $(INSTALLED) ## Check whether the GPU is used as it should be, and what fits on it; takes 6 minutes.
+	@$(BIN)/iet-finetune doctor --gpu $(ARGS)
 
 # The plan can be counted anywhere; ARGS=--smoke tries all of it in a minute on a CPU.
 paper: $(INSTALLED) ## Plan to rerun the paper's experiment, of SET=cifar10 for one; RUN=1 runs it, on a GPU.

@@ -24,6 +24,7 @@ WINGS = (
     ("lora", "audit"),
     ("publish",),
     ("training",),
+    ("doctor",),
     ("cli",),
 )
 # The same within `audit`.

@@ -73,6 +73,17 @@ def audit(argv: list[str]) -> None:
     _show(audit_command(argv))
 
 
+def doctor(argv: list[str]) -> None:
+    """Check this machine, and print what was found.
+
+    Raises:
+        UserError: whatever the user can mend, or a check failed.
+    """
+    from .doctor_command import doctor_command
+
+    _show(doctor_command(argv))
+
+
 def recipes(argv: list[str]) -> None:
     """Print the recipes that `--config` can be given.
 
@@ -105,6 +116,7 @@ COMMANDS = {
         audit,
         "the same command goes on where it was",
     ),
+    "doctor": Command("check whether this machine is fit for training", doctor, "the same command starts anew"),
     "recipes": Command("list the recipes for --config, one line each", recipes, "the same command starts anew"),
     "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
     "merge": Command(

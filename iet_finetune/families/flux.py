@@ -35,6 +35,8 @@ class Flux(FlowFamily):
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         super().__init__(pipeline, config)
         require_parts(pipeline, ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
+        # Of tokens and of packed latents, by their numbers and kind: made anew, a step would wait for the device.
+        self._positions: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         if not pipeline.transformer.config.guidance_embeds:
             self.refuse("guidance_scale")
 
@@ -58,17 +60,27 @@ class Flux(FlowFamily):
         """Returns the transformer's output for (x_σ, σ, guidance, text), packing and unpacking the latents."""
         pipeline, (count, channels, height, width) = self.pipeline, noisy_latents.shape
         kind: dict[str, Any] = {"device": noisy_latents.device, "dtype": noisy_latents.dtype}
+        tokens = conditions["encoder_hidden_states"].shape[1]
+        txt_ids, img_ids = self._ids(tokens, height // 2, width // 2, kind)
         prediction = self.network(
             hidden_states=pipeline._pack_latents(noisy_latents, count, channels, height, width),
             timestep=self.objective.sigma(timesteps),
             guidance=self._guidance(count, kind),
-            txt_ids=torch.zeros(conditions["encoder_hidden_states"].shape[1], 3, **kind),
-            img_ids=pipeline._prepare_latent_image_ids(count, height // 2, width // 2, **kind),
+            txt_ids=txt_ids,
+            img_ids=img_ids,
             **conditions,
             return_dict=False,
         )[0]
         factor = pipeline.vae_scale_factor
         return pipeline._unpack_latents(prediction, height * factor, width * factor, factor)
+
+    def _ids(self, tokens: int, height: int, width: int, kind: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The positions of so many tokens, (T, 3), and of so many packed latents, (H W, 3)."""
+        key = (tokens, height, width, *kind.values())
+        if key not in self._positions:
+            img_ids = self.pipeline._prepare_latent_image_ids(1, height, width, **kind)
+            self._positions[key] = torch.zeros(tokens, 3, **kind), img_ids
+        return self._positions[key]
 
     def _guidance(self, count: int, kind: dict[str, Any]) -> Tensor | None:
         if not self.pipeline.transformer.config.guidance_embeds:

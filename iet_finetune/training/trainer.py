@@ -24,6 +24,7 @@ from ..publish import outputs
 from ..publish.hub import check_push
 from .assembly import assemble
 from .callbacks import Callback, CheckpointFacts, RoundFacts
+from .device_memory import out_of_memory_explained
 from .finish import finish
 from .model import hand_back
 from .reporting import Reporter, round_metrics, run_facts, step_facts, warn
@@ -68,7 +69,7 @@ class Trainer:
         # Where the pipeline came from, if it is the caller's.
         self._home = getattr(pipeline, "device", None)
         try:
-            with self.ranks.report_errors_once():
+            with self.ranks.report_errors_once(), out_of_memory_explained(config):
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 self._prepare(accelerator, resume, pipeline, dataset)
         except BaseException:
@@ -80,7 +81,7 @@ class Trainer:
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
-            with self.ranks.report_errors_once():
+            with self.ranks.report_errors_once(), out_of_memory_explained(self.config, self.store):
                 self.train_rounds()
                 self.finish()
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
