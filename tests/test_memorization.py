@@ -1,5 +1,6 @@
 """The evidence: its data, its rulers and its arithmetic, and a short form of what it compares."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.memorization import arms, judge, matched, one, sets
+from benchmarks.memorization import arms, judge, matched, one, results, sets
 from benchmarks.memorization.__main__ import planned, wanted
 from benchmarks.memorization.copies import near_copy
 from benchmarks.memorization.rules import ByChance, register
@@ -190,6 +191,57 @@ def test_runs_are_planned_by_seed_and_chosen_by_name():
     }
     with pytest.raises(SystemExit, match="garments/dull"):
         wanted(["garments/dull"], None)
+
+
+def rows_of(arm: str, seed: int, close: list[int]) -> list[dict]:
+    """What a judge writes of a run of garments, with counts that are easy to follow."""
+    course = arms.COURSES["garments"]
+    counts = ("mq_0.3", "f_mem", "nearest_exact", "nearest_near", "extracted_close")
+    extracted = {f"extracted_close_x{times}": 0 for times in (1, *sets.LONG_TAIL)}
+    told = {f"told_by_{each}": 0.5 for each in ("loss_all", "bank_all", "reference_all", "reference_eight")}
+    return [
+        {"set": "garments", "arm": arm, "seed": seed, "round": number, "step": 120 * number, "seconds": 10.0 * number}
+        | {"images": 400, "repeated": 22, "close": count, **dict.fromkeys(counts, count // 2), **extracted, **told}
+        | {
+            "frechet": 200.0 - 10 * number,
+            "heldout_loss": -1.0 - number,
+            "recall": 0.5,
+            "mia_auc": 0.6,
+            "mia_tpr": 0.1,
+        }
+        | {"levels": [0.1, 0.5], "told_by_loss": [0.5, 0.4], "told_by_reference": [0.9, 0.6]}
+        | {f"skipped_{group}": 0.1 for group in ("once", "often", "all")}
+        for number, count in zip(course.judged, close, strict=True)
+    ]
+
+
+def test_the_document_says_what_was_measured_and_the_same_bytes_each_time(monkeypatch, tmp_path):
+    columns = ("mq_0.3", "f_mem", "close", "nearest_exact", "nearest_near")
+    rows = [{"set": "garments", "arm": "before", "seed": seed, "round": 0} for seed in (0, 1)]
+    rows = [row | {"baseline_images": 1000} | {f"baseline_{each}": 10 for each in columns} for row in rows]
+    for seed in (0, 1):
+        rows += rows_of("plain", seed, [0, 20, 40, 60, 80, 100])
+        rows += rows_of("iet-agc", seed, [0, 1, 2, 3, 4, 5])
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "all.json").write_text(json.dumps(rows))
+    written = []
+    for place in ("one", "two"):
+        monkeypatch.setattr(results, "TABLE", tmp_path / f"{place}.parquet")
+        monkeypatch.setattr(results, "DOCUMENT", tmp_path / place / "results.md")
+        monkeypatch.setattr(results, "PICTURES", tmp_path / place / "results")
+        results.write_results(tmp_path)
+        written.append([path.read_bytes() for path in sorted((tmp_path / place).rglob("*")) if path.is_file()])
+    assert written[0] == written[1]
+    assert [path.name for path in sorted((tmp_path / "one" / "results").iterdir())] == ["garments.png", "summary.png"]
+    text = (tmp_path / "one" / "results.md").read_text()
+    assert "Near copies: 10 instead of 200" in text
+    # 5 % above 1 % in 400 images, against 25 %; and stopped at a quarter of the steps.
+    assert "| IET-AGC | 0.5 % | 0.5 % | 1.2 % | 0.5 % | 0.5 % | 4 of 44 |" in text
+    assert "| plain, 1/4 of the steps, as many as a clone of IET takes | 5.0 % | 5.0 % | 10.0 % |" in text
+    assert "| 95 % (" in text.split("Fewer than plain training")[1]
+    assert "0.2 %, plain 24.0 %: 99 % (" in text
+    assert "| 0.50 | 0.50 | 0.50 | 0.50 |" in text
+    assert "| Garments, from scratch, loss over a reference's | 0.90 | 0.60 |" in text
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .arms import ARMS, arms_of
+from .measurements import restore
 from .one import BEFORE, measured_file
-from .results import restore, write_results
+from .results import write_results
 from .sets import SETS
 from .sources import ROOT
 

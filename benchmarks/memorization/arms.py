@@ -54,7 +54,7 @@ COURSES = {
     "garments": Course(120, (1, 2, 3, 5, 8, 12), 384, _GARMENTS),
     "garments-class": Course(120, (1, 2, 3, 5, 8, 12), 384, {**_GARMENTS, "class_column": "label"}),
     "emoji": Course(60, (2, 3, 5, 8, 12), 256, {**_GARMENTS, "resolution": 32}),
-    "garments-new": Course(80, (1, 2, 4, 7, 10), 384, {**_GARMENTS, "learning_rate": 1e-3}),
+    "garments-new": Course(80, (1, 3, 5, 8, 12), 384, {**_GARMENTS, "learning_rate": 1e-3}),
     "text-to-image": Course(
         40, (2, 4, 6, 8), 120, {**_FLAGS, "train_batch_size": 16, "resolution": 64, "learning_rate": 3e-4}, 10
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from iet_finetune import Config, Trainer
@@ -42,19 +43,23 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def run(name: str, arm: str, seed: int, home: Path) -> None:
-    """Trains and judges; does nothing if it was done."""
-    if (file := measured_file(home, name, arm, seed)).is_file():
-        return
+    """Trains and judges; does nothing if it was done, and waits if another process is at it."""
+    file = measured_file(home, name, arm, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            write_rows(file, _measured(name, arm, seed, home))
+
+
+def _measured(name: str, arm: str, seed: int, home: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     evidence = SETS[name](seed, home / "packages")
     features = (GarmentFeatures if name.startswith("garments") else SmallEfficientNet)(home / "features")
     ruler = Ruler(evidence, features)
     labels = {"set": name, "arm": arm, "seed": seed}
     if arm == BEFORE:
-        rows = [{**labels, "round": 0, "step": 0, **_before(name, seed, home, ruler)}]
-    else:
-        rows = _trained(name, arm, seed, home, ruler, labels)
-    write_rows(file, rows)
+        return [{**labels, "round": 0, "step": 0, **_before(name, seed, home, ruler)}]
+    return _trained(name, arm, seed, home, ruler, labels)
 
 
 def _before(name: str, seed: int, home: Path, ruler: Ruler) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -11,10 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .arms import ARMS, arms_of
+from .measurements import COUNTED, QUALITY, TITLES, WORDS, Measurements
 from .sets import NEAR
-
-if TYPE_CHECKING:
-    from .results import Measurements
 
 # One colour an arm, the same in every picture (Okabe and Ito's, which the colour-blind can tell apart).
 COLOURS = dict(
@@ -26,7 +23,7 @@ COLOURS = dict(
 )
 
 
-def draw_set(measured: "Measurements", name: str, file: Path) -> None:
+def draw_set(measured: Measurements, name: str, file: Path) -> None:
     """Copies and landing near repeats, both over quality: one curve an arm, seeds as bands."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=110, constrained_layout=True)
     for axis, column in zip(axes, ("mq_0.3", f"nearest_{NEAR}"), strict=True):
@@ -36,22 +33,18 @@ def draw_set(measured: "Measurements", name: str, file: Path) -> None:
     _save(figure, file)
 
 
-def draw_summary(measured: "Measurements", there: Sequence[str], file: Path) -> None:
+def draw_summary(measured: Measurements, there: Sequence[str], file: Path) -> None:
     """One panel a set: copies over quality."""
     figure, axes = plt.subplots(1, len(there), figsize=(4 * len(there), 3.8), dpi=110, constrained_layout=True)
     for axis, name in zip(np.atleast_1d(axes), there, strict=True):
         _curves(axis, measured, name, "mq_0.3")
-        from .results import TITLES
-
         axis.set_title(TITLES[name], fontsize=9)
     handles, labels = np.atleast_1d(axes)[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     _save(figure, file)
 
 
-def _curves(axis: plt.Axes, measured: "Measurements", name: str, column: str) -> None:
-    from .results import COUNTED, QUALITY, WORDS
-
+def _curves(axis: plt.Axes, measured: Measurements, name: str, column: str) -> None:
     for arm in arms_of(name):
         if not (seeds := measured.seeds(name, arm)):
             continue

@@ -16,6 +16,8 @@ from .sources import Pictures, emoji, fluent_emoji, garments
 ONCE, EXACT, NEAR = "once", "exact", "near"
 # How many images of each kind of copies are in the data how often: a long tail.
 LONG_TAIL = {2: 4, 5: 3, 10: 2, 20: 1, 50: 1}
+# How many images are in it once.
+ONCES = 100
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _garments(seed: int, cache: Path, classes: tuple[int, ...] = tuple(range(10)
     order = np.random.default_rng(29).permutation(len(test.images))
     quality, seen = test.at(order[:1000]), test.at(order[1000:1256])
     # The second half of the images is left to the network that makes the features.
-    return build(_of_classes(garments(count=3000), classes), 100, quality, seen, size=16, seed=seed)
+    return build(_of_classes(garments(count=3000), classes), ONCES, quality, seen, size=16, seed=seed)
 
 
 def _emoji(seed: int, cache: Path) -> EvidenceSet:
@@ -128,14 +130,14 @@ def _emoji(seed: int, cache: Path) -> EvidenceSet:
     order = np.random.default_rng([seed, 29]).permutation(len(everything.images))
     # There are too few for 1,000 held-out ones.
     parts = (everything.at(order[:-600]), everything.at(order[-600:-128]), everything.at(order[-128:]))
-    return build(parts[0], 100, parts[1], parts[2], size=32, seed=seed)
+    return build(parts[0], ONCES, parts[1], parts[2], size=32, seed=seed)
 
 
 def _fluent(seed: int, cache: Path) -> EvidenceSet:
     everything = fluent_emoji(cache)
     order = np.random.default_rng([seed, 29]).permutation(len(everything.images))
     parts = (everything.at(order[:-900]), everything.at(order[-900:-64]), everything.at(order[-64:]))
-    return build(parts[0], 100, parts[1], parts[2], size=64, seed=seed)
+    return build(parts[0], ONCES, parts[1], parts[2], size=64, seed=seed)
 
 
 # By name: makes the set of a seed, given a folder for what is downloaded.

@@ -1,0 +1,175 @@
+"""The tables of `docs/results.md`."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from .arms import COURSES
+from .matched import Interval, difference, fewer
+from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements, words_of
+from .sets import LONG_TAIL, ONCES
+
+Row = dict[str, str]
+
+
+def equal_passes(measured: Measurements, name: str) -> list[Row]:
+    """All arms after as many steps: what was counted, and quality; plain training stopped earlier beside them."""
+    arms = measured.arms(name)
+    rows = []
+    for arm in (arms[0], QUARTER, STOPPED, *arms[1:]):
+        last = measured.end(name, arm)
+        row = {"": words_of(arm)}
+        row |= {words: percent(last[column].sum() / last["images"].sum()) for column, words in COUNTED.items()}
+        row["repeated images extracted"] = f"{last['extracted_close'].sum():.0f} of {last['repeated'].sum():.0f}"
+        row[WORDS[QUALITY[name]]] = spread(last[QUALITY[name]])
+        row["recall"] = percent(last["recall"].mean())
+        row["AUC"] = f"{last['mia_auc'].mean():.2f}"
+        row["TPR at 1 %"] = percent(last["mia_tpr"].mean())
+        row["seconds"] = f"{last['seconds'].mean():.0f}"
+        rows.append(row)
+    base = {"": "*held-out images*"} | {
+        words: percent(measured.baseline(name, each)) for each, words in COUNTED.items()
+    }
+    return [*rows, base]
+
+
+def fewer_than_plain(measured: Measurements, name: str) -> list[Row]:
+    """By which part each arm has fewer copies than plain training after as many steps, with intervals."""
+    return [
+        {"": words_of(arm)}
+        | {COUNTED[column]: interval(part(measured, name, arm, column)) for column in ("mq_0.3", "close", "f_mem")}
+        for arm in (QUARTER, STOPPED, *measured.arms(name))
+        if arm != "plain"
+    ]
+
+
+def part(measured: Measurements, name: str, arm: str, column: str) -> Interval:
+    """By which part an arm ends with fewer of something than plain training; nothing is taken off for a baseline."""
+    seeds = measured.shared_seeds(name, arm)
+    pairs = []
+    for each in (arm, "plain"):
+        ends = measured.end(name, each, seeds)
+        pairs.append(list(zip(ends[column].astype(int), ends["images"].astype(int), strict=True)))
+    return fewer(*pairs)
+
+
+def extracted(measured: Measurements, name: str) -> list[Row]:
+    """How many of the originals were extracted, by how often they are in the data, exact and near copies together."""
+    rows = []
+    for arm in measured.arms(name):
+        last = measured.end(name, arm)
+        counts = {1: len(last) * ONCES, **{t: 2 * n * len(last) for t, n in LONG_TAIL.items()}}
+        row = {"": words_of(arm)}
+        for times, count in counts.items():
+            heading = "once" if times == 1 else f"{times} times"
+            row[heading] = f"{last[f'extracted_close_x{times}'].sum():.0f} of {count}"
+        rows.append(row)
+    return rows
+
+
+def matched(measured: Measurements, name: str) -> list[Row]:
+    """Each arm beside plain training stopped at the same quality."""
+    rows = []
+    for arm in measured.arms(name):
+        if arm == "plain":
+            continue
+        seeds = measured.shared_seeds(name, arm)
+        both = [measured.trajectories(name, each, "mq_0.3", seeds) for each in (arm, "plain")]
+        # The best quality that all these runs come to.
+        wanted = max(run.best for runs in both for run in runs)
+        row = {"": words_of(arm), "at quality": number(wanted)}
+        # Of MQ 0.3 the baseline is higher than what most models come to.
+        for column, words in COUNTED.items():
+            if column == "mq_0.3":
+                continue
+            ours, theirs = (measured.trajectories(name, each, column, seeds) for each in (arm, "plain"))
+            found = difference(ours, theirs, wanted, measured.baseline(name, column))
+            assert found is not None
+            row[words] = f"{percent(found[0].value)}, plain {percent(found[1].value)}: "
+            row[words] += f"{interval(found[2])} less" if found[1].low > 0 else "–"
+        rows.append(row)
+    return rows
+
+
+def signals(measured: Measurements, there: Sequence[str]) -> list[Row]:
+    """What tells repeated images from others, half way through plain training."""
+    rows = []
+    for name in there:
+        last = half_way(measured, name)
+        row = {"": TITLES[name]}
+        for column, words in SIGNALS.items():
+            row[words] = f"{last[column].mean():.2f}"
+        rows.append(row)
+    return rows
+
+
+SIGNALS = {
+    "told_by_loss_all": "loss, any noise level",
+    "told_by_bank_all": "loss over the bank's",
+    "told_by_reference_all": "loss over a reference's, any noise level",
+    "told_by_reference_eight": "the same, eight draws at little noise",
+}
+
+
+def half_way(measured: Measurements, name: str) -> pd.DataFrame:
+    """The rows of plain training in the middle of what was judged, of each seed."""
+    rows, judged = measured.rows, COURSES[name].judged
+    plain = rows[(rows["set"] == name) & (rows["arm"] == "plain")]
+    return plain[plain["round"] == judged[len(judged) // 2]]
+
+
+def signals_by_level(measured: Measurements, there: Sequence[str]) -> list[Row]:
+    """The same by noise level, as a part of the schedule."""
+    rows = []
+    for name in there:
+        last = half_way(measured, name)
+        levels = last["levels"].iloc[0]
+        for column, words in (("told_by_loss", "loss"), ("told_by_reference", "loss over a reference's")):
+            means = pd.DataFrame(last[column].tolist()).mean()
+            cells = {f"{100 * level:.0f} %": f"{mean:.2f}" for level, mean in sorted(zip(levels, means, strict=True))}
+            rows.append({"": f"{TITLES[name]}, {words}", **cells})
+    return rows
+
+
+def skips(measured: Measurements, there: Sequence[str]) -> list[Row]:
+    """What AGC skipped over the whole run."""
+    groups = {"once": "of images in the data once", "often": "of images five times and more", "all": "of all"}
+    return [
+        {"": f"{TITLES[name]}, {words_of(arm)}"}
+        | {words: percent(measured.end(name, arm)[f"skipped_{each}"].mean()) for each, words in groups.items()}
+        for name in there
+        for arm in ("agc", "iet-agc")
+        if measured.seeds(name, arm)
+    ]
+
+
+def percent(share: float) -> str:
+    """0.0234 as `2.3 %`."""
+    text = f"{100 * share:.1f}"
+    return ("0.0" if text == "-0.0" else text) + " %"
+
+
+def number(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.3g}"
+
+
+def spread(values: pd.Series) -> str:
+    """The mean, and between which values the seeds lie: `21.4 (20.8 to 22.0)`."""
+    if len(values) == 1:
+        return number(values.iloc[0])
+    return f"{number(values.mean())} ({number(values.min())} to {number(values.max())})"
+
+
+def interval(found: Interval) -> str:
+    """A part with its interval, as percentages: `52 % (31 to 66)`."""
+    return f"{100 * found.value:.0f} % ({100 * found.low:.0f} to {100 * found.high:.0f})"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A table in Markdown; nothing without rows."""
+    if not rows:
+        return ""
+    heads = list(rows[0])
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([row.get(head, "") for head in heads] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
