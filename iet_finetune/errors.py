@@ -25,6 +25,15 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> str | None:
+    """Returns what a device that ran out of memory had to give and did not have; None for any other error."""
+    # By its name: this is read where torch may not be imported.
+    if type(error).__name__ != "OutOfMemoryError":
+        return None
+    # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...", and then its allocator.
+    return ". ".join(one_line(error).split(". ")[:2]).rstrip(".")
+
+
 def disk_full(error: BaseException) -> str | None:
     """Returns the reason and, if known, the file when `error` was caused by a full disk; None otherwise."""
     for cause in _causes(error):

@@ -157,7 +157,7 @@ def test_the_value_at_a_quality_is_where_the_course_first_comes_to_it(points, wa
     for number, (q, v) in enumerate(points):
         if q <= wanted:
             if number == 0:
-                expected = v
+                expected = v if q == wanted else float("nan")
             else:
                 (q0, v0) = points[number - 1]
                 expected = v0 + (v - v0) * (q0 - wanted) / (q0 - q)
@@ -179,6 +179,16 @@ def test_a_difference_at_matched_quality_is_found_with_its_interval():
     same = matched.difference(theirs, theirs, wanted=3.0, baseline=0.1)[2]
     assert same.low < 0 < same.high
     assert matched.fewer([(10, 100)], [(50, 100)]).value == pytest.approx(0.8)
+
+
+def test_none_of_some_is_no_proof_that_there_are_none():
+    found = matched.fewer([(0, 400)] * 3, [(40, 400)] * 3)
+    assert found.value == 1
+    assert 0.9 < found.low < found.high < 1
+    assert np.isnan(matched.fewer([(0, 400)], [(0, 400)]).value)
+    # Jeffreys' interval of 0 of 10 is up to .217 (Brown, Cai, DasGupta 2001).
+    drawn = matched.redrawn(np.zeros(40000), np.full(40000, 10), np.random.default_rng(0))
+    assert np.quantile(drawn, 0.975) == pytest.approx(0.217, abs=0.005)
 
 
 def test_runs_are_planned_by_seed_and_chosen_by_name():
@@ -234,12 +244,13 @@ def test_the_document_says_what_was_measured_and_the_same_bytes_each_time(monkey
     assert written[0] == written[1]
     assert [path.name for path in sorted((tmp_path / "one" / "results").iterdir())] == ["garments.png", "summary.png"]
     text = (tmp_path / "one" / "results.md").read_text()
-    assert "Near copies: 10 instead of 200" in text
+    assert "Near copies: 10 instead of 200; repeated images extracted: 4 instead of 100 of 44" in text
     # 5 % above 1 % in 400 images, against 25 %; and stopped at a quarter of the steps.
     assert "| IET-AGC | 0.5 % | 0.5 % | 1.2 % | 0.5 % | 0.5 % | 4 of 44 |" in text
     assert "| plain, 1/4 of the steps, as many as a clone of IET takes | 5.0 % | 5.0 % | 10.0 % |" in text
-    assert "| 95 % (" in text.split("Fewer than plain training")[1]
+    assert "| 95 % (" in text.split("By how much fewer than plain training's")[1]
     assert "0.3 %, plain 24.0 %: 99 % (" in text
+    assert "Not measured yet: Garments by class, from scratch, Emoji" in text
     assert "| 0.50 | 0.50 | 0.50 | 0.50 |" in text
     assert "| Garments, from scratch, loss over a reference's | 0.90 | 0.60 |" in text
 

@@ -44,22 +44,25 @@ def at_quality(quality: np.ndarray, values: np.ndarray, wanted: float) -> float:
         values: (n,) of what is measured.
 
     Returns:
-        NaN if it never comes there; the first value if it begins there or better.
+        NaN if it never comes there, or begins better.
     """
     reached = np.flatnonzero(quality <= wanted)
     if len(reached) == 0:
         return float("nan")
     after = int(reached[0])
     if after == 0:
-        return float(values[0])
+        return float(values[0]) if quality[0] == wanted else float("nan")
     before = after - 1
     share = (quality[before] - wanted) / (quality[before] - quality[after])
     return float(values[before] + share * (values[after] - values[before]))
 
 
-def redrawn(run: Trajectory, rng: np.random.Generator) -> np.ndarray:
-    """(n,) the shares among images drawn anew from those of each point: binomial, as each image counts or does not."""
-    return rng.binomial(run.total, run.count / run.total) / run.total
+def redrawn(count: np.ndarray, total: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(n,) the shares that may lie behind counts: drawn from Jeffreys' posterior, Beta(k + 1/2, n - k + 1/2).
+
+    Drawing images anew would make nothing of nothing: 0 of 400 is no proof that there are none.
+    """
+    return rng.beta(count + 0.5, total - count + 0.5)
 
 
 def difference(
@@ -75,7 +78,7 @@ def difference(
         baseline: the share among real images, which no training can be blamed for.
 
     Returns:
-        our excess, theirs, and 1 - ours / theirs; None if a run does not come to the quality.
+        our excess, theirs, and 1 - ours / theirs; None if a run does not pass the quality.
     """
     pairs = list(zip(ours, theirs, strict=True))
 
@@ -91,7 +94,10 @@ def difference(
         return None
     drawn = np.array(
         [
-            excess([pairs[i] for i in rng.integers(0, len(pairs), len(pairs))], lambda run: redrawn(run, rng))
+            excess(
+                [pairs[i] for i in rng.integers(0, len(pairs), len(pairs))],
+                lambda run: redrawn(run.count, run.total, rng),
+            )
             for _ in range(RESAMPLES)
         ]
     )
@@ -100,36 +106,29 @@ def difference(
     return one, other, part
 
 
-def fewer(
-    ours: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]], baseline: float = 0.0, seed: int = 0
-) -> Interval:
-    """By which part ours is lower than theirs, above the baseline, without regard to quality.
+def fewer(ours: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]], seed: int = 0) -> Interval:
+    """By which part ours is lower than theirs, without regard to quality; NaN where theirs is nothing.
 
     Args:
         ours, theirs: of each seed how many of how many images.
     """
     rng = np.random.default_rng(seed)
-
-    def part(pairs: list[tuple[tuple[int, int], tuple[int, int]]], draw: bool) -> float:
-        both = np.array(
-            [
-                [(rng.binomial(total, count / total) if draw else count) / total for count, total in pair]
-                for pair in pairs
-            ]
-        )
-        return _part(*(both.mean(axis=0) - baseline))
-
-    pairs = list(zip(ours, theirs, strict=True))
-    drawn = [part([pairs[i] for i in rng.integers(0, len(pairs), len(pairs))], True) for _ in range(RESAMPLES)]
-    return _interval(part(pairs, False), np.array(drawn))
+    pairs = np.array([ours, theirs], dtype=float)  # (2, seeds, count and total)
+    drawn = []
+    for _ in range(RESAMPLES):
+        some = pairs[:, rng.integers(0, pairs.shape[1], pairs.shape[1])]
+        drawn.append(_part(*redrawn(some[..., 0], some[..., 1], rng).mean(axis=1)))
+    return _interval(_part(*(pairs[..., 0] / pairs[..., 1]).mean(axis=1)), np.array(drawn))
 
 
 def _part(ours: float, theirs: float) -> float:
-    """1 - ours / theirs; 0 where theirs has nothing to lose."""
-    return float(1 - ours / theirs) if theirs > 0 else 0.0
+    """1 - ours / theirs; NaN where theirs has nothing to lose."""
+    return float(1 - ours / theirs) if theirs > 0 else float("nan")
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:
     tail = (1 - CONFIDENCE) / 2
+    if not np.isfinite(drawn).any():
+        return Interval(float(value), float("nan"), float("nan"))
     low, high = np.nanquantile(drawn, [tail, 1 - tail])
     return Interval(float(value), float(low), float(high))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from .arms import ARMS, COURSES, SHARDS, arms_of
+from .arms import ARMS, COURSES, FINE_TUNED, SHARDS, arms_of
 from .matched import Trajectory
 from .one import BEFORE, measured_file, write_rows
 from .sets import EXACT, NEAR, SETS
@@ -53,9 +53,17 @@ class Measurements:
         """Those that plain training was run with too."""
         return sorted({*self.seeds(name, _trained(arm))} & {*self.seeds(name, "plain")})
 
+    def sets(self) -> list[str]:
+        """The sets that can be told of: plain training was run, and `before` for each of its seeds."""
+        return [
+            name
+            for name in SETS
+            if self.seeds(name, "plain") and {*self.seeds(name, "plain")} <= {*self.seeds(name, BEFORE)}
+        ]
+
     def arms(self, name: str) -> list[str]:
-        """The arms of a set that were run."""
-        return [arm for arm in ARMS if arm in arms_of(name) and self.seeds(name, arm)]
+        """The arms of a set that were run with a seed that plain training was run with."""
+        return [arm for arm in ARMS if arm in arms_of(name) and self.shared_seeds(name, arm)]
 
     def run(self, name: str, arm: str, seed: int) -> pd.DataFrame:
         """One run, by round."""
@@ -81,8 +89,11 @@ class Measurements:
         return float((rows[f"baseline_{column}"] / rows["baseline_images"]).mean())
 
     def trajectories(self, name: str, arm: str, column: str, seeds: Iterable[int]) -> list[Trajectory]:
-        """Runs as courses through quality and a counted share."""
+        """Runs as courses through quality and a counted share; fine-tuning begins with the model it starts from."""
         runs = [self.run(name, arm, seed) for seed in seeds]
+        if name in FINE_TUNED:
+            starts = [self.run(name, BEFORE, seed) for seed in seeds]
+            runs = [pd.concat(both) for both in zip(starts, runs, strict=True)]
         return [
             Trajectory(run[QUALITY[name]].to_numpy(float), run[column].to_numpy(int), run["images"].to_numpy(int))
             for run in runs
@@ -103,10 +114,14 @@ def words_of(arm: str) -> str:
 
 
 def collect(home: Path) -> pd.DataFrame:
-    """All measurements in `home`, as one table."""
+    """All measurements in `home`, as one table; those of runs that were judged at other rounds are left out."""
     rows: list[dict[str, Any]] = []
     for file in sorted((home / "measured").glob("*.json")):
-        rows += json.loads(file.read_text())
+        run = json.loads(file.read_text())
+        if run[0]["arm"] == BEFORE or tuple(row["round"] for row in run) == COURSES[run[0]["set"]].judged:
+            rows += run
+        else:
+            print(f"{file} is of another course and is left out: remove it to run it again", file=sys.stderr)
     return pd.DataFrame(rows).sort_values(["set", "arm", "seed", "round"], ignore_index=True)
 
 

@@ -7,8 +7,7 @@ import pandas as pd
 
 from . import tables
 from .measurements import QUALITY, TABLE, TITLES, WORDS, Measurements, collect
-from .prose import AGAINST_STOPPING, EXTRACTED, HEAD, LOOKS_AT, opening, what_it_is_worth
-from .sets import SETS
+from .prose import AGAINST_STOPPING, BY_LEVEL, EXTRACTED, HEAD, LOOKS_AT, SKIPPED, opening, what_it_is_worth
 from .sources import ROOT
 
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -22,7 +21,8 @@ def write_results(home: Path) -> None:
     if not TABLE.is_file():
         sys.exit("nothing has been measured yet: leave out --report.")
     measured = Measurements(pd.read_parquet(TABLE))
-    there = [name for name in SETS if measured.seeds(name, "plain")]
+    if not (there := measured.sets()):
+        sys.exit("no set has both `plain` and `before` yet: leave out --report, or name both with --only.")
     PICTURES.mkdir(parents=True, exist_ok=True)
     from .pictures import draw_set, draw_summary
 
@@ -35,7 +35,9 @@ def write_results(home: Path) -> None:
         *(section(measured, name) for name in there),
         LOOKS_AT,
         tables.table(tables.signals(measured, there)),
-        *(tables.table(tables.signals_by_level(measured, [name])) for name in there),
+        BY_LEVEL,
+        *(tables.table(tables.signals_by_level(measured, name)) for name in there),
+        SKIPPED,
         tables.table(tables.skips(measured, there)),
         what_it_is_worth(measured, there),
     ]
@@ -49,9 +51,9 @@ def section(measured: Measurements, name: str) -> str:
         [
             f"## {TITLES[name]}\n",
             f"![Quality and memorization of every arm](results/{name}.png)\n",
-            f"After as many passes; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n",
-            tables.table(tables.equal_passes(measured, name)),
-            "Fewer than plain training after as many passes, with 95 % intervals:\n",
+            f"After as many steps; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n",
+            tables.table(tables.equal_steps(measured, name)),
+            "By how much fewer than plain training's, after as many steps:\n",
             tables.table(tables.fewer_than_plain(measured, name)),
             EXTRACTED,
             tables.table(tables.extracted(measured, name)),

@@ -1,5 +1,6 @@
 """The tables of `docs/results.md`."""
 
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -12,7 +13,7 @@ from .sets import LONG_TAIL, ONCES
 Row = dict[str, str]
 
 
-def equal_passes(measured: Measurements, name: str) -> list[Row]:
+def equal_steps(measured: Measurements, name: str) -> list[Row]:
     """All arms after as many steps: what was counted, and quality; plain training stopped earlier beside them."""
     arms = measured.arms(name)
     rows = []
@@ -46,11 +47,8 @@ def fewer_than_plain(measured: Measurements, name: str) -> list[Row]:
 def part(measured: Measurements, name: str, arm: str, column: str) -> Interval:
     """By which part an arm ends with fewer of something than plain training; nothing is taken off for a baseline."""
     seeds = measured.shared_seeds(name, arm)
-    pairs = []
-    for each in (arm, "plain"):
-        ends = measured.end(name, each, seeds)
-        pairs.append(list(zip(ends[column].astype(int), ends["images"].astype(int), strict=True)))
-    return fewer(*pairs)
+    ends = [measured.end(name, each, seeds)[[column, "images"]].to_numpy(int) for each in (arm, "plain")]
+    return fewer(*(list(map(tuple, rows)) for rows in ends))
 
 
 def extracted(measured: Measurements, name: str) -> list[Row]:
@@ -78,15 +76,11 @@ def matched(measured: Measurements, name: str) -> list[Row]:
         # The best quality that all these runs come to.
         wanted = max(run.best for runs in both for run in runs)
         row = {"": words_of(arm), "at quality": number(wanted)}
-        # Of MQ 0.3 the baseline is higher than what most models come to.
         for column, words in COUNTED.items():
-            if column == "mq_0.3":
-                continue
-            ours, theirs = (measured.trajectories(name, each, column, seeds) for each in (arm, "plain"))
-            found = difference(ours, theirs, wanted, measured.baseline(name, column))
-            assert found is not None
-            row[words] = f"{percent(found[0].value)}, plain {percent(found[1].value)}: "
-            row[words] += f"{interval(found[2])} less" if found[1].low > 0 else "–"
+            # Of MQ 0.3 the baseline is higher than what most models come to.
+            if column != "mq_0.3":
+                ours, theirs = (measured.trajectories(name, each, column, seeds) for each in (arm, "plain"))
+                row[words] = compared(difference(ours, theirs, wanted, measured.baseline(name, column)))
         rows.append(row)
     return rows
 
@@ -112,22 +106,22 @@ SIGNALS = {
 
 
 def half_way(measured: Measurements, name: str) -> pd.DataFrame:
-    """The rows of plain training in the middle of what was judged, of each seed."""
-    rows, judged = measured.rows, COURSES[name].judged
-    plain = rows[(rows["set"] == name) & (rows["arm"] == "plain")]
-    return plain[plain["round"] == judged[len(judged) // 2]]
+    """The rows of plain training that are nearest to half of its rounds, of each seed."""
+    judged = COURSES[name].judged
+    round_ = min(judged, key=lambda each: abs(each - judged[-1] / 2))
+    rows = measured.rows
+    return rows[(rows["set"] == name) & (rows["arm"] == "plain") & (rows["round"] == round_)]
 
 
-def signals_by_level(measured: Measurements, there: Sequence[str]) -> list[Row]:
-    """The same by noise level, as a part of the schedule."""
+def signals_by_level(measured: Measurements, name: str) -> list[Row]:
+    """The same by noise level, as a part of the schedule: of the membership attack's draws, then of the loss's."""
+    last = half_way(measured, name)
+    levels = last["levels"].iloc[0]
     rows = []
-    for name in there:
-        last = half_way(measured, name)
-        levels = last["levels"].iloc[0]
-        for column, words in (("told_by_loss", "loss"), ("told_by_reference", "loss over a reference's")):
-            means = pd.DataFrame(last[column].tolist()).mean()
-            cells = {f"{100 * level:.0f} %": f"{mean:.2f}" for level, mean in sorted(zip(levels, means, strict=True))}
-            rows.append({"": f"{TITLES[name]}, {words}", **cells})
+    for column, words in (("told_by_loss", "loss"), ("told_by_reference", "loss over a reference's")):
+        means = pd.DataFrame(last[column].tolist()).mean()
+        cells = {f"{100 * level:.1f} %": f"{mean:.2f}" for level, mean in zip(levels, means, strict=True)}
+        rows.append({"": f"{TITLES[name]}, {words}", **cells})
     return rows
 
 
@@ -162,8 +156,30 @@ def spread(values: pd.Series) -> str:
 
 
 def interval(found: Interval) -> str:
-    """A part with its interval, as percentages: `52 % (31 to 66)`."""
+    """A part with its interval, as percentages: `52 % (31 to 66)`; – where there was nothing to lose."""
+    if math.isnan(found.value):
+        return "–"
     return f"{100 * found.value:.0f} % ({100 * found.low:.0f} to {100 * found.high:.0f})"
+
+
+def direction(found: Interval) -> str:
+    """The same in words: fewer, more, or neither clearly."""
+    if math.isnan(found.value):
+        return "none in either"
+    if found.low > 0:
+        return f"{interval(found)} fewer"
+    if found.high < 0:
+        return f"{interval(Interval(-found.value, -found.high, -found.low))} more"
+    return f"no clear difference, {interval(found)} fewer"
+
+
+def compared(found: tuple[Interval, Interval, Interval] | None) -> str:
+    """Two shares in excess of the baseline, and by how much ours is lower if theirs is clearly above it."""
+    if found is None:
+        return "–"
+    ours, theirs, lower = found
+    shares = f"{percent(ours.value)}, plain {percent(theirs.value)}"
+    return f"{shares}: {direction(lower)}" if theirs.low > 0 else shares
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -6,12 +6,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ..config.flags import parse_arguments
 from ..errors import UserError, one_line
 from ..files import LORA_NAME, partial_name, removed_on_error
 from ..publish.upload_list import INDEX_NAME
+from .parsing import CommandParser
 
 if TYPE_CHECKING:
     from ..lora.file import LoraLayer, MergedLora
@@ -42,11 +43,10 @@ def merge_command(argv: list[str]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="iet-finetune merge",
+    parser = CommandParser(
+        "merge",
         description="Merge LoRA adapters or whole denoisers: the result is exactly their weighted mean. An adapter is "
         "written in fp32, a denoiser in the precision of the first.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "inputs",
@@ -70,11 +70,6 @@ def _parser() -> argparse.ArgumentParser:
         "is what the exact merge needs: at most the sum of the ranks.",
     )
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (`iet-finetune merge --help` lists the flags).")
 
 
 def _weights(given: Sequence[str] | None, count: int) -> list[float]:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from ..config.config import Config
 from ..config.flags import nearest
-from ..errors import UserError, disk_full
+from ..errors import UserError, disk_full, out_of_memory
+from .parsing import PROGRAM
 
-PROGRAM = "iet-finetune"
 # Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended. It
 # is longer where the ranks could not settle yet which of them that is.
 PATIENCE, LONG_PATIENCE = 2, 10
@@ -81,7 +81,7 @@ def doctor(argv: list[str]) -> None:
     """
     from .doctor_command import doctor_command
 
-    _show(doctor_command(argv))
+    _show(doctor_command(argv, _show))
 
 
 def recipes(argv: list[str]) -> None:
@@ -172,8 +172,8 @@ def _usage() -> str:
 def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> int:
     """Call `function` and return the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM.
 
-    An error that the user can mend (`UserError`, a full disk), Ctrl-C and SIGTERM end in one line on stderr. Any other
-    exception is a bug of ours and keeps its traceback. Of several ranks one says it.
+    An error that the user can mend (`UserError`, a full disk, a device out of memory), Ctrl-C and SIGTERM end in one
+    line on stderr. Any other exception is a bug of ours and keeps its traceback. Of several ranks one says it.
     """
     try:
         with _interrupted_by_sigterm():
@@ -188,10 +188,11 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     except KeyboardInterrupt:
         return _stop(f"interrupted; {after_interrupt}.", 130, os.environ.get("RANK", "0") == "0")
     except Exception as error:
-        full = disk_full(error)
-        if full is None:
-            raise
-        return _stop(f"error: {full}; free some and try again ({after_interrupt}).", 2)
+        if (full := disk_full(error)) is not None:
+            return _stop(f"error: {full}; free some and try again ({after_interrupt}).", 2)
+        if (full := out_of_memory(error)) is not None:
+            return _stop(f"error: {full}; lower batch size or resolution, or free the device ({after_interrupt}).", 2)
+        raise
     return 0
 
 

@@ -2,12 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ..config.flags import convert, flag_specs, parse_arguments
 from ..config.settings import HubConfig
 from ..errors import UserError
 from ..publish.hub import push
+from .parsing import CommandParser
 
 
 def push_command(argv: list[str]) -> str:
@@ -17,10 +18,9 @@ def push_command(argv: list[str]) -> str:
         UserError: wrong arguments, or what `push` raises.
     """
     specs = {spec.name: spec for spec in flag_specs(HubConfig) if spec.name != "push_to_hub"}
-    parser = _Parser(
-        prog="iet-finetune push",
+    parser = CommandParser(
+        "push",
         description="Upload a finished run to the Hub.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("output_dir", metavar="OUTPUT", help="The `--output_dir` of a finished run.")
@@ -32,8 +32,3 @@ def push_command(argv: list[str]) -> str:
     if not output_dir.is_dir():
         raise UserError(f"OUTPUT `{output_dir}` is not a folder: give the `--output_dir` of a finished run.")
     return push(output_dir, HubConfig(**{name: convert(specs[name], v, f"`--{name}`") for name, v in given.items()}))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (`iet-finetune push --help` lists the flags).")

@@ -1,6 +1,8 @@
 """Pipelines of the real sizes with random weights, which take as much memory and time as trained ones."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,10 +71,22 @@ def vae(**settings: Any) -> AutoencoderKL:
     )
 
 
+@contextlib.contextmanager
+def _made(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """What is built inside has random weights that are always the same ones, there and in this precision."""
+    before = torch.get_default_dtype()
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def sd15(device: str) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5: a UNet of 860 M parameters."""
-    torch.manual_seed(0)
-    with torch.device(device):
+    with _made(device, torch.float32):
         unet = UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
         encoder, text_encoder = vae(), _Text().build()
     return StableDiffusionPipeline(
@@ -87,10 +101,9 @@ def sd15(device: str) -> StableDiffusionPipeline:
     )
 
 
-def sdxl(device: str) -> StableDiffusionXLPipeline:
+def sdxl(device: str, dtype: torch.dtype = torch.float32) -> StableDiffusionXLPipeline:
     """SDXL: a UNet of 2.6 G parameters, two text encoders."""
-    torch.manual_seed(0)
-    with torch.device(device):
+    with _made(device, dtype):
         unet = UNet2DConditionModel(
             sample_size=128,
             block_out_channels=(320, 640, 1280),
@@ -119,10 +132,9 @@ def sdxl(device: str) -> StableDiffusionXLPipeline:
     )
 
 
-def flux(device: str, double: int = 4, single: int = 8) -> FluxPipeline:
+def flux(device: str, dtype: torch.dtype = torch.float32, double: int = 4, single: int = 8) -> FluxPipeline:
     """Flux.1 dev cut to so many blocks of each kind (19 and 38 make 12 G parameters), with one layer of T5-XXL."""
-    torch.manual_seed(0)
-    with torch.device(device):
+    with _made(device, dtype):
         transformer = FluxTransformer2DModel(
             num_layers=double, num_single_layers=single, guidance_embeds=True, joint_attention_dim=4096
         )

@@ -61,6 +61,18 @@ def fresh_accelerator() -> Iterator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@contextlib.contextmanager
+def where_it_fits(found: dict[str, Any], words: str) -> Iterator[None]:
+    """Inside is something for comparison, which a smaller card need not hold; where it does not, that is noted."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        found[words] = "does not fit"
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class UnsavedTrainer(Trainer):
     """The trainer without checkpoints, whose writing is not what is measured."""
 

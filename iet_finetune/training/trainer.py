@@ -69,7 +69,7 @@ class Trainer:
         # Where the pipeline came from, if it is the caller's.
         self._home = getattr(pipeline, "device", None)
         try:
-            with self.ranks.report_errors_once(), out_of_memory_explained(config):
+            with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 self._prepare(accelerator, resume, pipeline, dataset)
         except BaseException:
@@ -81,8 +81,9 @@ class Trainer:
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
-            with self.ranks.report_errors_once(), out_of_memory_explained(self.config, self.store):
-                self.train_rounds()
+            with self.ranks.report_errors_once():
+                with out_of_memory_explained(self.config, self.store):
+                    self.train_rounds()
                 self.finish()
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
                 self.ranks.leave()

@@ -16,7 +16,7 @@ from ...training.trainer import Trainer
 from ..checks import Machine, expect
 from ..trials import UnsavedTrainer, fresh_accelerator, pictures, settings
 
-# Losses of a step, by themselves: fp32 without TF32.
+# Losses of a step, by themselves, in fp32.
 CLOSE = 1e-4
 
 
@@ -39,10 +39,12 @@ class Losses(Callback):
 def agreement(machine: Machine, found: dict[str, Any]) -> None:
     """The same run on the CPU and on the GPU: two clones, two rounds, AGC with few bins, so that it skips."""
     machine.need_card()
+    # torch has TF32 on for convolutions unless it is told otherwise.
+    torch.backends.cudnn.allow_tf32 = False
     ours, theirs = (_losses(machine, cpu=cpu) for cpu in (False, True))
     loss, expected = torch.cat(ours.loss), torch.cat(theirs.loss)
     found["steps"] = len(ours.loss)
-    found["largest difference"] = ((loss - expected).abs() / expected).max().item()
+    found["largest difference"] = ((loss - expected).abs() / expected).max().item()  # NaN if any is
     found["skipped"] = int((~torch.cat(theirs.keep)).sum())
     found["decided otherwise"] = int((torch.cat(ours.keep) != torch.cat(theirs.keep)).sum())
     expect(found["skipped"] > 0, "nothing was skipped: this shows nothing")
@@ -89,7 +91,7 @@ def repeats(machine: Machine, found: dict[str, Any]) -> None:
     found["changed by learning nothing"] = _changed(before, _weights(pipeline))
     if machine.has_card:
         twice = [_dropped(machine, name, stops=False) for name in ("once", "twice")]
-        found["differs, run twice, as it is"] = _difference(*twice)
+        found["differs, run twice, not asked to repeat itself"] = _difference(*twice)
     # Sums of a GPU depend on the order in which its threads arrive, unless it is told otherwise.
     torch.use_deterministic_algorithms(True)
     straight, again = (_dropped(machine, name, stops=False) for name in ("straight", "again"))
@@ -136,25 +138,49 @@ def _changed(before: list[Tensor], after: list[Tensor]) -> int:
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+    # A tensor's maximum is NaN where there is one, Python's need not be.
+    return torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max().item()
+
+
+class _Overflows(Callback):
+    """Compares, after each step, whether the gradient scale fell with whether the weights stayed."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline, self.scaler = pipeline, None
+        self.before, self.scale = _weights(pipeline), _TOO_LARGE
+        self.fallen, self.moved_when_fallen, self.stayed_otherwise = 0, 0, 0
+
+    def on_step_end(self, facts: StepFacts) -> None:
+        """Looks at this step."""
+        assert self.scaler is not None
+        weights, scale = _weights(self.pipeline), self.scaler.get_scale()
+        moved, fell = _changed(self.before, weights) > 0, scale < self.scale
+        self.fallen += fell
+        self.moved_when_fallen += fell and moved
+        self.stayed_otherwise += not fell and not moved
+        self.before, self.scale = weights, scale
 
 
 def scaled(machine: Machine, found: dict[str, Any]) -> None:
-    """A scale that is too large comes down, and finite weights have learnt; steps that skip all change no bit."""
+    """Steps whose scaled gradients overflow change nothing and lower the scale; steps that skip all change no bit."""
     if machine.has_card:
-        pipeline = tiny_sd()
+        pipeline: Any = tiny_sd()
+        watch = _Overflows(pipeline)
         with fresh_accelerator():
             trainer = UnsavedTrainer(
                 _short(machine, "fp16", 40, mixed_precision="fp16", use_ema=True),
+                [watch],
                 pipeline=pipeline,
                 dataset=pictures(8, RESOLUTION),
             )
             local = trainer.run.local
-            local._fresh_scaler["scale"] = _TOO_LARGE
+            local._fresh_scaler["scale"], watch.scaler = _TOO_LARGE, local._scaler
             trainer.train_rounds()
-            found["scale at last"] = local._scaler.get_scale()
+        found.update({"scale at last": watch.scale, "steps that overflowed": watch.fallen})
+        expect(0 < watch.fallen < 40, "the scale was to come down, and then to fit")
+        expect(watch.moved_when_fallen == 0, "a step whose gradients overflowed changed weights")
+        expect(watch.stayed_otherwise == 0, "a step whose gradients fit changed nothing")
         expect(all(weight.isfinite().all() for weight in _weights(pipeline)), "weights are not finite")
-        expect(found["scale at last"] < _TOO_LARGE / 2**10, "the scale has not come down")
     pipeline = tiny_sd()
     before = _weights(pipeline)
     SKIP_RULES.register(_NEVER)(Never)

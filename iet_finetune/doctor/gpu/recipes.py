@@ -12,7 +12,18 @@ from ...families.tiny import RESOLUTION, tiny_flux, tiny_sd, tiny_sdxl
 from ...training.validation import merged_pipeline
 from .. import shapes
 from ..checks import Machine, expect
-from ..trials import Memory, StepClock, UnsavedTrainer, fresh_accelerator, host_peak, pictures, settings, timed, wait
+from ..trials import (
+    Memory,
+    StepClock,
+    UnsavedTrainer,
+    fresh_accelerator,
+    host_peak,
+    pictures,
+    settings,
+    timed,
+    wait,
+    where_it_fits,
+)
 from .plain import plain_loop
 
 # GB on the device, in every phase.
@@ -29,36 +40,42 @@ def sd15_full(machine: Machine, found: dict[str, Any]) -> None:
         "mixed_precision": "bf16" if large else "no", "cache_dir": str(machine.scratch / "cache"),
     }  # fmt: skip
     images = pictures(4 * batch, size)
-    for words, flags in (("", {"gradient_checkpointing": True}), (", no checkpointing", {})):
-        config = settings(
-            machine.scratch / f"run{len(flags)}",
-            num_shards=2,
-            merge_every_steps=8,
-            max_train_steps=8,
-            **common,
-            **flags,
-        )
-        pipeline: Any = make()
-        pipeline.to("cpu")
-        memory.peak()
-        with fresh_accelerator():
-            _train(machine, pipeline, images, config, found, memory, words, draws=not words)
-        del pipeline
-        memory.peak()
+    checkpointing = {"gradient_checkpointing": True}
+    _sd15_run(machine, make(), images, common | checkpointing, found, memory, "")
     if large:
-        clock = StepClock(machine.device)
-        plain_loop(make(), 10, batch, size, clock.note)
-        found["plain loop, images/s"] = batch / clock.seconds()
-        found["plain loop, training, GB"] = memory.peak()
-        found["over the plain loop"] = found["images/s"] / found["plain loop, images/s"]
-        found["parts of a step, ms"] = _kernels(machine, make(), images, common)
+        with where_it_fits(found, "plain loop"):
+            clock = StepClock(machine.device)
+            plain_loop(make(), 10, batch, size, clock.note)
+            found["plain loop, images/s"] = batch / clock.seconds()
+            found["plain loop, training, GB"] = memory.peak()
+            found["over the plain loop"] = found["images/s"] / found["plain loop, images/s"]
+        found["parts of a step, ms"] = _kernels(machine, make(), images, common | checkpointing)
+    with where_it_fits(found, "no checkpointing"):
+        _sd15_run(machine, make(), images, common, found, memory, ", no checkpointing")
+    if large:
+        with where_it_fits(found, "no checkpointing, batch 16"):
+            more = common | {"train_batch_size": 4 * batch}
+            _sd15_run(machine, make(), images, more, found, memory, ", no checkpointing, batch 16")
     _expect_room(found, SD15_GB)
+
+
+def _sd15_run(
+    machine: Machine, pipeline: Any, images: Dataset, flags: dict[str, Any], found: dict[str, Any], memory: Memory,
+    words: str,
+) -> None:  # fmt: skip
+    pipeline.to("cpu")
+    memory.peak()
+    folder = machine.scratch / f"run{words}"
+    config = settings(folder, num_shards=2, merge_every_steps=8, max_train_steps=8, **flags)
+    with fresh_accelerator():
+        _train(machine, pipeline, images, config, found, memory, words, draws=not words)
+    memory.peak()
 
 
 def sdxl_lora(machine: Machine, found: dict[str, Any]) -> None:
     """SDXL with LoRA, from a folder in half precision; the tiny one without a card."""
     large, memory = _stands_for(machine, found), Memory()
-    pipeline = shapes.sdxl("cuda") if large else tiny_sdxl()
+    pipeline = shapes.sdxl("cuda", torch.bfloat16) if large else tiny_sdxl()
     size = 1024 if large else RESOLUTION
     _adapter(machine, pipeline, found, memory, size, SDXL_LORA_GB, lora_export="truncate")
 
@@ -66,7 +83,7 @@ def sdxl_lora(machine: Machine, found: dict[str, Any]) -> None:
 def flux_cut(machine: Machine, found: dict[str, Any]) -> None:
     """Some blocks of Flux.1 with LoRA, from load to a fused pipeline; the tiny one without a card."""
     large, memory = _stands_for(machine, found), Memory()
-    pipeline = shapes.flux("cuda") if large else tiny_flux()
+    pipeline = shapes.flux("cuda", torch.bfloat16) if large else tiny_flux()
     size = 512 if large else RESOLUTION
     _adapter(machine, pipeline, found, memory, size, FLUX_CUT_GB, lora_export="fuse")
 
@@ -144,10 +161,10 @@ def _train(
 
 
 def _kernels(machine: Machine, pipeline: Any, images: Dataset, common: dict[str, Any]) -> dict[str, float]:
-    """Of three steps with checkpointing: wall time, and time in which the device computes, in ms a step."""
+    """Of three steps: wall time, and time in which the device computes, in ms a step."""
     config = settings(
         machine.scratch / "profiled", num_shards=1, merge_every_steps=20, max_train_steps=20,
-        gradient_checkpointing=True, **common,
+        **common,
     )  # fmt: skip
     with fresh_accelerator():
         trainer = UnsavedTrainer(config, pipeline=pipeline, dataset=images)
@@ -163,10 +180,14 @@ def _kernels(machine: Machine, pipeline: Any, images: Dataset, common: dict[str,
             queued = time.perf_counter() - began
             wait()
             wall = time.perf_counter() - began
-    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
-    longest = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)[:12]
-    parts = {event.key[:60]: event.self_device_time_total / 3e3 for event in longest}
-    return {"wall": 1000 * wall / 3, "queued": 1000 * queued / 3, "busy": 1000 * busy / 3, **parts}
+    events = profiler.key_averages()
+    parts: dict[str, float] = {}
+    for event in events:
+        name = event.key.removeprefix("void ")[:50]
+        parts[name] = parts.get(name, 0.0) + event.self_device_time_total / 3e3
+    longest = dict(sorted(parts.items(), key=lambda each: -each[1])[:12])
+    busy = sum(parts.values())
+    return {"wall": 1000 * wall / 3, "queued": 1000 * queued / 3, "busy": busy, **longest}
 
 
 def _expect_room(found: dict[str, Any], most: float) -> None:

@@ -24,6 +24,11 @@ class _Watch(Callback):
     def __init__(self, card: bool) -> None:
         self.card, self.steps = card, 0
 
+    def end(self) -> None:
+        """Stops watching, wherever the run was."""
+        if self.card:
+            torch.cuda.set_sync_debug_mode("default")
+
     def on_step_end(self, facts: StepFacts) -> None:
         """Watches what comes after the first steps, up to the last but one."""
         self.steps += 1
@@ -87,7 +92,10 @@ def _waits(machine: Machine, pipeline: Any, images: Dataset, use_lora: bool, pre
     watch = _Watch(machine.has_card)
     with fresh_accelerator(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        UnsavedTrainer(config, [watch], pipeline=pipeline, dataset=images).train_rounds()
+        try:
+            UnsavedTrainer(config, [watch], pipeline=pipeline, dataset=images).train_rounds()
+        finally:
+            watch.end()
     expect(watch.steps == _STEPS, f"{watch.steps} steps instead of {_STEPS}")
     return [
         f"{'/'.join(Path(each.filename).parts[-3:])}:{each.lineno}"
