@@ -112,7 +112,7 @@ def sampling(family: Family) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _one_at_a_time(family: Family, device: torch.device) -> Iterator[None]:
-    """On a GPU, images are decoded one after the other: four of 1024 pixels at once take 13 GB, one takes 4."""
+    """On a GPU, images are decoded one after the other: 16 of 1024 pixels at once take 60 GB there (docs/gpu.md)."""
     vae: Any = getattr(family.pipeline, "vae", None)
     if device.type == "cpu" or not hasattr(vae, "use_slicing"):
         yield

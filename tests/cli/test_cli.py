@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from iet_finetune import __version__, cli
@@ -103,6 +104,15 @@ def test_a_bug_keeps_its_traceback():
         cli.run(lambda: print(1 / 0))
     with pytest.raises(PermissionError):
         cli.run(raises(PermissionError(errno.EACCES, "Permission denied", "x")))
+
+
+def test_a_device_out_of_memory_is_one_line(capsys):
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB\nand more"
+    assert cli.run(raises(torch.OutOfMemoryError(said)), "go on") == 2
+    assert the_error(capsys) == (
+        "iet-finetune: error: CUDA out of memory. Tried to allocate 2.00 GiB; lower batch size or resolution, or free "
+        "the device (go on)."
+    )
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")

@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 import torch
 
+from iet_finetune import Config
 from iet_finetune.cli import main
 from iet_finetune.doctor import shapes
 from iet_finetune.doctor.checks import Machine, NotHere
 from iet_finetune.doctor.gpu import CHECKS
-from iet_finetune.training.starting import leave_out_wrong_kernels
+from iet_finetune.training import starting
 
 BY_NAME = {check.name: check for check in CHECKS}
 # What only a card can show; the others run a tiny model where there is none.
-FOR_CARDS = {"agreement", "transfers", "compile", "decoding", "out_of_memory"}
-ELSEWHERE = {"eight_bits", "nccl"}
+FOR_CARDS = {"agreement", "cudnn_attention", "transfers", "compile", "decoding", "out_of_memory"}
+# `sdxl` goes the way of `flux`.
+ELSEWHERE = {"eight_bits", "nccl", "sdxl"}
 ON_CPU = sorted(set(BY_NAME) - FOR_CARDS - ELSEWHERE)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: run `make gpu-check`")
@@ -43,8 +45,8 @@ def test_command_prints_a_table_and_writes_all_of_it(tmp_path, capsys):
     assert main(["doctor", "--gpu", "--only", "card", "nccl", "transfers", "--json", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| check")
-    assert [line.split(" | ")[1] for line in lines[2:5]] == ["passed", "passed", "not here"]
-    assert lines[-1] == "3 checks, none failed"
+    assert [line.split(" | ")[1] for line in lines[2:5]] == ["passed, on a CPU", "passed, on a CPU", "not here"]
+    assert lines[-1].startswith("3 checks, none failed. There is no GPU")
     assert '"backend": "gloo"' in file.read_text()
 
 
@@ -52,9 +54,12 @@ def test_command_prints_a_table_and_writes_all_of_it(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "`doctor` needs to be told what to check: `--gpu`"),
-        (["--gpu", "--only", "card", "crad"], "`--only crad`: the checks are card, attention, steps"),
+        (["--gpu", "--only", "card", "crad"], "`--only crad`: the checks are card, attention, cudnn_attention, steps"),
         (["--gpu", "--jsn", "x"], "unrecognized arguments: --jsn x"),
-        (["--gpu", "--json", "/nowhere/x.json"], "`--json /nowhere/x.json`: there is no folder /nowhere"),
+        (
+            ["--gpu", "--json", "/nowhere/x.json"],
+            "`--json /nowhere/x.json` cannot be written: No such file or directory.",
+        ),
     ],
 )
 def test_wrong_flags_end_in_one_line(arguments, words, capsys):
@@ -68,7 +73,7 @@ def test_wrong_flags_end_in_one_line(arguments, words, capsys):
     [
         (shapes.sd15, 859_520_964),
         (shapes.sdxl, 2_567_463_684),
-        (lambda device: shapes.flux(device, double=19, single=38), 11_901_408_320),
+        (lambda device: shapes.flux(device, torch.bfloat16, double=19, single=38), 11_901_408_320),
     ],
     ids=["SD 1.5", "SDXL", "Flux"],
 )
@@ -78,10 +83,21 @@ def test_pipelines_have_the_real_sizes(make, parameters):
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == parameters
 
 
+def test_a_run_on_a_gpu_disables_cudnn_attention(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(starting, "disable_cudnn_attention", lambda: called.append(True))
+    config = Config.from_flags(output_dir=str(tmp_path), report_to="none")
+    starting.start_accelerator(config)
+    assert not called
+    monkeypatch.setattr(starting.Accelerator, "device", torch.device("cuda"))
+    starting.start_accelerator(config)
+    assert called
+
+
 def test_cudnn_attention_is_left_out():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
-        leave_out_wrong_kernels()
+        starting.disable_cudnn_attention()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled()
     finally:

@@ -43,6 +43,20 @@ def test_latents_are_what_the_pipeline_decodes():
     assert mean.shape[1:] == ours.latent_shape(RESOLUTION)
 
 
+def test_positions_are_made_once_for_each_size():
+    ours, seen = family(), []
+    ours.network = lambda **given: seen.append((given["txt_ids"], given["img_ids"])) or (given["hidden_states"],)
+    states = {"encoder_hidden_states": torch.zeros(1, 7, T5_WIDTH), "pooled_projections": torch.zeros(1, WIDTH)}
+    for side in (8, 8, 4):
+        ours.predict(torch.zeros(1, 4, side, side), torch.zeros(1, dtype=torch.int64), states)
+    (text, first), (again, second), (_, smaller) = seen
+    assert text is again
+    assert first is second
+    assert torch.equal(text, torch.zeros(7, 3))
+    assert first.tolist() == [[0, y, x] for y in range(4) for x in range(4)]
+    assert smaller.tolist() == [[0, y, x] for y in range(2) for x in range(2)]
+
+
 def packed(latent):
     """(C, H, W) -> (H/2 · W/2, 4 C): each 2 x 2 square one token, written out."""
     channels, height, width = latent.shape
