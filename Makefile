@@ -71,7 +71,7 @@ bench-speed: $(INSTALLED) ## Measure the trainer's speed against a plain loop, a
 bench-memorization: $(INSTALLED) ## Rerun the paper's experiments in small; takes hours, goes on where it was.
 	$(BIN)/python -m benchmarks.memorization $(ARGS)
 
-gpu-check: $(INSTALLED) ## Check whether the GPU is used as it should be, and and what fits on it; takes minutes.
+gpu-check: $(INSTALLED) ## Check whether the GPU is used as it should be, and what fits on it; takes minutes.
 	@$(BIN)/iet-finetune doctor --gpu $(ARGS)
 
 # The plan can be counted anywhere; ARGS=--smoke tries all of it in a minute on a CPU.
