@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,21 @@ def test_a_ruler_knows_copies_and_counts_none_among_other_images(evidence, ruler
     for kind in ("once", "exact", "near"):
         assert copies[f"nearest_{kind}"] == copies[f"f_mem_{kind}"] == evidence.repeats[evidence.kind == kind].sum()
     assert ruler.baseline["f_mem"] < 0.05 * ruler.baseline["images"]
+
+
+def test_agreement_is_whole_for_the_images_of_the_captions_and_half_by_chance(evidence, ruler, monkeypatch):
+    images = sets.array(evidence.quality.images)
+    captions = np.array([f"picture {number // 2}" for number in range(len(images))])
+    monkeypatch.setattr(ruler, "evidence", replace(evidence, quality=evidence.quality._replace(captions=captions)))
+    assert ruler.caption_agreement(images[:40]) > 0.99
+    shuffled = images[np.random.default_rng(0).permutation(len(images))[:200]]
+    assert 0.4 < ruler.caption_agreement(shuffled) < 0.6
+    # By hand: of the images with other captions, those that are farther than its own.
+    features = ruler.features(images)
+    far = ((features[7] - features) ** 2).sum(axis=1)
+    others = [j for j in range(len(images)) if j // 2 != 0]
+    expected = np.mean([(far[j] > far[0]) + (far[j] == far[0]) / 2 for j in others])
+    assert ruler.caption_agreement(images[7:8]) == pytest.approx(expected)
 
 
 def test_an_original_is_as_near_as_the_nearest_of_its_copies(evidence, ruler):

@@ -37,6 +37,8 @@ CLOSE = 1 / 2
 OFTEN = 5
 # Noise levels of the held-out loss.
 LEVELS = 5
+# Images drawn of held-out captions, to see how far the model follows words that it was not trained on.
+HELDOUT_CAPTIONS = 48
 Row = dict[str, Any]
 
 
@@ -87,6 +89,21 @@ class Ruler:
                 "coverage": coverage,
             }
         return row
+
+    def caption_agreement(self, images: np.ndarray) -> float:
+        """How well images drawn of the first held-out captions fit them: 1 at best, 1/2 by chance.
+
+        The share, over the drawn images, of the held-out images with other captions that are farther from one, in
+        features, than the image that its caption belongs to.
+        """
+        captions = self.evidence.quality.captions
+        distance = ((self.features(images)[:, None] - self._quality[None]) ** 2).sum(axis=2)
+        shares = []
+        for number, far in enumerate(distance):
+            others = far[captions != captions[number]]
+            own = far[number]
+            shares.append((others > own).mean() + (others == own).mean() / 2)
+        return float(np.mean(shares))
 
     def _nearest_originals(self, images: np.ndarray) -> Neighbours:
         """The nearest originals, each as near as the nearest of its copies."""
@@ -173,6 +190,10 @@ def measure(
     images = draw(pipeline, family, ruler.evidence, course, config)
     ours, others, levels = losses(family, ruler, config)
     row = {**ruler.of_images(images), **membership(ours, others, ruler.evidence, levels, reference)}
+    if family.needs_captions:
+        captions = ruler.evidence.quality.captions[:HELDOUT_CAPTIONS].tolist()
+        fresh = _drawn(pipeline, family, captions, [0] * len(captions), course, config)
+        row["caption_agreement"] = ruler.caption_agreement(fresh)
     return {**row, "losses": (ours, others), "drawn": images}
 
 
@@ -181,20 +202,29 @@ def draw(pipeline: Any, family: Family, evidence: EvidenceSet, course: Course, c
 
     Of prompts, those of repeated images come first, as often as those of the others.
     """
-    count, steps = course.drawn, course.sampling_steps
-    subject = Subject("", type(pipeline).__name__, family, pipeline, torch.device("cpu"), "")
+    count = course.drawn
     often = np.flatnonzero(evidence.repeats > 1)
     once = np.flatnonzero(evidence.repeats == 1)
     numbers = np.arange(count) // 2
     originals = np.where(np.arange(count) % 2 == 0, often[numbers % len(often)], once[numbers % len(once)])
-    first, images = evidence.firsts[originals], []
-    for start in range(0, count, BATCH):
-        part = range(start, min(start + BATCH, count))
+    captions = [str(caption) for caption in evidence.captions[evidence.firsts[originals]]]
+    labels = [int(evidence.labels[i * 7 % len(evidence.labels)]) for i in range(count)]
+    return _drawn(pipeline, family, captions, labels, course, config)
+
+
+def _drawn(
+    pipeline: Any, family: Family, captions: list[str], labels: list[int], course: Course, config: Config
+) -> np.ndarray:
+    """(n, R, R, 3) uint8 of captions or classes; image i starts from the noise of seed i."""
+    subject = Subject("", type(pipeline).__name__, family, pipeline, torch.device("cpu"), "")
+    images = []
+    for start in range(0, len(captions), BATCH):
+        part = range(start, min(start + BATCH, len(captions)))
         images += subject.draw(
-            [str(evidence.captions[first[i]]) for i in part],
-            [int(evidence.labels[i * 7 % len(evidence.labels)]) for i in part],
+            [captions[i] for i in part],
+            [labels[i] for i in part],
             [torch.Generator().manual_seed(i) for i in part],
-            steps=steps,
+            steps=course.sampling_steps,
             guidance=GUIDANCE,
             size=config.data.resolution,
         )

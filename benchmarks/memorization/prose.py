@@ -31,6 +31,8 @@ and seeds; with one seed they know of the images alone, and with three they are 
 * **nearest to a repeat**: drawn images whose nearest training image is a repeated one. Held-out images show how many
   are by chance.
 * **AUC** and **TPR** are of a membership attack by the loss.
+* **agreement with new captions**: how often an image drawn of a held-out caption is nearer, in features, to the image
+  that the caption belongs to than to another held-out one. Chance is 0.5.
 * All arms of a set take as many steps together; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So they
   make as many passes over the data, except de-duplicated ones, whose data are smaller.
 """

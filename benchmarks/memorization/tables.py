@@ -24,6 +24,8 @@ def equal_steps(measured: Measurements, name: str) -> list[Row]:
         row["repeated images extracted"] = f"{last['extracted_close'].sum():.0f} of {last['repeated'].sum():.0f}"
         row[WORDS[QUALITY[name]]] = spread(last[QUALITY[name]])
         row["recall"] = percent(last["recall"].mean())
+        if "caption_agreement" in last and last["caption_agreement"].notna().all():
+            row["agreement with new captions"] = f"{last['caption_agreement'].mean():.2f}"
         row["AUC"] = f"{last['mia_auc'].mean():.2f}"
         row["TPR at 1 %"] = percent(last["mia_tpr"].mean())
         row["seconds"] = f"{last['seconds'].mean():.0f}"
