@@ -98,7 +98,9 @@ def source_of(pipeline: Any) -> PipelineSource:
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise UserError(f"`pipeline` must be a loaded diffusers pipeline, not a {type(pipeline).__name__}.")
-    class_name, loaded = type(pipeline).__name__, cast(Any, pipeline)
+    loaded = cast(Any, pipeline)
+    # The one that it would be saved under, which is another for a class-conditional one.
+    class_name = json.loads(loaded.to_json_string())["_class_name"]
     index = {part: list(value) for part, value in loaded.config.items() if isinstance(value, list | tuple)}
     components = loaded.components
     classes = {part: value for part, value in index.items() if part in components and value[1:] not in ([], [None])}

@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from audit_runs import save_mosaic
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from diffusers import DDIMPipeline, DDPMPipeline
 from families.pixels import NETWORK, RESOLUTION, pictures, save_pictures, tiny_pixels
 from PIL import Image
@@ -19,6 +22,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from iet_finetune import ClassConditionalPipeline, Config, Trainer, UserError
+from iet_finetune.audit import audit
 from iet_finetune.config.settings import DataConfig, ModelConfig, ValidationConfig
 from iet_finetune.families import find_pipeline, load_family
 from iet_finetune.families.unconditional import Unconditional
@@ -326,6 +330,25 @@ def test_a_saved_class_conditional_pipeline_is_one_of_diffusers(tmp_path):
     assert drawn[0].shape == (2, 3, RESOLUTION, RESOLUTION)
     assert torch.equal(*drawn)
     assert 0 <= drawn[0].min() < drawn[0].max() <= 1
+
+
+def test_a_class_conditional_pipeline_in_memory_is_trained_and_audited(tmp_path):
+    pipeline = ClassConditionalPipeline(tiny_pixels(num_class_embeds=2).unet, tiny_pixels().scheduler)
+    images = [Image.fromarray(np.full((RESOLUTION, RESOLUTION, 3), 40 * shade, np.uint8)) for shade in range(6)]
+    features = Features({"image": ImageFeature(), "kind": Value("int64")})
+    table = Dataset.from_dict({"image": images, "kind": [0, 1] * 3}, features=features)
+    before = pipeline.unet.conv_in.weight.clone()
+    config = Config.from_flags(
+        output_dir=str(tmp_path / "run"), class_column="kind", resolution=RESOLUTION, train_batch_size=2, num_shards=1,
+        max_train_steps=2, merge_every_steps=2, report_to="none", validation_inference_steps=1,
+    )  # fmt: skip
+    Trainer(config, pipeline=pipeline, dataset=table).train()
+    assert not torch.equal(pipeline.unet.conv_in.weight, before)
+    found = audit(
+        pipeline, table, table.select([0, 1, 2]), silent=True, num_images=4, num_inference_steps=2,
+        class_column="kind", features=[str(save_mosaic(tmp_path))],
+    )  # fmt: skip
+    assert found.metrics
 
 
 def test_a_class_conditional_pipeline_says_what_it_cannot_draw():
