@@ -5,10 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from .arms import ARMS, SHARDS
-from .matched import difference
-from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements, words_of
+from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements
 from .sets import EXACT, LONG_TAIL, NEAR, ONCES, SETS
-from .tables import direction, half_way, number, part, percent
+from .tables import direction, half_way, number, part, percent, table, worth
 
 HEAD = f"""# Does it hold?
 
@@ -33,8 +32,8 @@ and seeds; with one seed they know of the images alone, and with three they are 
 * **AUC** and **TPR** are of a membership attack by the loss.
 * **agreement with new captions**: how often an image drawn of a held-out caption is nearer, in features, to the image
   that the caption belongs to than to another held-out one. Chance is 0.5.
-* All arms of a set take as many steps together; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So they
-  make as many passes over the data, except de-duplicated ones, whose data are smaller.
+* All arms of a set take as many steps in all; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So they make
+  as many passes over the data, except de-duplicated ones, whose data are smaller.
 """
 
 EXTRACTED = "Originals of which a near copy was drawn, by how often they are in the data:\n"
@@ -91,11 +90,10 @@ def opening(measured: Measurements, there: Sequence[str]) -> str:
 def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     """Against early stopping and de-duplication, from the tables, and what could not be shown."""
     lines = ["## What it is worth\n"]
-    lines += ["Beside plain training stopped at the same quality, images nearest to a repeat in excess of chance:\n"]
-    for arm in (arm for arm in ARMS if arm != "plain"):
-        if cells := [cell for name in there if (cell := _at_quality(measured, name, arm))]:
-            lines.append(f"* **{words_of(arm)}**. {'; '.join(cells)}")
-    lines += ["\nPlain training stopped where its held-out loss is lowest, beside the end of the same run:\n"]
+    lines += ["Against plain training stopped at the same quality: by how much fewer images, in excess of chance, are"]
+    for column in (f"nearest_{EXACT}", f"nearest_{NEAR}"):
+        lines += [f"\n{COUNTED[column]} (a negative number is more):\n", table(worth(measured, there, column))]
+    lines += ["Plain training stopped where its held-out loss is lowest, beside the end of the same run:\n"]
     for name in there:
         stopped, end = measured.end(name, STOPPED), measured.end(name, "plain")
         share = (stopped["round"].to_numpy() / end["round"].to_numpy()).mean()
@@ -125,23 +123,3 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
 
 def _close(ends: pd.DataFrame) -> float:
     return float(ends["close"].sum() / ends["images"].sum())
-
-
-def _at_quality(measured: Measurements, name: str, arm: str) -> str | None:
-    """How much less often than plain training at the same quality an arm lands near a repeat, exact or near."""
-    if arm not in measured.arms(name):
-        return None
-    seeds = measured.shared_seeds(name, arm)
-    columns = [f"nearest_{EXACT}", f"nearest_{NEAR}"]
-    runs = {each: [measured.trajectories(name, each, column, seeds) for column in columns] for each in (arm, "plain")}
-    wanted = max(run.best for both in runs.values() for run in both[0])
-    found = [
-        difference(ours, theirs, wanted, measured.baseline(name, column))
-        for ours, theirs, column in zip(*runs.values(), columns, strict=True)
-    ]
-    cells = [
-        f"{COUNTED[column].removeprefix('nearest to ')}, {direction(each[2])}"
-        for each, column in zip(found, columns, strict=True)
-        if each is not None and each[1].low > 0
-    ]
-    return f"{TITLES[name]}: {'; '.join(cells)}" if cells else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .arms import COURSES
+from .arms import ARMS, COURSES
 from .matched import Interval, difference, fewer
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements, words_of
 from .sets import LONG_TAIL, ONCES
@@ -70,21 +70,42 @@ def extracted(measured: Measurements, name: str) -> list[Row]:
 def matched(measured: Measurements, name: str) -> list[Row]:
     """Each arm beside plain training stopped at the same quality."""
     rows = []
-    for arm in measured.arms(name):
-        if arm == "plain":
-            continue
-        seeds = measured.shared_seeds(name, arm)
-        both = [measured.trajectories(name, each, "mq_0.3", seeds) for each in (arm, "plain")]
-        # The best quality that all these runs come to.
-        wanted = max(run.best for runs in both for run in runs)
-        row = {"": words_of(arm), "at quality": number(wanted)}
+    for arm in (arm for arm in measured.arms(name) if arm != "plain"):
+        row = {"": words_of(arm), "at quality": number(_shared_quality(measured, name, arm))}
+        # Of MQ 0.3 the baseline is higher than what most models come to.
         for column, words in COUNTED.items():
-            # Of MQ 0.3 the baseline is higher than what most models come to.
             if column != "mq_0.3":
-                ours, theirs = (measured.trajectories(name, each, column, seeds) for each in (arm, "plain"))
-                row[words] = compared(difference(ours, theirs, wanted, measured.baseline(name, column)))
+                row[words] = compared(at_same_quality(measured, name, arm, column))
         rows.append(row)
     return rows
+
+
+def worth(measured: Measurements, there: Sequence[str], column: str) -> list[Row]:
+    """By which part a count is lower than plain training's at the same quality, of every arm and set."""
+    rows = []
+    for arm in (arm for arm in ARMS if arm != "plain" and any(arm in measured.arms(name) for name in there)):
+        row = {"": words_of(arm)}
+        for name in there:
+            found = at_same_quality(measured, name, arm, column) if arm in measured.arms(name) else None
+            row[TITLES[name]] = interval(found[2]) if found is not None and found[1].low > 0 else "–"
+        rows.append(row)
+    return rows
+
+
+def _shared_quality(measured: Measurements, name: str, arm: str) -> float:
+    """The best quality that all runs of an arm come to, and all of plain training with the same seeds."""
+    seeds = measured.shared_seeds(name, arm)
+    both = [measured.trajectories(name, each, "mq_0.3", seeds) for each in (arm, "plain")]
+    return max(run.best for runs in both for run in runs)
+
+
+def at_same_quality(
+    measured: Measurements, name: str, arm: str, column: str
+) -> tuple[Interval, Interval, Interval] | None:
+    """What `difference` gives of an arm and plain training at the best quality that both come to."""
+    seeds, wanted = measured.shared_seeds(name, arm), _shared_quality(measured, name, arm)
+    ours, theirs = (measured.trajectories(name, each, column, seeds) for each in (arm, "plain"))
+    return difference(ours, theirs, wanted, measured.baseline(name, column))
 
 
 def signals(measured: Measurements, there: Sequence[str]) -> list[Row]:
@@ -172,7 +193,7 @@ def direction(found: Interval) -> str:
         return f"{interval(found)} fewer"
     if found.high < 0:
         return f"{interval(Interval(-found.value, -found.high, -found.low))} more"
-    return f"no clear difference, {interval(found)} fewer"
+    return f"no clear difference ({100 * found.low:.0f} to {100 * found.high:.0f} % fewer)"
 
 
 def compared(found: tuple[Interval, Interval, Interval] | None) -> str:
