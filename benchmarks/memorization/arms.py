@@ -139,7 +139,9 @@ def config_of(name: str, arm: str, seed: int, output: Path, extra: dict[str, Any
     return Config.from_flags(**flags)
 
 
-def network(size: int, channels: int, classes: int | None, seed: int) -> DDPMPipeline:
+def network(
+    size: int, channels: int, classes: int | None, seed: int, prediction_type: str = "epsilon"
+) -> DDPMPipeline:
     """A small network with random weights: 0.9 M parameters."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -155,7 +157,7 @@ def network(size: int, channels: int, classes: int | None, seed: int) -> DDPMPip
             attention_head_dim=8,
             num_class_embeds=classes,
         )
-    return DDPMPipeline(unet, DDPMScheduler())
+    return DDPMPipeline(unet, DDPMScheduler(prediction_type=prediction_type))
 
 
 def base(name: str, seed: int, home: Path) -> Any:
@@ -165,7 +167,9 @@ def base(name: str, seed: int, home: Path) -> Any:
     if name == "garments-new":
         return DiffusionPipeline.from_pretrained(str(trained_base(home)))
     channels, classes = 3 if name == "emoji" else 1, 10 if name == "garments-class" else None
-    return network(COURSES[name].flags["resolution"], channels, classes, seed)
+    # Predicting noise, so short a training does not find the white ground of emoji.
+    prediction_type = "v_prediction" if name == "emoji" else "epsilon"
+    return network(COURSES[name].flags["resolution"], channels, classes, seed, prediction_type)
 
 
 def trained_base(home: Path) -> Path:

@@ -115,9 +115,13 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
         "* Whether the order would change if every clone of IET were trained until it is as good as plain training.",
         f"* What happens beyond {percent(most)} of near copies: training ends before the models repeat everything.",
     ]
-    missing = [TITLES[name] for name in SETS if name not in there]
+    missing = [
+        f"{TITLES[name]} ({'plain training alone' if name in there else 'nothing'} so far)"
+        for name in SETS
+        if name not in there or measured.arms(name) == ["plain"]
+    ]
     if missing:
-        lines.append(f"* Not measured yet: {', '.join(missing)}.")
+        lines.append(f"* What has not been measured yet: {'; '.join(missing)}.")
     return "\n".join(lines) + "\n"
 
 
