@@ -16,11 +16,7 @@ def doctor_command(argv: list[str], show: Callable[[str], None]) -> str:
     Raises:
         UserError: wrong arguments, or a check failed.
     """
-    parser = CommandParser("doctor", description="Check this machine; needs neither data nor a network.")
-    parser.add_argument("--gpu", action="store_true", help="whether the GPU is used as it should be, and what fits")
-    parser.add_argument("--only", nargs="+", metavar="CHECK", help="these checks alone; a wrong name lists them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for everything that was found")
-    args = parser.parse_args(argv)
+    args = doctor_parser().parse_args(argv)
     if not args.gpu:
         raise UserError("`doctor` needs to be told what to check: `--gpu`.")
     from ..doctor import leave_driver_asleep
@@ -44,6 +40,15 @@ def doctor_command(argv: list[str], show: Callable[[str], None]) -> str:
         raise UserError(f"{len(failed)} of {len(outcomes)} checks failed: {', '.join(failed)}.")
     where = "" if device() == "cuda" else " There is no GPU that torch can use: what can run on the CPU has run there."
     return f"\n{len(outcomes)} checks, none failed.{where}"
+
+
+def doctor_parser() -> CommandParser:
+    """The parser of its arguments."""
+    parser = CommandParser("doctor", description="Check this machine; needs neither data nor a network.")
+    parser.add_argument("--gpu", action="store_true", help="whether the GPU is used as it should be, and what fits")
+    parser.add_argument("--only", nargs="+", metavar="CHECK", help="these checks alone; a wrong name lists them")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for everything that was found")
+    return parser
 
 
 def _write(file: Path | None, text: str) -> None:

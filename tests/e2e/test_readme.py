@@ -13,6 +13,7 @@ from tiny import save_images, save_tiny_sd, tiny_sd
 from torch.distributed.run import get_args_parser
 
 from iet_finetune import Config
+from iet_finetune.cli.doctor_command import doctor_parser
 from iet_finetune.config.config import flag_names
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +21,12 @@ README = (ROOT / "README.md").read_text()
 PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 # What parses the words between a launcher's name and the script's.
 LAUNCHERS = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
-LAUNCHER_FLAGS = {flag.removeprefix("--") for parser in LAUNCHERS.values() for flag in parser._option_string_actions}
+# Of launchers, and of a command that has flags of its own.
+OTHER_FLAGS = {
+    flag.removeprefix("--")
+    for parser in (*LAUNCHERS.values(), doctor_parser())
+    for flag in parser._option_string_actions
+}
 
 
 def blocks(language: str, containing: str) -> list[str]:
@@ -112,7 +118,7 @@ def test_every_flag_named_in_a_text_exists(text):
     negated = {f"no_{name}" for name, default in Config().to_flags().items() if isinstance(default, bool)}
     declared = re.findall(r"^ +(\w+): \w+ = flag\(", text, flags=re.MULTILINE)  # by a page's own program
     for name in re.findall(r"`--(\w+)", text):
-        assert name in {*flag_names(), *negated, *LAUNCHER_FLAGS, *declared, "config", "help"}, name
+        assert name in {*flag_names(), *negated, *OTHER_FLAGS, *declared, "config", "help"}, name
 
 
 def test_the_defaults_in_the_table_of_flags_are_those_of_the_flags():
