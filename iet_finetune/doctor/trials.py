@@ -87,10 +87,16 @@ class StepClock(Callback):
     def __init__(self, device: str) -> None:
         self._card = device == "cuda"
         self._ends: list[Any] = []
+        self._images = 0
 
     def on_step_end(self, facts: StepFacts) -> None:
-        """Notes the time."""
+        """Notes the time, and how many images there were: a small shard may not fill a batch."""
+        self._images = facts.images
         self.note()
+
+    def images_per_second(self) -> float:
+        """Of a trainer's steps, which have as many images each."""
+        return self._images / self.seconds()
 
     def note(self) -> None:
         """Notes that a step has ended."""

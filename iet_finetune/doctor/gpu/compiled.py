@@ -37,7 +37,7 @@ def compiled(machine: Machine, found: dict[str, Any]) -> None:
         trainer.ensemble.collect = count  # type: ignore[method-assign]
         trainer.train_rounds()
     found["graphs after each clone"] = graphs
-    found["images/s"] = batch / clock.seconds()
+    found["images/s"] = clock.images_per_second()
     found["training, GB"] = memory.peak()
     expect(graphs[0] > 0, "nothing was compiled")
     expect(graphs[-1] == graphs[0], "another clone, or round, was compiled anew")

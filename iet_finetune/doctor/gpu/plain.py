@@ -9,9 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 
 
-def plain_loop(
-    pipeline: Any, steps: int, batch: int, size: int, after_step: Callable[[], None], *, use_ema: bool = True
-) -> None:
+def plain_loop(pipeline: Any, steps: int, batch: int, size: int, after_step: Callable[[], None]) -> None:
     """Trains the UNet for some steps.
 
     As that script does: images and captions are encoded in every step, by a VAE and a text encoder in bf16; autocast
@@ -24,7 +22,7 @@ def plain_loop(
         each.to(device, torch.bfloat16).requires_grad_(False) for each in (pipeline.vae, pipeline.text_encoder)
     )
     unet.enable_gradient_checkpointing()
-    average = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config) if use_ema else None
+    average = EMAModel(unet.parameters(), model_cls=type(unet), model_config=unet.config)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-5, weight_decay=1e-2)
     pixels = torch.rand(batch, 3, size, size).mul_(2).sub_(1).pin_memory()
@@ -44,7 +42,6 @@ def plain_loop(
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if average is not None:
-            average.step(unet.parameters())
+        average.step(unet.parameters())
         loss.item()
         after_step()

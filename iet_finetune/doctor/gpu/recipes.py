@@ -39,7 +39,8 @@ def sd15_full(machine: Machine, found: dict[str, Any]) -> None:
         "resolution": size, "train_batch_size": batch, "use_ema": True, "learning_rate": 1e-5,
         "mixed_precision": "bf16" if large else "no", "cache_dir": str(machine.scratch / "cache"),
     }  # fmt: skip
-    images = pictures(4 * batch, size)
+    # Enough for the largest batch of both clones.
+    images = pictures(8 * batch, size)
     checkpointing = {"gradient_checkpointing": True}
     _sd15_run(machine, make(), images, common | checkpointing, found, memory, "")
     if large:
@@ -138,7 +139,7 @@ def _train(
         times = spent[name] = []
         setattr(trainer.ensemble, name, timed(getattr(trainer.ensemble, name), times))
     trainer.train_rounds()
-    found[f"images/s{words}"] = config.training.train_batch_size / clock.seconds()
+    found[f"images/s{words}"] = clock.images_per_second()
     found[f"training{words}, GB"] = memory.peak()
     for name, times in spent.items():
         found[f"{name}{words}, s"] = max(times)
