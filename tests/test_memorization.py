@@ -18,9 +18,9 @@ from benchmarks.memorization.copies import near_copy
 from benchmarks.memorization.rules import ByChance, register
 from benchmarks.memorization.sources import Pictures, emoji
 from iet_finetune import Config
-from iet_finetune.audit.inputs.duplicates import find_duplicates
 from iet_finetune.audit.measures.features import Features
 from iet_finetune.config.registry import SKIP_RULES
+from iet_finetune.data.duplicates import find_duplicates
 from iet_finetune.method.rules import Samples
 
 ROOT = Path(__file__).parents[1]
@@ -72,15 +72,15 @@ def test_repeats_have_a_long_tail_and_originals_come_first(evidence):
         assert (len(np.unique(copies, axis=0)) == 1) == (kind != "near")
 
 
-def test_the_search_finds_all_exact_copies_and_few_of_the_near_ones():
+def test_the_search_finds_all_exact_copies_and_most_of_the_near_ones():
     pictures = emoji()
     some = pictures.at(np.arange(60))
     rng = np.random.default_rng(3)
     copies = [near_copy(image, rng) for image in some.images]
     found = find_duplicates(sets.array([*some.images, *some.images, *copies])).representative
     assert np.array_equal(found[60:120], found[:60])
-    assert (found[120:] == found[:60]).mean() < 0.4
-    # And yet each is nearest to the image that it was made of.
+    assert 0.6 < (found[120:] == found[:60]).mean() < 1
+    # Each is nearest to the image that it was made of.
     pixels = sets.array([sets.small(image, 16) for image in [*some.images, *copies]]).reshape(120, -1).astype(float)
     mirrored = sets.array([sets.small(image, 16) for image in copies])[:, :, ::-1].reshape(60, -1).astype(float)
     far = [((side[:, None] - pixels[None, :60]) ** 2).sum(-1) for side in (pixels[60:], mirrored)]

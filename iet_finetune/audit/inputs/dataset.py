@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from ...config.config import Config
 from ...data.dataset import TrainingImages, load_folder, load_images, load_table
+from ...data.duplicates import find_duplicates
 from ...errors import UserError
-from .duplicates import find_duplicates
 from .images import Pixels, digest, image_array, training_transform
 from .work import Work
 

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iet_finetune.audit.inputs.duplicates import find_duplicates
 from iet_finetune.audit.measures.findings import Findings, Histogram, histogram
 from iet_finetune.audit.measures.memorization import (
     DELTAS,
@@ -20,6 +19,7 @@ from iet_finetune.audit.measures.memorization import (
 )
 from iet_finetune.audit.measures.metrics import Metric, rate
 from iet_finetune.audit.measures.neighbours import Neighbours, nearest_pixels
+from iet_finetune.data.duplicates import find_duplicates
 
 MQ_NAMES = ["mq_0.15", "mq_0.2", "mq_0.25", "mq_0.3", "mq_0.35", "mq_0.4", "mq_0.45", "mq_0.5", "mq_0.55", "mq_0.6"]
 

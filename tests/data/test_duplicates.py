@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from iet_finetune.audit.inputs import duplicates
-from iet_finetune.audit.inputs.duplicates import find_duplicates
+from iet_finetune.data import duplicates
+from iet_finetune.data.duplicates import find_duplicates
 
-DATA = Path(__file__).parents[3] / "demo" / "data"
+DATA = Path(__file__).parents[2] / "demo" / "data"
 
 
 def random_images(count: int, side: int = 24, seed: int = 0) -> np.ndarray:
@@ -83,6 +83,52 @@ def test_near_copies_are_found(kind, mirrored):
     found = find_duplicates(np.concatenate((originals, [copies[kind](image)[:, ::step] for image in originals])))
     np.testing.assert_array_equal(found.representative, [*range(33), *range(33)])
     assert (found.exact, found.near) == (0, 33)
+
+
+@pytest.mark.parametrize("side", [24, 96])
+@pytest.mark.parametrize("kind", ["shifted", "cropped", "larger", "darker", "brighter", "all of it"])
+def test_images_that_were_moved_scaled_or_made_brighter_are_found(kind, side):
+    rng = np.random.default_rng(4)
+    # None so bright that it would be cut off.
+    originals = random_images(40, side=96) // 3 * 2 + 25
+
+    def copied(image):
+        dx, dy, scale = {
+            "shifted": (*rng.uniform(-6, 6, 2), 1.0),
+            "cropped": (0, 0, rng.uniform(0.85, 1)),
+            "larger": (*rng.uniform(-2, 2, 2), rng.uniform(1, 1.08)),
+            "all of it": (*rng.uniform(-4, 4, 2), rng.uniform(0.92, 1.05)),
+        }.get(kind, (0, 0, 1))
+        wide = Image.fromarray(np.pad(image, ((20, 20), (20, 20), (0, 0)), mode="edge"))
+        half, x, y = 48 * scale, 68 + dx, 68 + dy
+        moved = wide.resize((96, 96), Image.Resampling.BICUBIC, box=(x - half, y - half, x + half, y + half))
+        gain = {"darker": 0.8, "brighter": 1.2, "all of it": rng.uniform(0.85, 1.15)}.get(kind, 1.0)
+        copy = np.clip(np.asarray(moved) * gain, 0, 255).astype(np.uint8)
+        return small(compressed(copy, 75)[:, :: rng.choice((-1, 1))])
+
+    def small(image):
+        return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
+
+    found = find_duplicates(np.stack([*map(small, originals), *map(copied, originals)]))
+    assert (found.representative[:40] == np.arange(40)).all()
+    of_others = ~np.isin(found.representative[40:], [*range(40, 80)]) & (found.representative[40:] != np.arange(40))
+    assert not of_others.any()
+    assert (found.representative[40:] == np.arange(40)).mean() >= 0.9
+
+
+def test_a_group_takes_along_what_it_leads_when_it_joins_another():
+    """A compressed copy of a shifted copy is near that one first, and belongs to the original with it."""
+    original = random_images(1, side=64)[0]
+    shifted = np.pad(original, ((4, 0), (3, 0), (0, 0)), mode="edge")[:64, :64]
+    found = find_duplicates(np.stack([original, shifted, compressed(shifted, 85), *random_images(5, side=64, seed=9)]))
+    np.testing.assert_array_equal(found.representative, [0, 0, 0, 3, 4, 5, 6, 7])
+
+
+def test_flat_images_are_not_taken_for_one_made_brighter():
+    noise = np.random.default_rng(5).normal(0, 2, (4, 32, 32, 3))
+    shades = np.array([30, 80, 130, 200])[:, None, None, None]
+    found = find_duplicates((shades + noise).astype(np.uint8))
+    np.testing.assert_array_equal(found.representative, np.arange(4))
 
 
 def test_different_images_of_one_kind_are_no_near_copies():
