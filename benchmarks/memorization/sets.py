@@ -130,7 +130,7 @@ def _emoji(seed: int, cache: Path) -> EvidenceSet:
     order = np.random.default_rng([seed, 29]).permutation(len(everything.images))
     # There are too few for 1,000 held-out ones.
     parts = (everything.at(order[:-600]), everything.at(order[-600:-128]), everything.at(order[-128:]))
-    return build(parts[0], ONCES, parts[1], parts[2], size=32, seed=seed)
+    return build(parts[0], ONCES, parts[1], parts[2], size=16, seed=seed)
 
 
 def _fluent(seed: int, cache: Path) -> EvidenceSet:
