@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.dataset import TrainingImages
+from ..data.dedup import LeftOut
 from ..files import written_beside
 
 LEDGER = "ledger.parquet"
@@ -54,24 +55,36 @@ def write_ledger(
     path: Path,
     training: TrainingImages,
     heldout: TrainingImages,
+    left_out: LeftOut,
     shards: Sequence[np.ndarray],
     ledgers: Sequence[ShardLedger],
 ) -> None:
-    """Writes `ledger.parquet`: one row an image, training images in the order of the data, then held-out ones."""
+    """Writes `ledger.parquet`: a row an image: training images in the order of the data, held-out, left-out ones.
+
+    `copies` says for how many images one that was trained on stands, and `copy_of` of which one, by its content hash,
+    a left-out one is a copy.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = _training_columns(len(training), shards, ledgers)
-    rows = len(heldout)
+    others = len(heldout) + len(left_out.images)
+    stand_ins = [training.content_hashes[number] for number in left_out.stand_in]
+    parts = (training, heldout, left_out.images)
+    splits = ["train"] * len(training) + ["heldout"] * len(heldout) + ["copy"] * len(stand_ins)
     table = pa.table(
         {
-            "content_hash": pa.array([*training.content_hashes, *heldout.content_hashes]),
-            "image": pa.array([*training.names, *heldout.names]),
-            "split": pa.array(["train"] * len(training) + ["heldout"] * rows),
-            "shard": pa.array([*columns["shard"].tolist(), *[None] * rows], type=pa.int32()),
-            "seen": pa.array([*columns["seen"].tolist(), *[0] * rows], type=pa.int64()),
-            "skipped": pa.array([*columns["skipped"].tolist(), *[0] * rows], type=pa.int64()),
-            "mean_log_ratio": pa.array([*_none_for_nan(columns["mean_log_ratio"]), *[None] * rows], type=pa.float32()),
+            "content_hash": pa.array([each for part in parts for each in part.content_hashes]),
+            "image": pa.array([name for part in parts for name in part.names]),
+            "split": pa.array(splits),
+            "shard": pa.array([*columns["shard"].tolist(), *[None] * others], type=pa.int32()),
+            "seen": pa.array([*columns["seen"].tolist(), *[0] * others], type=pa.int64()),
+            "skipped": pa.array([*columns["skipped"].tolist(), *[0] * others], type=pa.int64()),
+            "mean_log_ratio": pa.array(
+                [*_none_for_nan(columns["mean_log_ratio"]), *[None] * others], type=pa.float32()
+            ),
+            "copies": pa.array([*left_out.copies.tolist(), *[None] * others], type=pa.int64()),
+            "copy_of": pa.array([*[None] * (len(training) + len(heldout)), *stand_ins], type=pa.string()),
         }
     )
     with written_beside(path) as partial:

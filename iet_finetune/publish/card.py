@@ -53,6 +53,7 @@ class CardFacts:
     versions: dict[str, str]  # package: version
     lora_export: str | None = None  # what became of the adapter, in words; None: the whole denoiser was trained
     class_names: tuple[str, ...] | None = None  # of the classes by number; None: the model takes no classes
+    num_left_out: int = 0  # copies of those trained on
     absent: tuple[str, ...] = ()  # components that the pipeline does without, and that loading must be given as None
 
 

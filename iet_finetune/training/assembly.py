@@ -76,7 +76,7 @@ def assemble(
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
     with ranks.first_on_machine():
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
-        images, heldout = find_images(config, family_class(source, config.model).needs_captions, dataset)
+        images, heldout, left_out = find_images(config, family_class(source, config.model).needs_captions, dataset)
     indices, schedule = split(config, images)
     with ranks.first_on_machine():
         family = load_model(source, config, images, pipeline)
@@ -85,7 +85,7 @@ def assemble(
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
     shards = read_shards(config, family, images, indices, latent_shape, ranks, accelerator.device)
-    data = Data(images, heldout, indices, shards, schedule)
+    data = Data(images, heldout, left_out, indices, shards, schedule)
     group = ranks.group(placement)
     model = prepare_model(source, family, config, accelerator, group)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)

@@ -11,6 +11,7 @@ from ..config.config import Config
 from ..config.registry import SHARDINGS
 from ..config.settings import DEFAULT_MERGE_EPOCHS
 from ..data.dataset import TrainingImages, load_images
+from ..data.dedup import LeftOut, nothing_left_out, without_copies
 from ..data.loader import Shard
 from ..data.transforms import ImageTransform
 from ..distributed.groups import Ranks
@@ -26,6 +27,7 @@ class Data:
 
     Attributes:
         images, heldout: the training images, and those kept out.
+        left_out: copies of training images that are not trained on.
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
         schedule: when each clone steps and when the clones are merged.
@@ -33,13 +35,16 @@ class Data:
 
     images: TrainingImages
     heldout: TrainingImages
+    left_out: LeftOut
     indices: tuple[np.ndarray, ...]
     shards: list[Shard]
     schedule: Schedule
 
 
-def find_images(config: Config, needs_captions: bool, dataset: Any = None) -> tuple[TrainingImages, TrainingImages]:
-    """The training images and those held out.
+def find_images(
+    config: Config, needs_captions: bool, dataset: Any = None
+) -> tuple[TrainingImages, TrainingImages, LeftOut]:
+    """The training images, those held out, and copies that are left out.
 
     Args:
         dataset: a `datasets.Dataset` to take them from, or None for what the flags name.
@@ -56,8 +61,12 @@ def find_images(config: Config, needs_captions: bool, dataset: Any = None) -> tu
         table=dataset,
         table_name="dataset",
     )
+    left_out = nothing_left_out(images)
+    if config.data.dedup != "none":
+        cache_dir, resolution = config.model.cache_dir, config.data.resolution
+        images, left_out = without_copies(images, config.data.dedup, resolution, cache_dir)
     _check_enough(config.ensemble.num_shards, len(images))
-    return images, heldout
+    return images, heldout, left_out
 
 
 def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:

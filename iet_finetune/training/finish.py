@@ -35,7 +35,7 @@ def finish(config: Config, data: Data, model: Model, run: Run, sample_grid: Path
     with outputs.audit_of_other_weights_removed(output):
         outputs.publish(output, result.save)
     ledgers = [clone.ledger for clone in run.ensemble.clones]
-    write_ledger(output / LEDGER, data.images, data.heldout, data.indices, ledgers)
+    write_ledger(output / LEDGER, data.images, data.heldout, data.left_out, data.indices, ledgers)
     skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
     write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
     _print_summary(output, skip_rates, sample_grid, result)
@@ -65,6 +65,7 @@ def _card_facts(
         num_images=len(images),
         num_distinct_images=len(images) - images.num_duplicates,
         num_heldout=len(data.heldout),
+        num_left_out=len(data.left_out.images),
         rounds=run.ensemble.round,
         steps=run.ensemble.step,
         skip_rates=skip_rates,

@@ -265,6 +265,8 @@ class Trainer:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         outputs.check_space(self.output, space_needed(self.model, self.run))
+        if len(self.data.left_out.images):
+            print(self.data.left_out.words, flush=True)
         if idle := self.run.placement.idle():
             warn(
                 f"`--num_shards {len(self.ensemble.clones)}` on {self.ranks.size} ranks: "

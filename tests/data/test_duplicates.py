@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.fft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -138,6 +139,14 @@ def test_different_images_of_one_kind_are_no_near_copies():
     assert (np.bitwise_count(hashes[:, None] ^ hashes) <= duplicates.MOST_BITS).sum() >= len(alike) + 8
     found = find_duplicates(alike)
     assert (found.exact, found.near) == (0, 0)
+
+
+def test_hashes_are_those_of_the_cosine_transform():
+    images = random_images(50, side=32)
+    grey = images.mean(axis=3)
+    lowest = scipy.fft.dctn(grey, axes=(1, 2), norm="ortho")[:, :8, :8].reshape(50, 64)
+    bits = lowest > np.median(lowest, axis=1, keepdims=True) + duplicates.STANDS_OUT
+    np.testing.assert_array_equal(duplicates._hashes(images), np.packbits(bits, axis=1).view(np.uint64)[:, 0])
 
 
 def test_a_near_copy_joins_the_first_group_that_it_is_near_the_first_image_of():

@@ -9,6 +9,7 @@ from tiny import save_images
 
 from iet_finetune.config.settings import DataConfig
 from iet_finetune.data.dataset import load_images
+from iet_finetune.data.dedup import nothing_left_out
 from iet_finetune.ensemble.ledger import ShardLedger, write_ledger
 
 
@@ -34,7 +35,14 @@ def test_the_file_has_one_row_an_image_in_the_order_of_the_data(tmp_path):
     training, heldout = load_images(data, cache_dir=None, seed=0)
     ledgers = [ShardLedger(2), ShardLedger(2)]
     ledgers[1].seen += 7
-    write_ledger(tmp_path / "ledger.parquet", training, heldout, [np.array([0, 3]), np.array([1, 2])], ledgers)
+    write_ledger(
+        tmp_path / "ledger.parquet",
+        training,
+        heldout,
+        nothing_left_out(training),
+        [np.array([0, 3]), np.array([1, 2])],
+        ledgers,
+    )
     rows = pq.read_table(tmp_path / "ledger.parquet").to_pylist()
     assert [row["content_hash"] for row in rows] == [*training.content_hashes, *heldout.content_hashes]
     assert [row["shard"] for row in rows] == [0, 1, 1, 0, None]

@@ -1,24 +1,41 @@
 """The ledger of the run that trained the model: which images it saw, and how often."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet
 
 from ...data.dataset import TrainingImages
 
-LedgerCounts = dict[str, tuple[int, int]]
+
+class Visits(NamedTuple):
+    """What became of an image, all copies of its content together.
+
+    Attributes:
+        seen, skipped: visits, and visits without gradient.
+        stood_in_for: whether it was left out as a copy of another one, which was trained on.
+    """
+
+    seen: int
+    skipped: int
+    stood_in_for: bool
+
+
+LedgerCounts = dict[str, Visits]
 
 
 def read_ledger(file: Path | None) -> LedgerCounts:
-    """Content hash -> how often all copies of an image were seen and skipped in training; empty without a ledger."""
+    """Content hash -> what became of that image in training; empty without a ledger."""
     if file is None or not file.is_file():
         return {}
-    table = pyarrow.parquet.read_table(file, columns=["content_hash", "seen", "skipped"]).to_pylist()
+    # Ledgers of earlier versions name no copies.
+    wanted = {"content_hash", "seen", "skipped", "copy_of"} & {*pyarrow.parquet.read_schema(file).names}
     sums: LedgerCounts = {}
-    for row in table:
-        seen, skipped = sums.get(row["content_hash"], (0, 0))
-        sums[row["content_hash"]] = seen + row["seen"], skipped + row["skipped"]
+    for row in pyarrow.parquet.read_table(file, columns=sorted(wanted)).to_pylist():
+        before = sums.get(row["content_hash"], Visits(0, 0, False))
+        copy = before.stood_in_for or row.get("copy_of") is not None
+        sums[row["content_hash"]] = Visits(before.seen + row["seen"], before.skipped + row["skipped"], copy)
     return sums
 
 
@@ -27,7 +44,7 @@ def of_group(images: TrainingImages, members: np.ndarray, ledger: LedgerCounts) 
     hashes = {images.content_hashes[number] for number in members}
     if not hashes <= ledger.keys():
         return None
-    return sum(ledger[each][0] for each in hashes), sum(ledger[each][1] for each in hashes)
+    return sum(ledger[each].seen for each in hashes), sum(ledger[each].skipped for each in hashes)
 
 
 def check_split(
@@ -39,7 +56,7 @@ def check_split(
     """
     if not ledger:
         return heldout, ()
-    trained = {content for content, (seen, _) in ledger.items() if seen}
+    trained = {content for content, visits in ledger.items() if visits.seen or visits.stood_in_for}
     unseen = [number for number, content in enumerate(heldout.content_hashes) if content not in trained]
     warnings = []
     if known := len(heldout) - len(unseen):

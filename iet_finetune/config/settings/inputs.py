@@ -127,6 +127,12 @@ class DataConfig:
     holdout_fraction: float = other(
         0.0, "Share of the images kept out of training, for the audit.", smoke=0.0, audit="recorded"
     )
+    dedup: str = fixed(
+        "none",
+        "Leave out training images that show what an earlier one shows: those with its pixels (exact), or also those "
+        "that were moved, scaled, compressed or made brighter (near). Mirrored ones are copies too.",
+        choices=("none", "exact", "near"),
+    )
     resolution: int = fixed(
         512,
         "Side of the square training images in pixels.",

@@ -13,6 +13,7 @@ from iet_finetune.audit.inputs.ledger import check_split, of_group, read_ledger
 from iet_finetune.audit.inputs.work import Work
 from iet_finetune.audit.measures.guidance import _repeats
 from iet_finetune.data.dataset import TrainingImages
+from iet_finetune.data.dedup import nothing_left_out
 from iet_finetune.ensemble.ledger import ShardLedger, write_ledger
 
 
@@ -72,7 +73,7 @@ def ledger_of(file: Path, training: TrainingImages, seen: list[int]) -> Path:
     """A ledger of these images, seen so many times."""
     shard = ShardLedger(len(training))
     shard.seen.copy_(shard.seen.new_tensor(seen))
-    write_ledger(file, training, training.subset([]), [np.arange(len(training))], [shard])
+    write_ledger(file, training, training.subset([]), nothing_left_out(training), [np.arange(len(training))], [shard])
     return file
 
 
