@@ -1,8 +1,9 @@
 """The ledger: for every image of the run, how often it was seen and skipped, and how low its loss was."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -58,11 +59,15 @@ def write_ledger(
     left_out: LeftOut,
     shards: Sequence[np.ndarray],
     ledgers: Sequence[ShardLedger],
+    about: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes `ledger.parquet`: a row an image: training images in the order of the data, held-out, left-out ones.
 
     `copies` says for how many images one that was trained on stands, and `copy_of` of which one, by its content hash,
     a left-out one is a copy.
+
+    Args:
+        about: further columns, (N,) of the training images, by name.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -84,6 +89,7 @@ def write_ledger(
                 [*_none_for_nan(columns["mean_log_ratio"]), *[None] * others], type=pa.float32()
             ),
             "copies": pa.array([*left_out.copies.tolist(), *[None] * others], type=pa.int64()),
+            **{name: pa.array([*values.tolist(), *[None] * others]) for name, values in about.items()},
             "copy_of": pa.array([*[None] * (len(training) + len(heldout)), *stand_ins], type=pa.string()),
         }
     )

@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+# Parts that the schedule is cut into to find how noisy a timestep is: finer than any schedule.
+_FINEST = 1 << 20
+
 
 class Objective(ABC):
     """How images become noisy, and what the denoiser is to say of them, at each of T timesteps."""
@@ -34,6 +37,18 @@ class Objective(ABC):
     @abstractmethod
     def levels(self, timesteps: Tensor, count: int) -> Tensor:
         """(B,) int64 in [0, count): which of so many parts of the schedule, from little noise to much."""
+
+    def nearest(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """The timesteps (J,) int64 whose noise levels are next to those wanted, and these levels (J,) float64.
+
+        Args:
+            levels: (J,) float64 in [0, 1], parts of the schedule from little noise to much; sigma for flow matching.
+        """
+        # On the host: the same on every device.
+        every = self.to("cpu").levels(torch.arange(len(self)), _FINEST)
+        noisiness = (every.double() + 0.5) / _FINEST
+        timesteps = (noisiness[None] - levels[:, None]).abs().argmin(dim=1)
+        return timesteps, noisiness[timesteps]
 
     @abstractmethod
     def sample_timesteps(self, uniform: Tensor) -> Tensor:

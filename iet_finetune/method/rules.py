@@ -82,6 +82,10 @@ class Run(Protocol):
         """Rounds completed so far."""
 
     @property
+    def visits(self) -> int:
+        """Samples that all clones together see in a round that is not cut short."""
+
+    @property
     def content_hashes(self) -> Sequence[str]:
         """One a training image, in the order of their indices; copies of an image share it."""
 
@@ -106,7 +110,8 @@ class Run(Protocol):
         the mean of their posterior, not mirrored, with their first caption.
 
         Args:
-            which: as for `lend`.
+            which: "merged" as the round starts, "ema" for its moving average, or "result" for what would be saved of
+                these; no network is kept for these. Or "base", if the rule borrows it.
             images: indices of training images, or of held-out ones.
         """
 
@@ -125,9 +130,11 @@ class SkipRule(ABC):
     Attributes:
         borrows: which networks the rule asks for, of "base", "merged" and "ema"; their memory is counted before
             training starts.
+        least_heldout: how many held-out images a run must have.
     """
 
     borrows: ClassVar[tuple[str, ...]] = ()
+    least_heldout: ClassVar[int] = 0
 
     def __init__(self, config: Any, *, objective: Objective, num_images: int, device: torch.device) -> None:
         self.config, self.objective, self.num_images, self.device = config, objective, num_images, device
@@ -167,6 +174,10 @@ class SkipRule(ABC):
     def expected_loss(self, samples: Samples) -> Tensor:
         """(B,) the usual loss at each sample's timestep, for the ledger; NaN where it is not known."""
         return torch.full_like(samples.loss, torch.nan)
+
+    def about_images(self) -> dict[str, Tensor]:
+        """What all shards share of each training image, (N,) by name: further columns of the ledger."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The clone's own state, as tensors and plain values; a checkpoint holds it."""

@@ -51,6 +51,13 @@ class Schedule:
         merge = [merge_every_steps or merge_every_epochs * steps for steps in passes]
         return cls(shard_sizes, samples_per_step, tuple(total), tuple(merge))
 
+    @property
+    def visits_a_round(self) -> int:
+        """Samples that all clones together see in a round; the steps of a pass may differ in size by chance."""
+        passes = (-(-size // self.samples_per_step) for size in self.shard_sizes)
+        rounds = zip(self.shard_sizes, self.round_steps, passes, strict=True)
+        return sum(size * steps // a_pass for size, steps, a_pass in rounds)
+
     def round_end(self, shard: int, began: int) -> int:
         """Where a clone's round ends that began at its step `began`; the last round may be shorter.
 

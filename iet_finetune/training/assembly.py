@@ -77,6 +77,7 @@ def assemble(
     with ranks.first_on_machine():
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
         images, heldout, left_out = find_images(config, family_class(source, config.model).needs_captions, dataset)
+    _check_heldout(config, len(heldout))
     indices, schedule = split(config, images)
     with ranks.first_on_machine():
         family = load_model(source, config, images, pipeline)
@@ -93,6 +94,17 @@ def assemble(
         mine = placement.shards_of(ranks.rank)
         run.local.check_compiled(shards[mine[0]], TOLERANCE[accelerator.mixed_precision])
     return data, model, run
+
+
+def _check_heldout(config: Config, heldout: int) -> None:
+    """Raises a `UserError` if the skip rule compares with more held-out images than there are."""
+    entry, _ = config.chosen(SKIP_RULES)
+    least = entry.load().least_heldout
+    if heldout < least:
+        raise UserError(
+            f"`--skip_rule {entry.name}` compares with held-out images, {least} at least, and there are {heldout}: "
+            "give `--holdout_fraction`, such as 0.1, or a higher one."
+        )
 
 
 def _check_same_everywhere(ranks: Ranks, values: dict[str, Any]) -> None:

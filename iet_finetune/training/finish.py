@@ -34,8 +34,9 @@ def finish(config: Config, data: Data, model: Model, run: Run, sample_grid: Path
     result = Result(model.family, model.adapter, model.source, by_class, run.accelerator, config)
     with outputs.audit_of_other_weights_removed(output):
         outputs.publish(output, result.save)
+    about = run.ensemble.clones[0].rule.about_images()
     ledgers = [clone.ledger for clone in run.ensemble.clones]
-    write_ledger(output / LEDGER, data.images, data.heldout, data.left_out, data.indices, ledgers)
+    write_ledger(output / LEDGER, data.images, data.heldout, data.left_out, data.indices, ledgers, about)
     skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
     write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
     _print_summary(output, skip_rates, sample_grid, result)

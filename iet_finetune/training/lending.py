@@ -99,6 +99,7 @@ class Lender:
         self._images = {False: data.shards[0], True: data.shards[0].of_others(data.heldout)}
         # Always as many at once, on any number of ranks: a loss's bits may depend on it.
         self._chunk = min(ENCODE_CHUNK, batch_size)
+        self._visits = data.schedule.visits_a_round
         self.round = 0
         self._lent = {which: Lent(self._family.denoiser) for which in borrows}
         self._asking = False
@@ -106,6 +107,11 @@ class Lender:
         self._losses: dict[tuple[Any, ...], Tensor] = {}
         if "base" in borrows and self._adapter is None:
             self._lent["base"].take(self._live)
+
+    @property
+    def visits(self) -> int:
+        """See `Run`."""
+        return self._visits
 
     @property
     def content_hashes(self) -> Sequence[str]:
@@ -148,6 +154,9 @@ class Lender:
     def _check(self, which: str) -> None:
         if which not in self._lent:
             raise ValueError(f"a skip rule that asks for {which!r} must name it in `borrows`")
+        self._check_asking()
+
+    def _check_asking(self) -> None:
         if not self._asking:
             # It would overwrite the weights of the clone that is training.
             raise ValueError("a skip rule may only ask for networks and their losses in `begin_round`")
@@ -182,7 +191,13 @@ class Lender:
             UserError: an image cannot be read.
             ValueError: as `lend`.
         """
-        self._check(which)
+        if which == "base":
+            self._check(which)
+        elif which == "result":
+            which = "ema" if "ema" in self._mergers else "merged"
+        self._check_asking()
+        if MERGERS.get(which) not in self._mergers and which != "base":
+            raise ValueError(f"there are no losses of {which!r}: ask for base, merged, ema or result")
         key = which, tuple(images), tuple(timesteps), seed, heldout
         if key not in self._losses:
             self._put(which)

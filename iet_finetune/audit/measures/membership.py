@@ -19,8 +19,6 @@ from .separation import auc_metric, common_edges, tpr_metric
 FEWEST_DRAWS = 8
 # The stream of random numbers of the fixed noise: no number that `seeding` keys its own streams by.
 _NOISE = 64
-# Parts that the schedule is cut into to find how noisy a timestep is: finer than any schedule.
-_FINEST = 1 << 20
 _FEW, _FEW_FOR_FPR = 30, 100
 Losses = tuple[np.ndarray, ...]  # of the model (N, J), and then of the reference if there is one
 
@@ -69,14 +67,12 @@ def spread_draws(objective: Objective, shape: tuple[int, int, int], count: int =
 
 
 def _draws(objective: Objective, shape: tuple[int, int, int], count: int, seed: int, low: float, high: float) -> Draws:
-    every = torch.arange(len(objective))
-    # On the host: the same draws on every device.
-    noisiness = (objective.to("cpu").levels(every, _FINEST).double() + 0.5) / _FINEST
-    wanted = low + (high - low) * (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    timesteps = (noisiness[None] - wanted[:, None]).abs().argmin(dim=1)
+    timesteps, levels = objective.nearest(
+        low + (high - low) * (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    )
     streams = (np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_NOISE, j))) for j in range(count))
     noise = np.stack([stream.standard_normal(shape, dtype=np.float32) for stream in streams])
-    return Draws(timesteps, torch.from_numpy(noise), tuple(noisiness[timesteps].tolist()))
+    return Draws(timesteps, torch.from_numpy(noise), tuple(levels.tolist()))
 
 
 @torch.no_grad()

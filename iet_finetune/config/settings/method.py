@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from ..flags import fixed, free, other
 from ..registry import MERGE_RULES, SHARDINGS, SKIP_RULES, Entry
-from .checks import at_least_one, require
+from .checks import at_least_one, not_negative, require
 
 DEFAULT_MERGE_EPOCHS = 5
 
@@ -137,3 +137,37 @@ class AGCConfig:
 
 
 SKIP_RULES.entries["agc"] = Entry("agc", "iet_finetune.method.rules:AGCRule", AGCConfig)
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """The guard: which training images rest, by how far their losses have fallen below those of held-out images."""
+
+    guard_tau: float = fixed(
+        1.0, "An image rests whose loss has fallen so many robust deviations further than held-out images' losses."
+    )
+    guard_reference: int = fixed(
+        1, "The round whose end losses are compared with; 0 for the pipeline as it came, if it knows the subject."
+    )
+    guard_levels: tuple[float, ...] = fixed(
+        (0.01, 0.02, 0.04), "Noise levels at which losses are looked at, as parts of the schedule (sigma with flows)."
+    )
+    guard_draws: int = fixed(1, "Draws of noise at each of these levels.")
+    guard_below: float = fixed(0.3, "Images rest at lower noise levels than this; above it they go on teaching.")
+    guard_budget: float = fixed(
+        0.08, "Time that looking may take, as a part of the training's; images take turns where it is short."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.guard_tau > 0, f"`--guard_tau` must be above 0, not {self.guard_tau}.")
+        not_negative("guard_reference", self.guard_reference)
+        require(
+            len(self.guard_levels) > 0 and all(0 < level < 1 for level in self.guard_levels),
+            f"`--guard_levels` must be between 0 and 1, not {' '.join(map(str, self.guard_levels)) or 'none'}.",
+        )
+        at_least_one("guard_draws", self.guard_draws)
+        require(0 < self.guard_below <= 1, f"`--guard_below` must be in (0, 1], not {self.guard_below}.")
+        require(self.guard_budget > 0, f"`--guard_budget` must be above 0, not {self.guard_budget}.")
+
+
+SKIP_RULES.entries["guard"] = Entry("guard", "iet_finetune.method.guard:Guard", GuardConfig)

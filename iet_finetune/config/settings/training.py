@@ -50,7 +50,10 @@ class TrainingConfig:
         None, "Gamma of the min-SNR loss weights; 5.0 is usual. Off if not given.", needs="noise schedule"
     )
     skip_rule: str = fixed(
-        "agc", "Which samples of a step give no gradient; agc: anti-gradient control.", choices=SKIP_RULES.names
+        "agc",
+        "Which samples of a step give no gradient. agc: those with a low loss, anti-gradient control. guard: those of "
+        "images whose loss has fallen below that of held-out images.",
+        choices=SKIP_RULES.names,
     )
     noise_offset: float = free(0.0, "Scale of an extra noise that is constant over each channel.")
     weighting_scheme: str | None = free(
