@@ -95,6 +95,8 @@ ARMS = {
     "iet-weights": Arm("IET, without a moving average", {**_OFF, "use_ema": False}, shards=SHARDS),
     "search": Arm("de-duplicated by search", _OFF, "searched"),
     "oracle": Arm("de-duplicated by an oracle", _OFF, "originals"),
+    "guard": Arm("guard", {"skip_rule": "guard"}),
+    "search-guard": Arm("guard, de-duplicated by search", {"skip_rule": "guard"}, "searched"),
     "lora": Arm(
         "LoRA of rank 8", {**_OFF, "use_lora": True, "rank": 8, "lora_layers": _LORA_LAYERS}, only_fine_tuned=True
     ),

@@ -15,12 +15,13 @@ from iet_finetune import Config, Trainer
 from iet_finetune.families import family_class
 from iet_finetune.families.loading import source_of
 from iet_finetune.files import written_beside
+from iet_finetune.training.data import compares_with
 
 from . import rules
 from .arms import ARMS, COURSES, FINE_TUNED, base, chosen_rows, config_of
 from .features import GarmentFeatures, SmallEfficientNet
 from .judge import Judge, Ruler, losses, measure
-from .sets import SETS
+from .sets import SETS, table
 
 BEFORE = "before"
 
@@ -82,7 +83,9 @@ def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: d
         pipeline = base(name, seed, home)
         reference = _reference(pipeline, config, ruler) if name in FINE_TUNED else None
         judge = Judge(ruler, config, rows, course, labels, reference)
-        Trainer(config, [judge], pipeline=pipeline, dataset=ruler.evidence.dataset(rows)).train()
+        heldout = table(ruler.evidence.seen) if compares_with(config) else None
+        dataset = ruler.evidence.dataset(rows)
+        Trainer(config, [judge], pipeline=pipeline, dataset=dataset, heldout_images=heldout).train()
     save_grid(judge.drawn[:64], home / "drawn" / f"{name}.{arm}.{seed}.png")
     return judge.measured
 

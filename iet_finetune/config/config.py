@@ -176,11 +176,11 @@ class Config:
         rules = tuple(made(group) for group in _rules_from_outside().values())
         return cls(**{name: made(group) for name, (_, group) in GROUPS.items()}, rules=rules)
 
-    def check_sources(self, *, pipeline: bool = False, dataset: bool = False) -> None:
+    def check_sources(self, *, pipeline: bool = False, dataset: bool = False, heldout_images: bool = False) -> None:
         """Raises a `UserError` unless a pipeline, or a network to begin with, and a source of images are given.
 
         Args:
-            pipeline, dataset: whether they are passed as objects; no flag may name another then.
+            pipeline, dataset, heldout_images: whether they are passed as objects; no flag may name others then.
         """
         require(
             pipeline or self.model.pretrained_model_name_or_path is not None or self.model.model_config is not None,
@@ -191,7 +191,8 @@ class Config:
             dataset or self.data.train_data_dir is not None or self.data.dataset_name is not None,
             "no images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.",
         )
-        for passed, kind in ((pipeline, "pipeline"), (dataset, "dataset")):
+        objects = {"pipeline": pipeline, "dataset": dataset, "heldout_images": heldout_images}
+        for kind, passed in objects.items():
             if passed:
                 self._refuse_names_of(kind)
 
@@ -199,7 +200,7 @@ class Config:
         flags, defaults = self.to_flags(), type(self)().to_flags()
         for name, spec in all_flags().items():
             wanted = kind not in spec.names or flags[name] == defaults[name]
-            beside = f"a {kind} that is passed as an object"
+            beside = f"a `{kind}` that is passed as an object"
             require(wanted, f"`--{name} {flags.get(name)}` does not go with {beside}: leave it out.")
 
     def to_flags(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Facts:
             anywhere. May be left out where the value is a number, a switch or one of `choices`: then it is public.
         known: the values of a "named" flag that others know.
         per_machine: whether each machine of a run may have a value of its own; of what is local or named if left out.
-        names: "pipeline" or "dataset", or both, if the flag does not go with one that is passed as an object.
+        names: of "pipeline", "dataset" and "heldout_images" those that, as an object, the flag does not go with.
         instead_of: a flag that this one replaces; only one of the two may be given.
         needs: the feature of a pipeline family without which the flag means nothing and is refused; one of `NEEDS`.
         smoke: the value that `--smoke` sets.

@@ -28,7 +28,7 @@ from ..families import family_class, find_pipeline, source_of
 from ..lora.adapters import Adapter
 from ..method.rules import SkipRule
 from .compiling import TOLERANCE
-from .data import Data, find_images, read_shards, split
+from .data import Data, compares_with, find_images, read_shards, split
 from .lending import Lender, need_of_rule
 from .local import LocalTraining
 from .mergers import build_mergers, need_of_mergers
@@ -60,14 +60,20 @@ class Run:
 
 
 def assemble(
-    config: Config, accelerator: Accelerator, ranks: Ranks, pipeline: Any = None, dataset: Any = None
+    config: Config,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    pipeline: Any = None,
+    dataset: Any = None,
+    heldout_images: Any = None,
 ) -> tuple[Data, Model, Run]:
     """Builds them in the order in which mistakes are cheapest: the pipeline's index, then data, then weights.
 
     Every rank builds its own; what they share is downloaded and prepared by the first one of each machine.
 
     Args:
-        pipeline, dataset: a loaded pipeline and a `datasets.Dataset`, or None where the flags name them.
+        pipeline, dataset, heldout_images: a loaded pipeline and a `datasets.Dataset` each, or None where the flags
+            name them.
 
     Raises:
         UserError: whatever the user can mend.
@@ -76,17 +82,19 @@ def assemble(
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
     with ranks.first_on_machine():
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
-        images, heldout, left_out = find_images(config, family_class(source, config.model).needs_captions, dataset)
-    _check_heldout(config, len(heldout))
-    indices, schedule = split(config, images)
+        needs_captions = family_class(source, config.model).needs_captions
+        found = find_images(config, needs_captions, dataset, heldout_images)
+    indices, schedule = split(config, found.images)
     with ranks.first_on_machine():
-        family = load_model(source, config, images, pipeline)
+        family = load_model(source, config, found.images, pipeline)
     latent_shape = family.latent_shape(config.data.resolution)
-    identity = run_identity(config, images.fingerprint, family.fingerprint())
+    identity = run_identity(config, found.images.fingerprint, family.fingerprint())
+    if compares_with(config):
+        identity["the held-out images"] = found.watched.fingerprint
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
-    shards = read_shards(config, family, images, indices, latent_shape, ranks, accelerator.device)
-    data = Data(images, heldout, left_out, indices, shards, schedule)
+    shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
+    data = Data(*found, indices, shards, schedule)
     group = ranks.group(placement)
     model = prepare_model(source, family, config, accelerator, group)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
@@ -94,17 +102,6 @@ def assemble(
         mine = placement.shards_of(ranks.rank)
         run.local.check_compiled(shards[mine[0]], TOLERANCE[accelerator.mixed_precision])
     return data, model, run
-
-
-def _check_heldout(config: Config, heldout: int) -> None:
-    """Raises a `UserError` if the skip rule compares with more held-out images than there are."""
-    entry, _ = config.chosen(SKIP_RULES)
-    least = entry.load().least_heldout
-    if heldout < least:
-        raise UserError(
-            f"`--skip_rule {entry.name}` compares with held-out images, {least} at least, and there are {heldout}: "
-            "give `--holdout_fraction`, such as 0.1, or a higher one."
-        )
 
 
 def _check_same_everywhere(ranks: Ranks, values: dict[str, Any]) -> None:

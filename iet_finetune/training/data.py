@@ -1,14 +1,15 @@
 """The images of a run: loaded, split into shards, scheduled, and made ready to be read."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ..audit.inputs.dataset import load_heldout
 from ..cache.caching import encode_data
 from ..config.config import Config
-from ..config.registry import SHARDINGS
+from ..config.registry import SHARDINGS, SKIP_RULES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
 from ..data.dataset import TrainingImages, load_images
 from ..data.dedup import LeftOut, nothing_left_out, without_copies
@@ -28,6 +29,7 @@ class Data:
     Attributes:
         images, heldout: the training images, and those kept out.
         left_out: copies of training images that are not trained on.
+        watched: held-out images that skip rules compare with.
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
         schedule: when each clone steps and when the clones are merged.
@@ -36,21 +38,36 @@ class Data:
     images: TrainingImages
     heldout: TrainingImages
     left_out: LeftOut
+    watched: TrainingImages
     indices: tuple[np.ndarray, ...]
     shards: list[Shard]
     schedule: Schedule
 
 
-def find_images(
-    config: Config, needs_captions: bool, dataset: Any = None
-) -> tuple[TrainingImages, TrainingImages, LeftOut]:
-    """The training images, those held out, and copies that are left out.
+class Found(NamedTuple):
+    """The images that a run was given.
+
+    Attributes:
+        images, heldout: the training images, and those kept out.
+        left_out: copies of training images that are not trained on.
+        watched: held-out images that skip rules compare with: of `--holdout_data_dir` or else `heldout`.
+    """
+
+    images: TrainingImages
+    heldout: TrainingImages
+    left_out: LeftOut
+    watched: TrainingImages
+
+
+def find_images(config: Config, needs_captions: bool, dataset: Any = None, heldout_images: Any = None) -> Found:
+    """Loads the images, and looks for copies if that is wanted.
 
     Args:
         dataset: a `datasets.Dataset` to take them from, or None for what the flags name.
+        heldout_images: another one, in the place of `--holdout_data_dir`.
 
     Raises:
-        UserError: they cannot be read, or there are too few for the shards.
+        UserError: they cannot be read, or there are too few for the shards or the skip rule.
     """
     images, heldout = load_images(
         config.data,
@@ -61,12 +78,22 @@ def find_images(
         table=dataset,
         table_name="dataset",
     )
+    watched = heldout
+    if compares_with(config):
+        watched = load_heldout(config, images, needs_captions, heldout_images) or heldout
+    elif heldout_images is not None:
+        raise UserError(f"`heldout_images`: `--skip_rule {config.training.skip_rule}` compares with none.")
     left_out = nothing_left_out(images)
     if config.data.dedup != "none":
         cache_dir, resolution = config.model.cache_dir, config.data.resolution
         images, left_out = without_copies(images, config.data.dedup, resolution, cache_dir)
-    _check_enough(config.ensemble.num_shards, len(images))
-    return images, heldout, left_out
+    _check_enough(config, len(images), len(watched))
+    return Found(images, heldout, left_out, watched)
+
+
+def compares_with(config: Config) -> int:
+    """How many held-out images the run's skip rule needs."""
+    return config.chosen(SKIP_RULES)[0].load().least_heldout
 
 
 def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
@@ -85,11 +112,17 @@ def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...
     return indices, _schedule(config, tuple(len(part) for part in indices))
 
 
-def _check_enough(num_shards: int, images: int) -> None:
+def _check_enough(config: Config, images: int, watched: int) -> None:
+    num_shards = config.ensemble.num_shards
     if images < num_shards:
         raise UserError(
             f"`--num_shards {num_shards}` needs at least {num_shards} images, but there are {images}. "
             "Lower `--num_shards` or add images."
+        )
+    if watched < (least := compares_with(config)):
+        raise UserError(
+            f"`--skip_rule {config.training.skip_rule}` compares with held-out images, {least} at least, and there "
+            f"are {watched}: give a higher `--holdout_fraction`, or a folder of others as `--holdout_data_dir`."
         )
 
 

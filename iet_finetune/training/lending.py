@@ -96,7 +96,7 @@ class Lender:
         self._family, self._trainable, self._adapter = model.family, model.trainable, model.adapter
         self._mergers, self._noising, self._ranks = mergers, noising, ranks
         # By whether they are the held-out ones.
-        self._images = {False: data.shards[0], True: data.shards[0].of_others(data.heldout)}
+        self._images = {False: data.shards[0], True: data.shards[0].of_others(data.watched)}
         # Always as many at once, on any number of ranks: a loss's bits may depend on it.
         self._chunk = min(ENCODE_CHUNK, batch_size)
         self._visits = data.schedule.visits_a_round

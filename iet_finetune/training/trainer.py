@@ -48,15 +48,23 @@ class Trainer:
             where a LoRA file is saved, on the device and in the precision that it came in, with all parameters frozen
             but those that were trained. A `--prediction_type` is written into its scheduler.
         dataset: a `datasets.Dataset` with the columns that the flags name, in place of a source that they name.
+        heldout_images: another one, of images that a skip rule compares with, in place of `--holdout_data_dir`.
 
     Raises:
         UserError: whatever the user can mend, before training starts wherever that can be known.
     """
 
     def __init__(
-        self, config: Config, callbacks: Sequence[Callback] = (), *, pipeline: Any = None, dataset: Any = None
+        self,
+        config: Config,
+        callbacks: Sequence[Callback] = (),
+        *,
+        pipeline: Any = None,
+        dataset: Any = None,
+        heldout_images: Any = None,
     ) -> None:
-        config.check_sources(pipeline=pipeline is not None, dataset=dataset is not None)
+        objects = {"pipeline": pipeline, "dataset": dataset, "heldout_images": heldout_images}
+        config.check_sources(**{name: value is not None for name, value in objects.items()})
         if config.training.smoke:
             self._smoke = tempfile.TemporaryDirectory(prefix="iet_finetune-smoke-")
             config = shrink(config, Path(self._smoke.name))
@@ -71,7 +79,7 @@ class Trainer:
         try:
             with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
-                self._prepare(accelerator, resume, pipeline, dataset)
+                self._prepare(accelerator, resume, objects)
         except BaseException:
             self._release()
             raise
@@ -238,14 +246,14 @@ class Trainer:
                 hand_back(self.model, self.run.accelerator, self._home)
         self.ranks.barrier()
 
-    def _prepare(self, accelerator: Accelerator, resume: str | None, pipeline: Any, dataset: Any) -> None:
+    def _prepare(self, accelerator: Accelerator, resume: str | None, objects: dict[str, Any]) -> None:
         if self.config.hub.push_to_hub and self.ranks.is_main:
             check_push(self.output, self.config.hub)
         if self.config.audit.audit and self.ranks.is_main:
             check_audit(self.config)
         self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
         checkpoint = open_checkpoint(self.store, self.ranks, resume)
-        self.data, self.model, self.run = assemble(self.config, accelerator, self.ranks, pipeline, dataset)
+        self.data, self.model, self.run = assemble(self.config, accelerator, self.ranks, **objects)
         self.ensemble = self.run.ensemble
         if checkpoint is not None:
             restore(checkpoint, self.config, self.data, self.run)

@@ -210,7 +210,7 @@ def test_with_lora_there_is_no_second_denoiser(world, tmp_path):
 
 
 def test_too_few_held_out_images_are_refused(world, tmp_path):
-    with pytest.raises(UserError, match="compares with held-out images, 8 at least, and there are 2: give"):
+    with pytest.raises(UserError, match="compares with held-out images, 8 at least, and there are 2: "):
         Trainer(config(world, tmp_path / "out", holdout_fraction=0.1))
 
 

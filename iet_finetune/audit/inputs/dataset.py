@@ -59,21 +59,36 @@ def load_real_images(
     Raises:
         UserError: the data is missing or wrong.
     """
-    audit, data = config.audit, config.data
+    data = config.data
     table = (tables := tables or {}).get("train_data_dir")
     if table is None and data.train_data_dir is None and data.dataset_name is None:
         raise UserError("no training images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.")
     cache_dir, seed = config.model.cache_dir, config.training.seed
     training, heldout = load_images(data, cache_dir=cache_dir, seed=seed, needs_captions=needs_captions, table=table)
-    if (others := tables.get("holdout_data_dir")) is not None:
-        heldout = load_table("heldout_images", others, data, captions=needs_captions)
-    elif audit.holdout_data_dir is not None:
-        heldout = load_folder(
-            "holdout_data_dir", audit.holdout_data_dir, data, captions=needs_captions, cache_dir=cache_dir
-        )
+    others = load_heldout(config, training, needs_captions, tables.get("holdout_data_dir"))
+    return training, heldout if others is None else others
+
+
+def load_heldout(
+    config: Config, training: TrainingImages, needs_captions: bool, table: Dataset | None = None
+) -> TrainingImages | None:
+    """The images of `--holdout_data_dir`; None without it.
+
+    Args:
+        table: images in memory that take the folder's place.
+
+    Raises:
+        UserError: they cannot be read, or one has a class that no training image has.
+    """
+    data, folder = config.data, config.audit.holdout_data_dir
+    if table is not None:
+        heldout = load_table("heldout_images", table, data, captions=needs_captions)
+    elif folder is not None:
+        cache_dir = config.model.cache_dir
+        heldout = load_folder("holdout_data_dir", folder, data, captions=needs_captions, cache_dir=cache_dir)
     else:
-        return training, heldout
-    return training, _numbered_alike(heldout, training, data.class_column)
+        return None
+    return _numbered_alike(heldout, training, data.class_column)
 
 
 def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: str | None) -> TrainingImages:

@@ -42,6 +42,7 @@ class AuditConfig:
         None,
         "Folder of images that were never trained on, read like `--train_data_dir`; or see `--holdout_fraction`.",
         scope="local",
+        names=("heldout_images",),
         audit="run",
     )
     num_images: int = other(1000, "Images that are drawn and measured.", audit="run")
