@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,11 @@ class CheckpointStore:
 
     def has(self, step: int) -> bool:
         """Whether there is a complete `checkpoint-{step}`."""
-        return self._folder / f"checkpoint-{step}" in self.all()
+        return self.path(step) in self.all()
+
+    def path(self, step: int) -> Path:
+        """Where `checkpoint-{step}` is or would be."""
+        return self._folder / f"checkpoint-{step}"
 
     def find(self, wanted: str) -> Checkpoint | None:
         """The checkpoint to resume from: a path, or "latest", which is None where there is none yet.
@@ -162,7 +166,7 @@ class CheckpointStore:
         facts: Mapping[str, Any],
         *,
         keep_older: bool = False,
-        needed: Path | None = None,
+        needed: Collection[Path] = (),
     ) -> Path:
         """Writes this rank's part of `checkpoint-{step}`, and completes it if all others have written theirs.
 
@@ -173,12 +177,12 @@ class CheckpointStore:
             pieces: relative file name -> piece; each name is one rank's.
             facts: what the manifest says besides, the same on all ranks.
             keep_older: whether to remove none this time.
-            needed: a checkpoint that is kept beyond the limit, as it is still to be read from; the same on all ranks.
+            needed: checkpoints that are kept beyond the limit, as they are still to be read; the same on all ranks.
 
         Raises:
             UserError: no space left on the device; what was there before is untouched.
         """
-        final = self._folder / f"checkpoint-{step}"
+        final = self.path(step)
         partial = self._partial(final)
         part = {name: piece.version for name, piece in pieces.items()}
         self._saved += 1
@@ -243,11 +247,11 @@ class CheckpointStore:
         path = self._previous.path
         return any(_taken_over(folder / name, target) for folder in (self._partial(path), path))
 
-    def _remove_old(self, newest: Path, needed: Path | None) -> None:
+    def _remove_old(self, newest: Path, needed: Collection[Path]) -> None:
         for path in self._folder.glob(f".*{_GIVEN_UP}"):
             remove_folder(path)
         if self._limit is not None:
-            for path in [path for path in self.all() if path not in (newest, needed)][: -self._limit + 1 or None]:
+            for path in [path for path in self.all() if path not in (newest, *needed)][: -self._limit + 1 or None]:
                 remove_folder(path)
 
 

@@ -84,6 +84,11 @@ class Guard(SkipRule):
         self._after: Seen | None = None
         self.resting = torch.zeros(0, dtype=torch.bool, device=self.device)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether more than half of all images rest."""
+        return self._after is not None and bool((self._after.score > self.config.guard_tau).float().mean() > 0.5)
+
     def begin_round(self, run: Run) -> None:
         """Looks at as many images as the budget allows."""
         before = self._before if run.round == self._round else self._after

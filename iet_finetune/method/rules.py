@@ -149,6 +149,11 @@ class SkipRule(ABC):
         """Whether every sample is kept, whatever comes: gradients then need not be rescaled."""
         return False
 
+    @property
+    def is_done(self) -> bool:
+        """Whether so little is left to learn that `--stop_when auto` may end the run."""
+        return False
+
     def begin_round(self, run: Run) -> None:  # noqa: B027 - optional
         """Computes what all shards share, which is then frozen until the merge.
 

@@ -34,6 +34,7 @@ from .local import LocalTraining
 from .mergers import build_mergers, need_of_mergers
 from .model import Model, load_model, prepare_model
 from .noising import Noising
+from .stopping import Stopping
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Run:
     Attributes:
         ranks, placement: all ranks of the run, and which of them trains which shard.
         lender: what skip rules see of the run.
+        stopping: whether it is enough.
         learning_rates: each clone's learning rate by its step.
         need: bytes that all of this takes on a rank.
         identity: what a run that resumes this one must share with it.
@@ -54,6 +56,7 @@ class Run:
     ensemble: Ensemble
     local: LocalTraining
     lender: Lender
+    stopping: Stopping
     learning_rates: list[Callable[[int], float]]
     need: Need
     identity: dict[str, Any]
@@ -153,7 +156,8 @@ def _build_run(
     local = LocalTraining(family, trainable, optimizer, ema, config, device, group, noising, accelerator.scaler)
     lender = Lender(data, model, mergers, noising, ranks, rule.borrows, batch)
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
-    return Run(accelerator, ranks, placement, ensemble, local, lender, rates, need, identity)
+    stopping = Stopping(config.training.stop_patience if config.training.stop_when == "auto" else None)
+    return Run(accelerator, ranks, placement, ensemble, local, lender, stopping, rates, need, identity)
 
 
 def need_of_run(

@@ -21,6 +21,9 @@ from ..families import Family
 from ..method.schedule import Schedule
 from ..method.sharding import checked_shards
 
+# Fewer held-out images say too little of when to stop.
+LEAST_HELDOUT = 8
+
 
 @dataclass(frozen=True)
 class Data:
@@ -29,7 +32,7 @@ class Data:
     Attributes:
         images, heldout: the training images, and those kept out.
         left_out: copies of training images that are not trained on.
-        watched: held-out images that skip rules compare with.
+        watched: held-out images that are looked at while training.
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
         schedule: when each clone steps and when the clones are merged.
@@ -50,7 +53,7 @@ class Found(NamedTuple):
     Attributes:
         images, heldout: the training images, and those kept out.
         left_out: copies of training images that are not trained on.
-        watched: held-out images that skip rules compare with: of `--holdout_data_dir` or else `heldout`.
+        watched: held-out images that are looked at while training: of `--holdout_data_dir` or else `heldout`.
     """
 
     images: TrainingImages
@@ -82,7 +85,7 @@ def find_images(config: Config, needs_captions: bool, dataset: Any = None, heldo
     if compares_with(config):
         watched = load_heldout(config, images, needs_captions, heldout_images) or heldout
     elif heldout_images is not None:
-        raise UserError(f"`heldout_images`: `--skip_rule {config.training.skip_rule}` compares with none.")
+        raise UserError("`heldout_images`: neither `--skip_rule` nor `--stop_when` compares with them.")
     left_out = nothing_left_out(images)
     if config.data.dedup != "none":
         cache_dir, resolution = config.model.cache_dir, config.data.resolution
@@ -92,8 +95,9 @@ def find_images(config: Config, needs_captions: bool, dataset: Any = None, heldo
 
 
 def compares_with(config: Config) -> int:
-    """How many held-out images the run's skip rule needs."""
-    return config.chosen(SKIP_RULES)[0].load().least_heldout
+    """How many held-out images the run needs while it trains."""
+    of_rule = config.chosen(SKIP_RULES)[0].load().least_heldout
+    return max(of_rule, LEAST_HELDOUT if config.training.stop_when == "auto" else 0)
 
 
 def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
@@ -120,9 +124,10 @@ def _check_enough(config: Config, images: int, watched: int) -> None:
             "Lower `--num_shards` or add images."
         )
     if watched < (least := compares_with(config)):
+        asks = f"--skip_rule {config.training.skip_rule} --stop_when {config.training.stop_when}"
         raise UserError(
-            f"`--skip_rule {config.training.skip_rule}` compares with held-out images, {least} at least, and there "
-            f"are {watched}: give a higher `--holdout_fraction`, or a folder of others as `--holdout_data_dir`."
+            f"`{asks}` compares with held-out images, {least} at least, and there are {watched}: give a higher "
+            "`--holdout_fraction`, or a folder of others as `--holdout_data_dir`."
         )
 
 

@@ -204,6 +204,11 @@ class Lender:
             self._losses[key] = self._spread(self._images[heldout], *key[1:4])
         return self._losses[key]
 
+    def heldout_losses(self, images: Sequence[int], timesteps: Sequence[int], seed: int) -> Tensor:
+        """Of what would be saved, as `losses`, while no clone is checked out. Every rank takes part."""
+        self._put("ema" if "ema" in self._mergers else "merged")
+        return self._spread(self._images[True], tuple(images), tuple(timesteps), seed)
+
     def _spread(self, source: Shard, images: tuple[int, ...], timesteps: tuple[int, ...], seed: int) -> Tensor:
         """What `losses` returns, each rank having computed some chunks of it."""
         chunks = [images[start : start + self._chunk] for start in range(0, len(images), self._chunk)]

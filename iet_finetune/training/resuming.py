@@ -33,6 +33,7 @@ def open_checkpoint(store: CheckpointStore, ranks: Ranks, resume: str | None) ->
 def manifest_facts(config: Config, run: Run) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run besides its position."""
     return {
+        "looks": run.stopping.state(),
         "identity": run.identity,
         "settings": free_settings(config, run.accelerator.mixed_precision),
         "pictures": drawn_with(config.validation),
@@ -58,6 +59,7 @@ def restore(checkpoint: Checkpoint, config: Config, data: Data, run: Run) -> Non
             if run.ranks.is_main:
                 warn(f"resuming, but {line}: the weights may differ from those of a run without a stop")
     run.ensemble.restore(checkpoint)
+    run.stopping.load(saved)
     steps = run.ensemble.steps
     if any(done > total for done, total in zip(steps, data.schedule.total_steps, strict=True)):
         raise UserError(

@@ -48,7 +48,7 @@ class Trainer:
             where a LoRA file is saved, on the device and in the precision that it came in, with all parameters frozen
             but those that were trained. A `--prediction_type` is written into its scheduler.
         dataset: a `datasets.Dataset` with the columns that the flags name, in place of a source that they name.
-        heldout_images: another one, of images that a skip rule compares with, in place of `--holdout_data_dir`.
+        heldout_images: another one, of images that training is compared with, in place of `--holdout_data_dir`.
 
     Raises:
         UserError: whatever the user can mend, before training starts wherever that can be known.
@@ -127,11 +127,20 @@ class Trainer:
             self.end_round(drift)
             self.save_checkpoint(self.ensemble.step)
             self.draw()
+        self.keep_best()
 
     def rounds(self) -> Iterator[int]:
         """The numbers, from 1, of the rounds still to be done."""
-        while self.ensemble.in_midst_of_round or self.data.schedule.remaining_rounds(self.ensemble.steps):
+        while self.ensemble.in_midst_of_round or (self._rounds_left and self._why_stop is None):
             yield self.ensemble.round + 1
+
+    @property
+    def _rounds_left(self) -> int:
+        return self.data.schedule.remaining_rounds(self.ensemble.steps)
+
+    @property
+    def _why_stop(self) -> str | None:
+        return self.run.stopping.reason([clone.rule for clone in self.ensemble.clones])
 
     def _wave(self, shards: list[int]) -> Wave:
         """How many steps each of the shards still takes in this round; the same on every rank."""
@@ -179,11 +188,32 @@ class Trainer:
     def end_round(self, drift: float) -> None:
         """Records the round that has just been merged; the clones' meters start again. Every rank takes part."""
         metrics = round_metrics(self.run, drift)
+        heldout_loss = self.run.stopping.look(
+            self.run.lender,
+            self.model.family.objective,
+            self.ensemble.round,
+            self.ensemble.step,
+            last=not self._rounds_left,
+        )
+        if heldout_loss is not None:
+            metrics["heldout_loss"] = heldout_loss
         for clone in self.ensemble.clones:
             clone.meter.clear()
         pipeline = partial(merged_pipeline, self.ensemble, self.model.family) if self.ranks.is_main else None
         facts = RoundFacts(self.ensemble.step, self.ensemble.round, MappingProxyType(metrics), pipeline)
         self._call("on_round_end", facts)
+
+    def keep_best(self) -> None:
+        """Goes back to the round with the lowest held-out loss, if the run looked for it, and says why it ended."""
+        best = self.run.stopping.best
+        if best is None:
+            return
+        reason = self._why_stop or "all steps were taken"
+        if self.ranks.is_main:
+            print(f"stopped after round {self.ensemble.round}: {reason}; round {best.round} is kept", flush=True)
+        if best.step != self.ensemble.step:
+            self.ranks.barrier()
+            self.ensemble.restore(self.store.open(self.store.path(best.step)))
 
     def draw(self) -> None:
         """Draws the validation images of the merged denoiser, if this round is to have some."""
@@ -225,7 +255,9 @@ class Trainer:
         if self.ensemble.live is not None:
             self.run.local.park(self.ensemble.live)
         facts = {"position": self.ensemble.position(), **manifest_facts(self.config, self.run)}
-        pieces, needed = self.ensemble.pieces(), self.ensemble.needed
+        pieces, best = self.ensemble.pieces(), self.run.stopping.best
+        of_best = self.store.path(best.step) if best is not None else None
+        needed = [path for path in (self.ensemble.needed, of_best) if path is not None]
         path = self.store.save(step, pieces, facts, keep_older=keep_older, needed=needed)
         if self.run.placement.group_size > 1:
             # The others of a group must not wait in a collective for the one that writes.
@@ -239,8 +271,8 @@ class Trainer:
         self.ranks.barrier()
         if self.ranks.is_main:
             if self.ranks.size > 1:
-                # The clones of the other ranks as they are in the checkpoint that every run ends with.
-                self.ensemble.load_clones(self.store.open(self.store.all()[-1]))
+                # The clones of the other ranks as they are in the checkpoint after the round that is saved.
+                self.ensemble.load_clones(self.store.open(self.store.path(self.ensemble.step)))
             finish(self.config, self.data, self.model, self.run, self.validation.before_after())
             if self._home is not None:
                 hand_back(self.model, self.run.accelerator, self._home)
@@ -257,6 +289,7 @@ class Trainer:
         self.ensemble = self.run.ensemble
         if checkpoint is not None:
             restore(checkpoint, self.config, self.data, self.run)
+            self.run.stopping.forget(lambda look: not self.store.has(look.step))
         remaining = self.data.schedule.remaining_rounds(self.ensemble.steps)
         # All steps may be done and the merge not.
         self._total_rounds = self.ensemble.round + max(remaining, int(self.ensemble.in_midst_of_round))

@@ -55,6 +55,14 @@ class TrainingConfig:
         "images whose loss has fallen below that of held-out images.",
         choices=SKIP_RULES.names,
     )
+    stop_when: str = fixed(
+        "end",
+        "auto: stop when the loss of held-out images falls no more, and keep the weights of the round where it was "
+        "lowest. end: take all steps, and keep the last.",
+        choices=("end", "auto"),
+        smoke="end",
+    )
+    stop_patience: int = fixed(3, "With `--stop_when auto`: looks in a row that find no lower loss before it stops.")
     noise_offset: float = free(0.0, "Scale of an extra noise that is constant over each channel.")
     weighting_scheme: str | None = free(
         None,
@@ -86,7 +94,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"`--seed` must be in [0, 2^63), not {self.seed}.")
-        for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"):
+        for name in (
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "num_train_epochs",
+            "max_train_steps",
+            "stop_patience",
+        ):
             at_least_one(name, getattr(self, name))
         at_least_one("max_sequence_length", self.max_sequence_length)
         not_negative("guidance_scale", self.guidance_scale or 0.0)
