@@ -16,6 +16,7 @@ from .settings import (
     CheckpointConfig,
     DataConfig,
     EnsembleConfig,
+    GuardConfig,
     HubConfig,
     LoggingConfig,
     ModelConfig,
@@ -31,6 +32,7 @@ GROUPS: dict[str, tuple[str, type]] = {
     "ensemble": ("Iterative ensemble training", EnsembleConfig),
     "adapter": ("LoRA", AdapterConfig),
     "agc": ("Anti-gradient control", AGCConfig),
+    "guard": ("Guard", GuardConfig),
     "training": ("Training", TrainingConfig),
     "optimizer": ("Optimizer", OptimizerConfig),
     "validation": ("Validation", ValidationConfig),
@@ -63,6 +65,7 @@ class Config:
     ensemble: EnsembleConfig = EnsembleConfig()
     adapter: AdapterConfig = AdapterConfig()
     agc: AGCConfig = AGCConfig()
+    guard: GuardConfig = GuardConfig()
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()

@@ -17,6 +17,8 @@ SPECS = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(
 # Flags of LoRA, which need `use_lora`; one of them is always refused.
 ADAPTER = [spec.name for spec in flag_specs(GROUPS["adapter"][1])]
 REFUSED = "use_dora"
+# Flags by the skip rule without which they are refused.
+OF_RULES = {rule: [spec.name for spec in flag_specs(GROUPS[rule][1])] for rule in ("agc", "guard")}
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 
 
@@ -68,6 +70,10 @@ def configs(draw: st.DrawFn) -> Config:
     if names & set(ADAPTER):
         flags |= {"use_lora": True, "lora_layers": draw(st.none() | st.just("to_q, proj_in"))}
         flags |= {"outer_lr": 1.0, "outer_momentum": 0.0} if flags.get("lora_merge", "exact") == "exact" else {}
+    for rule in OF_RULES.keys() - {flags.get("skip_rule", "agc")}:
+        flags = {name: value for name, value in flags.items() if name not in OF_RULES[rule]}
+    if flags.get("guard_levels") == ():
+        flags.pop("guard_levels")
     stratified = flags.get("shard_strategy") == "stratified"
     flags["shard_by_column"] = draw(SCALARS[str]) if stratified else None
     return Config.from_flags(**flags)
@@ -103,7 +109,7 @@ def on_the_command_line(flags: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             argv.append(f"--{name}" if value else f"--no_{name}")
         elif isinstance(value, list):
-            argv += [f"--{name}", *value] if value else []
+            argv += [f"--{name}", *map(str, value)] if value else []
         elif value is not None:
             argv.append(f"--{name}={value}")
     return argv
@@ -136,6 +142,7 @@ def test_every_flag_can_be_given(name):
     flags = {spec.name: [value] if spec.many else value}
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
+    flags |= {"skip_rule": "guard"} if name in OF_RULES["guard"] else {}
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])
     (owner,) = (name for name, (_, group) in GROUPS.items() if spec.name in group.__dataclass_fields__)

@@ -8,6 +8,7 @@ from .method import DEFAULT_MERGE_EPOCHS as DEFAULT_MERGE_EPOCHS
 from .method import AdapterConfig as AdapterConfig
 from .method import AGCConfig as AGCConfig
 from .method import EnsembleConfig as EnsembleConfig
+from .method import GuardConfig as GuardConfig
 from .results import AuditConfig as AuditConfig
 from .results import CheckpointConfig as CheckpointConfig
 from .results import HubConfig as HubConfig
