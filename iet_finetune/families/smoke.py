@@ -10,6 +10,7 @@ from PIL import Image
 
 from ..config.config import Config, all_flags
 from ..config.flags import KEPT
+from ..config.registry import SKIP_RULES
 from ..errors import UserError, one_line
 
 IMAGES_A_SHARD = 2
@@ -82,6 +83,8 @@ def _images(config: Config, folder: Path, resolution: int, needs_captions: bool)
     """Makes images with the recipe's columns, in a folder or as a table as there; returns the flags that name them."""
     data = config.data
     count = max(IMAGES_A_SHARD * config.ensemble.num_shards, 4)
+    heldout = config.chosen(SKIP_RULES)[0].load().least_heldout
+    count, flags = count + heldout, {"holdout_fraction": heldout / (count + heldout)}
     rng = np.random.default_rng(0)
     sizes = rng.integers(resolution, 2 * resolution, (count, 2))
     pictures = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in sizes]
@@ -93,9 +96,9 @@ def _images(config: Config, folder: Path, resolution: int, needs_captions: bool)
     rows = [{column: text(i) for column, text in texts.items()} for i in range(count)]
     if data.train_data_dir is not None:
         _save_folder(folder, pictures, rows)
-        return {"train_data_dir": str(folder)}
+        return {**flags, "train_data_dir": str(folder)}
     _save_table(folder, data.image_column, data.dataset_split, pictures, rows)
-    return {"dataset_name": str(folder), "dataset_config_name": None}
+    return {**flags, "dataset_name": str(folder), "dataset_config_name": None}
 
 
 def _save_folder(folder: Path, pictures: list[Image.Image], rows: list[dict[str, Any]]) -> None:
