@@ -93,10 +93,10 @@ ARMS = {
     "iet": Arm("IET", _OFF, shards=SHARDS),
     "iet-agc": Arm("IET-AGC", _AGC, shards=SHARDS),
     "iet-weights": Arm("IET, without a moving average", {**_OFF, "use_ema": False}, shards=SHARDS),
-    "search": Arm("de-duplicated by search", _OFF, "searched"),
+    "search": Arm("de-duplicated by search", {**_OFF, "dedup": "near"}, "searched"),
     "oracle": Arm("de-duplicated by an oracle", _OFF, "originals"),
     "guard": Arm("guard", {"skip_rule": "guard"}),
-    "search-guard": Arm("guard, de-duplicated by search", {"skip_rule": "guard"}, "searched"),
+    "search-guard": Arm("guard, de-duplicated by search", {"skip_rule": "guard", "dedup": "near"}, "searched"),
     "lora": Arm(
         "LoRA of rank 8", {**_OFF, "use_lora": True, "rank": 8, "lora_layers": _LORA_LAYERS}, only_fine_tuned=True
     ),

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from PIL import Image
 
 from iet_finetune import Config, Trainer
+from iet_finetune.audit.measures.separation import auc
+from iet_finetune.ensemble.ledger import LEDGER
 from iet_finetune.families import family_class
 from iet_finetune.families.loading import source_of
 from iet_finetune.files import written_beside
@@ -20,8 +23,8 @@ from iet_finetune.training.data import compares_with
 from . import rules
 from .arms import ARMS, COURSES, FINE_TUNED, base, chosen_rows, config_of
 from .features import GarmentFeatures, SmallEfficientNet
-from .judge import Judge, Ruler, losses, measure
-from .sets import SETS, table
+from .judge import OFTEN, Judge, Ruler, losses, measure
+from .sets import SETS, EvidenceSet, table
 
 BEFORE = "before"
 
@@ -84,10 +87,31 @@ def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: d
         reference = _reference(pipeline, config, ruler) if name in FINE_TUNED else None
         judge = Judge(ruler, config, rows, course, labels, reference)
         heldout = table(ruler.evidence.seen) if compares_with(config) else None
-        dataset = ruler.evidence.dataset(rows)
+        # A search of its own leaves the same images, of which the judge must know.
+        dataset = ruler.evidence.dataset(rows if config.data.dedup == "none" else None)
         Trainer(config, [judge], pipeline=pipeline, dataset=dataset, heldout_images=heldout).train()
+        judge.measured[-1] |= told_by_ledger(config.output_path / LEDGER, ruler.evidence, rows)
     save_grid(judge.drawn[:64], home / "drawn" / f"{name}.{arm}.{seed}.png")
     return judge.measured
+
+
+def told_by_ledger(file: Path, evidence: EvidenceSet, rows: np.ndarray) -> dict[str, float]:
+    """How well columns of the ledger tell repeated originals from those in the data once: AUC by column.
+
+    An original is told by the highest value of its rows.
+    """
+    ledger = pq.read_table(file).to_pandas().query("split == 'train'")
+    assert len(ledger) == len(rows)
+    values = {"copies": ledger["copies"], "loss": -ledger["mean_log_ratio"]}
+    if "guard_score" in ledger:
+        values["guard"] = ledger["guard_score"]
+    found = {}
+    often, once = evidence.repeats >= OFTEN, evidence.repeats == 1
+    for name, column in values.items():
+        highest = np.full(len(evidence.repeats), -np.inf)
+        np.maximum.at(highest, evidence.origin[rows], column.fillna(-np.inf).to_numpy(np.float64))
+        found[f"ledger_{name}"] = auc(highest[often], highest[once])
+    return found
 
 
 def save_grid(images: np.ndarray, file: Path) -> None:
