@@ -17,7 +17,9 @@ from .sets import NEAR
 COLOURS = dict(
     zip(
         ARMS,
-        ("#000000", "#E69F00", "#999999", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#009E73", "#8C6D1F"),
+        ("#000000", "#E69F00", "#999999", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#009E73")
+        # Two more that stand apart.
+        + ("#882255", "#44AA99", "#8C6D1F"),
         strict=True,
     )
 )

@@ -20,6 +20,9 @@ class AntiGradientControl(nn.Module):
         num_train_timesteps: length T of the noise schedule, or the number of noise-level bins.
         threshold: in [0, 1); 0 keeps every sample. The paper's are 0.8 (Stable Diffusion) and 0.5 (CIFAR-10).
         decay: d, in [0, 1).
+        bias_correction: compare with bank / (1 − d^count) instead, the bank freed of its start at 0, as Adam's moments
+            are (Kingma and Ba, 2015, section 3). The paper's bank keeps nearly everything until many losses have
+            entered an entry, which in a run over a few images never happens.
 
     Attributes:
         bank: (T,) fp32, the moving average of per-sample losses.
@@ -29,7 +32,9 @@ class AntiGradientControl(nn.Module):
     bank: Tensor
     count: Tensor
 
-    def __init__(self, num_train_timesteps: int, threshold: float = 0.8, decay: float = 0.8) -> None:
+    def __init__(
+        self, num_train_timesteps: int, threshold: float = 0.8, decay: float = 0.8, bias_correction: bool = False
+    ) -> None:
         super().__init__()
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must be in [0, 1), not {threshold}")
@@ -37,6 +42,7 @@ class AntiGradientControl(nn.Module):
             raise ValueError(f"decay must be in [0, 1), not {decay}")
         self.threshold = threshold
         self.decay = decay
+        self.bias_correction = bias_correction
         self.register_buffer("bank", torch.zeros(num_train_timesteps))
         self.register_buffer("count", torch.zeros(num_train_timesteps))
 
@@ -56,7 +62,9 @@ class AntiGradientControl(nn.Module):
     def keep_mask(self, per_sample_loss: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) bool, False for a sample to be skipped; compares with the bank as it stands."""
         self._follow(per_sample_loss)
-        return per_sample_loss >= self.threshold * self.bank[timesteps]
+        # Where no loss has entered yet everything is kept.
+        usual = self.expected_loss(timesteps).nan_to_num(0.0) if self.bias_correction else self.bank[timesteps]
+        return per_sample_loss >= self.threshold * usual
 
     @torch.no_grad()
     def update(self, per_sample_loss: Tensor, timesteps: Tensor) -> None:

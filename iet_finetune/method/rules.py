@@ -202,7 +202,8 @@ class AGCRule(SkipRule):
     def __init__(self, config: Any, **facts: Any) -> None:
         super().__init__(config, **facts)
         bins = config.agc_bins or self.objective.default_bins
-        self.agc = AntiGradientControl(bins, config.agc_threshold, config.agc_decay).to(self.device)
+        corrected = config.agc_bias_correction
+        self.agc = AntiGradientControl(bins, config.agc_threshold, config.agc_decay, corrected).to(self.device)
 
     @property
     def is_off(self) -> bool:

@@ -45,9 +45,27 @@ def test_batches_with_repeated_timesteps_equal_the_sequential_formula(batches, t
     assert agc.bank.tolist() == pytest.approx(bank, rel=1e-5, abs=1e-6)
 
 
-@given(batch)
-def test_the_first_loss_of_a_timestep_is_always_kept(samples):
-    agc = AntiGradientControl(T, threshold=0.99)
+@given(st.lists(batch, min_size=1, max_size=6), st.floats(0.0, 0.99), st.floats(0.0, 0.99))
+def test_corrected_for_its_start_the_bank_is_the_weighted_mean_of_the_losses_so_far(batches, threshold, decay):
+    agc = AntiGradientControl(T, threshold, decay, bias_correction=True)
+    before: dict[int, list[float]] = {t: [] for t in range(T)}
+    for samples in batches:
+        loss, timesteps = torch.tensor([loss for loss, _ in samples]), torch.tensor([t for _, t in samples])
+        mask = agc.keep_mask(loss, timesteps)
+        agc.update(loss, timesteps)
+        for (value, t), kept in zip(samples, mask.tolist(), strict=True):
+            weights = [decay**age for age in range(len(before[t]))][::-1]
+            sums = math.fsum(weight * old for weight, old in zip(weights, before[t], strict=True))
+            usual = sums / sum(weights) if weights else 0.0
+            if abs(value - threshold * usual) > 1e-3:
+                assert kept == (value >= threshold * usual)
+        for value, t in samples:
+            before[t].append(value)
+
+
+@given(batch, st.booleans())
+def test_the_first_loss_of_a_timestep_is_always_kept(samples, bias_correction):
+    agc = AntiGradientControl(T, threshold=0.99, bias_correction=bias_correction)
     assert agc.keep_mask(torch.tensor([loss for loss, _ in samples]), torch.tensor([t for _, t in samples])).all()
 
 

@@ -129,6 +129,9 @@ class AGCConfig:
     agc_bins: int | None = fixed(
         None, "Entries of the loss bank, by noise level; one a timestep if not given, 100 with flow matching."
     )
+    agc_bias_correction: bool = fixed(
+        False, "Compare with the loss bank freed of its start at 0, which otherwise skips hardly anything at first."
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.agc_threshold < 1, f"`--agc_threshold` must be in [0, 1), not {self.agc_threshold}.")
