@@ -98,7 +98,7 @@ def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: d
 def told_by_ledger(file: Path, evidence: EvidenceSet, rows: np.ndarray) -> dict[str, float]:
     """How well columns of the ledger tell repeated originals from those in the data once: AUC by column.
 
-    An original is told by the highest value of its rows.
+    An original is told by the highest value of its rows; those of which nothing is known are left out.
     """
     ledger = pq.read_table(file).to_pandas().query("split == 'train'")
     assert len(ledger) == len(rows)
@@ -110,7 +110,9 @@ def told_by_ledger(file: Path, evidence: EvidenceSet, rows: np.ndarray) -> dict[
     for name, column in values.items():
         highest = np.full(len(evidence.repeats), -np.inf)
         np.maximum.at(highest, evidence.origin[rows], column.fillna(-np.inf).to_numpy(np.float64))
-        found[f"ledger_{name}"] = auc(highest[often], highest[once])
+        known = np.isfinite(highest)
+        if (often & known).any() and (once & known).any():
+            found[f"ledger_{name}"] = auc(highest[often & known], highest[once & known])
     return found
 
 

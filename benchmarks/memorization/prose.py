@@ -7,7 +7,7 @@ import pandas as pd
 from .arms import ARMS, SHARDS
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements
 from .sets import EXACT, LONG_TAIL, NEAR, ONCES, SETS
-from .tables import direction, half_way, number, part, percent, table, worth
+from .tables import direction, half_way, number, part, percent, table, tell_tales, worth
 
 HEAD = f"""# Does it hold?
 
@@ -19,8 +19,8 @@ duplicates. `make bench-memorization` writes this page from
 Read it with its size in mind. Images have 16 to 64 pixels and networks a million parameters; the paper's are ten to a
 thousand times as large. A set has {ONCES} images once and {2 * sum(LONG_TAIL.values())} others
 {min(LONG_TAIL)} to {max(LONG_TAIL)} times. Half of those are exact copies; the rest are shifted, scaled, mirrored,
-re-encoded or of another brightness, and de-duplication by search finds few of them. Intervals are 95 %, over images
-and seeds; with one seed they know of the images alone, and with three they are rather too narrow.
+re-encoded or of another brightness, and the search behind `--dedup near` finds most of them. Intervals are 95 %, over
+images and seeds; with one seed they know of the images alone, and with three they are rather too narrow.
 
 * **MQ 0.3** is the paper's measure: an image counts if its squared distance to the nearest training image is less than
   0.3 times the mean over its 50 nearest. Among a hundred images of two kinds real ones do that too, so look at what
@@ -75,7 +75,17 @@ def opening(measured: Measurements, there: Sequence[str]) -> str:
             f"{early['close'].sum():.0f}, {WORDS[quality]} {number(early[quality].mean())}."
         )
     lines.append("\nEach part by itself, near copies after as many steps:\n")
-    for arm in ("agc", "chance", "iet", "iet-agc"):
+    lines += _by_arm(measured, there, ("agc", "chance", "iet", "iet-agc"))
+    lines.append("\nBeyond the paper ([memorize-less.md](memorize-less.md)), the same:\n")
+    lines += _by_arm(measured, there, ("search", "guard", "search-guard"))
+    lines.append("\n![Copies over quality, every set](results/summary.png)\n")
+    return "\n".join(lines)
+
+
+def _by_arm(measured: Measurements, there: Sequence[str], arms: Sequence[str]) -> list[str]:
+    """How many fewer near copies each arm has than plain training, a line an arm."""
+    lines = []
+    for arm in arms:
         found = [
             f"{TITLES[name]}: {direction(part(measured, name, arm, 'close'))}"
             for name in there
@@ -83,8 +93,7 @@ def opening(measured: Measurements, there: Sequence[str]) -> str:
         ]
         if found:
             lines.append(f"* **{ARMS[arm].words}**. {'; '.join(found)}")
-    lines.append("\n![Copies over quality, every set](results/summary.png)\n")
-    return "\n".join(lines)
+    return lines
 
 
 def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
@@ -106,6 +115,12 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
         [half_way(measured, name)[column].mean() for name in there]
         for column in ("told_by_bank_all", "told_by_reference_eight")
     )
+    told = tell_tales(measured, there)
+    if told:
+        lines += [
+            "\nHow well columns of `ledger.parquet` name the images that are in the data five times or more (AUC):\n"
+        ]
+        lines.append(table(told))
     lines += [
         "\nWhat AGC sees of a sample tells repeated images from others with an AUC of "
         f"{min(sees):.2f} to {max(sees):.2f}; eight draws over a reference's, at little noise, with "

@@ -92,6 +92,22 @@ def worth(measured: Measurements, there: Sequence[str], column: str) -> list[Row
     return rows
 
 
+LEDGER = {"ledger_loss": "loss", "ledger_guard": "guard's score", "ledger_copies": "copies found"}
+
+
+def tell_tales(measured: Measurements, there: Sequence[str]) -> list[Row]:
+    """How well the ledger's columns name repeated images, of the runs whose ledger was looked at."""
+    rows = []
+    for name in there:
+        for arm in measured.arms(name):
+            end = measured.end(name, arm)
+            found = {words: end[column].mean() for column, words in LEDGER.items() if column in end}
+            if not all(math.isnan(value) for value in found.values()):
+                shown = {words: "–" if math.isnan(value) else f"{value:.2f}" for words, value in found.items()}
+                rows.append({"": f"{TITLES[name]}, {words_of(arm)}", **shown})
+    return rows
+
+
 def _shared_quality(measured: Measurements, name: str, arm: str) -> float:
     """The best quality that all runs of an arm come to, and all of plain training with the same seeds."""
     seeds = measured.shared_seeds(name, arm)
