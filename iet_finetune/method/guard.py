@@ -18,8 +18,8 @@ from .rules import Run, Samples, SkipRule
 
 # Of the noise in which images are looked at.
 SEED = 18
-# Held-out images that are looked at, if there are so many.
-MOST_HELDOUT = 64
+# Held-out images that are looked at, if there are so many: their median is then known to a quarter of a deviation.
+MOST_HELDOUT = 32
 # Parts of the schedule that `guard_below` is told by.
 FINE = 1000
 # A median absolute deviation is so much of a standard deviation, if values are normal.
@@ -64,8 +64,8 @@ class Guard(SkipRule):
     be saved, the moving average if there is one. Above that level an image goes on teaching what it shows.
 
     What looking costs in forward passes is held below `guard_budget` of the training's time; where that is not enough
-    for all, those take turns that were not looked at for longest, twice as often if they are near to resting. Copies
-    of the same content are looked at once.
+    for all, those take turns that were not looked at for longest, twice as often if they are near to resting, and
+    otherwise in the order of their contents' hashes. Copies of the same content are looked at once.
 
     Attributes:
         least_heldout: fewer say too little of how losses fall where nothing is memorized.
@@ -100,8 +100,7 @@ class Guard(SkipRule):
         if run.round < self.config.guard_reference:
             return seen
         heldout = range(min(len(run.heldout_hashes), MOST_HELDOUT))
-        first = _first_of_content(run)
-        distinct = torch.unique(first)
+        first, distinct = _first_of_content(run)
         if seen.reference is None or seen.heldout_reference is None:
             reference = torch.zeros(len(first), len(self._timesteps))
             reference[distinct] = self._log_losses(run, distinct.tolist())
@@ -169,7 +168,8 @@ def _on_host(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
 
 
-def _first_of_content(run: Run) -> Tensor:
-    """(N,) int64, the first training image with the same content."""
+def _first_of_content(run: Run) -> tuple[Tensor, Tensor]:
+    """(N,) int64, the first training image with the same content; and these, in the order of their hashes."""
     first: dict[str, int] = {}
-    return torch.tensor([first.setdefault(content, index) for index, content in enumerate(run.content_hashes)])
+    indices = torch.tensor([first.setdefault(content, index) for index, content in enumerate(run.content_hashes)])
+    return indices, torch.tensor([first[content] for content in sorted(first)])
