@@ -63,9 +63,9 @@ class Guard(SkipRule):
     and i rests while z_i > tau: its samples below `guard_below` of the schedule give no gradient. "Now" is what would
     be saved, the moving average if there is one. Above that level an image goes on teaching what it shows.
 
-    What looking costs in forward passes is held below `guard_budget` of the training's time; where that is not enough
-    for all, those take turns that were not looked at for longest, twice as often if they are near to resting, and
-    otherwise in the order of their contents' hashes. Copies of the same content are looked at once.
+    What looking costs in forward passes is held below `guard_budget` of the training's time, but for the reference.
+    Where that is not enough for all, those come first that were visited most often since they were looked at, copies
+    of the same content together, and twice as soon if they are near to resting; then by the hash of their content.
 
     Attributes:
         least_heldout: fewer say too little of how losses fall where nothing is memorized.
@@ -111,7 +111,7 @@ class Guard(SkipRule):
         count = min(int(saved / len(self._timesteps)) - len(heldout), len(distinct))
         if count <= 0:
             return replace(seen, saved=saved)
-        chosen = self._next(seen, distinct, run.round)[:count]
+        chosen = self._next(seen, distinct, torch.bincount(first)[distinct], run.round)[:count]
         usual = (self._log_losses(run, heldout, heldout=True) - seen.heldout_reference).mean(dim=1)
         fallen = (self._log_losses(run, chosen.tolist()) - seen.reference[chosen]).mean(dim=1)
         score, looked = seen.score.clone(), seen.looked.clone()
@@ -119,11 +119,11 @@ class Guard(SkipRule):
         spent = (len(chosen) + len(heldout)) * len(self._timesteps)
         return replace(seen, score=score[first], looked=looked[first], saved=saved - spent)
 
-    def _next(self, seen: Seen, images: Tensor, round_: int) -> Tensor:
+    def _next(self, seen: Seen, images: Tensor, copies: Tensor, round_: int) -> Tensor:
         """The images in the order in which they are to be looked at."""
-        waited = round_ - seen.looked[images]
+        visits = (round_ - seen.looked[images]) * copies
         near = seen.score[images] > self.config.guard_tau / 2
-        return images[torch.argsort(waited * (1 + near.long()), descending=True, stable=True)]
+        return images[torch.argsort(visits * (1 + near.long()), descending=True, stable=True)]
 
     def _log_losses(self, run: Run, images: Any, *, heldout: bool = False) -> Tensor:
         losses = run.losses("result", images, self._timesteps, SEED, heldout=heldout)

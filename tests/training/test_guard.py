@@ -112,6 +112,15 @@ def test_images_near_to_resting_are_looked_at_more_often():
     assert looks(run)[90:].min() > 1.5 * looks(run)[:90].max()
 
 
+def test_what_is_there_more_often_is_looked_at_sooner():
+    run = FakeRun([0.5] * 100, heldout=10, visits=300)
+    run.content_hashes[90:] = run.content_hashes[89:90] * 10
+    rule = guard(100, guard_reference=0, guard_budget=0.1)
+    rounds(rule, run, 30)
+    assert [89 in images for round_, heldout, images in run.asked if not heldout and round_ in (1, 2, 3)] == [True] * 3
+    assert looks(run)[:89].min() > 0
+
+
 def test_copies_of_a_file_are_looked_at_once_and_rest_together():
     run = FakeRun([0.1, 0.5, 0.5, 0.1])
     run.content_hashes[3] = run.content_hashes[0]
