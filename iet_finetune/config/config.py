@@ -203,7 +203,8 @@ class Config:
         flags, defaults = self.to_flags(), type(self)().to_flags()
         for name, spec in all_flags().items():
             wanted = kind not in spec.names or flags[name] == defaults[name]
-            beside = f"a `{kind}` that is passed as an object"
+            words = "held-out images that are" if kind == "heldout_images" else f"a {kind} that is"
+            beside = f"{words} passed as an object"
             require(wanted, f"`--{name} {flags.get(name)}` does not go with {beside}: leave it out.")
 
     def to_flags(self) -> dict[str, Any]:

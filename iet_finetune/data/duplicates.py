@@ -287,8 +287,9 @@ def _explained_together(images: np.ndarray, small: np.ndarray, pairs: np.ndarray
     rows = torch.nonzero(left(coarse[0], coarse[1], placed).share <= COARSE_UNEXPLAINED)[:, 0]
     if len(rows) == 0:
         return np.zeros((0, 2), np.int64)
-    placed = align(ours[rows], others[rows], placed.at(rows), steps=4)
-    over = left(ours[rows], others[rows], placed)
+    ours, others = ours[rows], others[rows]
+    placed = align(*(each.mean(dim=1, keepdim=True) for each in (ours, others)), placed=placed.at(rows), steps=4)
+    over = left(ours, others, placed)
     close = (over.share <= MOST_UNEXPLAINED) & (over.part <= MOST_LEFT_IN_A_PART) & (over.bias.abs() <= MOST_BIAS)
     close &= (over.gain >= LEAST_GAIN) & (over.gain <= MOST_GAIN)
     pairs, placed = pairs[rows[close].numpy()], placed.at(close)

@@ -107,7 +107,7 @@ def test_one_that_is_still_needed_is_kept_beyond_the_limit_until_it_is_not(tmp_p
     store = CheckpointStore(tmp_path, 1)
     needed = store.save(1, pieces(1.0), {})
     for step in (2, 3):
-        store.save(step, pieces(float(step)), {}, needed=needed)
+        store.save(step, pieces(float(step)), {}, needed=[needed])
         assert [path.name for path in store.all()] == ["checkpoint-1", f"checkpoint-{step}"]
     store.save(4, pieces(4.0), {})
     assert [path.name for path in store.all()] == ["checkpoint-4"]
