@@ -288,7 +288,8 @@ def _explained_together(images: np.ndarray, small: np.ndarray, pairs: np.ndarray
     if len(rows) == 0:
         return np.zeros((0, 2), np.int64)
     ours, others = ours[rows], others[rows]
-    placed = align(*(each.mean(dim=1, keepdim=True) for each in (ours, others)), placed=placed.at(rows), steps=4)
+    grey = [each.mean(dim=1, keepdim=True) for each in (ours, others)]
+    placed = align(grey[0], grey[1], placed.at(rows), steps=4)
     over = left(ours, others, placed)
     close = (over.share <= MOST_UNEXPLAINED) & (over.part <= MOST_LEFT_IN_A_PART) & (over.bias.abs() <= MOST_BIAS)
     close &= (over.gain >= LEAST_GAIN) & (over.gain <= MOST_GAIN)
