@@ -15,13 +15,11 @@ from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 
 from .dataset import TrainingImages
-from .duplicates import find_duplicates
+from .duplicates import METHOD, find_duplicates
 from .rows import Rows
 
 # Side at most of the images among which near copies are looked for; all are made square.
 SIDE = 64
-# Changes whenever other images may be found to be copies: what was found before is then looked for anew.
-_METHOD = 1
 _THREADS = 8
 _BLOCK = 256
 
@@ -72,7 +70,7 @@ def without_copies(
         UserError: an image cannot be read.
     """
     side = min(SIDE, resolution)
-    made_from = {"copies": which, "side": side, "method": _METHOD, "Pillow": PIL.__version__}
+    made_from = {"copies": which, "side": side, "method": METHOD, "Pillow": PIL.__version__}
     representative, exact = _remembered(images, made_from, cache_dir, lambda: _first_of_each(images, which, side))
     kept = np.flatnonzero(representative == np.arange(len(images)))
     left_out = np.flatnonzero(representative != np.arange(len(images)))

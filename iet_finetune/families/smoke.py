@@ -83,7 +83,7 @@ def _images(config: Config, folder: Path, resolution: int, needs_captions: bool)
     """Makes images with the recipe's columns, in a folder or as a table as there; returns the flags that name them."""
     data = config.data
     count = max(IMAGES_A_SHARD * config.ensemble.num_shards, 4)
-    heldout = config.chosen(SKIP_RULES)[0].load().least_heldout
+    heldout = getattr(config.chosen(SKIP_RULES)[0].load(), "least_heldout", 0)
     count, flags = count + heldout, {"holdout_fraction": heldout / (count + heldout)}
     rng = np.random.default_rng(0)
     sizes = rng.integers(resolution, 2 * resolution, (count, 2))

@@ -43,7 +43,8 @@ SCALARS = {
     int: st.integers(8, 10**9),
     float: st.floats(1e-6, 0.999),
     bool: st.booleans(),
-    str: st.text(st.characters(exclude_categories=["Cs"])),
+    # argparse takes a lone -- for the end of the flags, also behind an equals sign.
+    str: st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text != "--"),
 }
 
 

@@ -20,7 +20,9 @@ def samples(loss, timesteps, **more):
 
 
 def agc_rule(threshold, bins=None):
-    return AGCRule(SimpleNamespace(agc_threshold=threshold, agc_decay=0.5, agc_bins=bins), **FACTS)
+    return AGCRule(
+        SimpleNamespace(agc_threshold=threshold, agc_decay=0.5, agc_bins=bins, agc_bias_correction=False), **FACTS
+    )
 
 
 @pytest.mark.parametrize("bins", [None, 4])

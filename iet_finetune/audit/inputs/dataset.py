@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from ...config.config import Config
 from ...data.dataset import TrainingImages, load_folder, load_images, load_table
-from ...data.duplicates import find_duplicates
+from ...data.duplicates import METHOD, find_duplicates
 from ...errors import UserError
 from .images import Pixels, digest, image_array, training_transform
 from .work import Work
@@ -117,7 +117,9 @@ def prepare(config: Config, work: Work, training: TrainingImages, heldout: Train
     transform = training_transform(config)
     everything, key = image_array(work, "real images", (training, heldout), transform, grey)
     representative = work.array(
-        "duplicates", {"images": key}, lambda advance: find_duplicates(everything, advance).representative
+        "duplicates",
+        {"images": key, "method": str(METHOD)},
+        lambda advance: find_duplicates(everything, advance).representative,
     )
     count = len(training)
     members = _groups(representative[:count])
