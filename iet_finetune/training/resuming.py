@@ -84,7 +84,13 @@ def after_a_break(store: CheckpointStore) -> str:
 
 
 def space_needed(model: Model, run: Run) -> int:
-    """Bytes on disk of one checkpoint, when it is largest, and of the finished pipeline."""
+    """Bytes on disk of one checkpoint, when it is largest, and of the finished pipeline.
+
+    With `--stop_when auto` another checkpoint is kept, that of the best round.
+    """
     components = model.family.pipeline.components.values()
     modules = [component for component in components if isinstance(component, torch.nn.Module)]
-    return run.need.checkpoint + sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    checkpoints = 1 if run.stopping.patience is None else 2
+    return checkpoints * run.need.checkpoint + sum(
+        parameter.nbytes for module in modules for parameter in module.parameters()
+    )
