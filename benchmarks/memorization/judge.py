@@ -144,13 +144,13 @@ class Judge(Callback):
         self._labels, self._reference = labels, reference
         self._origin = torch.from_numpy(ruler.evidence.origin[rows])
         self._seen, self._skipped = (torch.zeros(len(ruler.evidence.kind)) for _ in range(2))
-        self._spent, self._since = 0.0, time.perf_counter()
+        self._spent, self._since = 0.0, time.process_time()
         self.measured: list[Row] = []
         self.drawn = np.zeros((0, 1, 1, 3), np.uint8)
 
     def on_run_begin(self, facts: RunFacts) -> None:
         """Starts the clock."""
-        self._since = time.perf_counter()
+        self._since = time.process_time()
 
     def on_step_end(self, facts: StepFacts) -> None:
         """Counts which originals were seen and skipped."""
@@ -161,7 +161,7 @@ class Judge(Callback):
 
     def on_round_end(self, facts: RoundFacts) -> None:
         """Judges the merged model, if it is time."""
-        self._spent += time.perf_counter() - self._since
+        self._spent += time.process_time() - self._since
         if facts.round in self._course.judged:
             assert facts.pipeline is not None
             with facts.pipeline() as pipeline:
@@ -171,7 +171,7 @@ class Judge(Callback):
             self._reference = self._reference or losses
             about = {"round": facts.round, "step": facts.step, "seconds": self._spent, **self._skips()}
             self.measured.append({**self._labels, **about, **row})
-        self._since = time.perf_counter()
+        self._since = time.process_time()
 
     def _skips(self) -> Row:
         """Shares of samples that gave no gradient so far: of images once in the data, of those there often, of all."""
