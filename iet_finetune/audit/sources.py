@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..config.config import Config
 from ..data.dataset import TrainingImages, load_folder, load_table
-from ..data.image_folder import find_files, is_metadata
+from ..data.files import find_files, has_captions
 from ..errors import UserError
 from .inputs.dataset import load_real_images
 from .inputs.ledger import LedgerCounts, check_split, read_ledger
@@ -93,5 +93,5 @@ def _generated(images: str | Dataset, config: Config) -> TrainingImages:
     data = replace(config.data, class_column=None)
     if isinstance(images, Dataset):
         return load_table("generated_images", images, data, captions=data.caption_column in images.column_names)
-    captions = any(is_metadata(path) for path in find_files(images))
+    captions = has_captions(find_files(images))
     return load_folder("generated_dir", images, data, captions=captions, cache_dir=config.model.cache_dir)

@@ -13,8 +13,10 @@ import PIL.Image
 
 from ..config.settings import DataConfig
 from ..errors import UserError
+from .faults import MISSING, UNREADABLE, Faults
+from .files import find_files, load_plug_ins, why_unreadable
 from .hashes import HASH_BYTES, content_hash, remembered
-from .image_folder import find_files, read_image_folder
+from .image_folder import read_image_folder
 from .images import check_image, decode_rgb
 from .samples import Columns, Samples, numbered
 from .table import read_named_dataset, table_samples
@@ -33,6 +35,8 @@ class TrainingImages:
         shard_labels: the texts of `--shard_by_column`; None without the flag.
         classes: class numbers of `--class_column`; None without the flag.
         class_names: their names by number; None without the flag.
+        notes: lines on what was made of the source.
+        unreadable: names of images of the source that are left out because they cannot be read, and why.
     """
 
     captions: tuple[tuple[str, ...], ...]
@@ -43,6 +47,8 @@ class TrainingImages:
     _rows: tuple[int, ...]
     classes: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+    unreadable: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.content_hashes)
@@ -70,6 +76,8 @@ class TrainingImages:
             _rows=tuple(self._rows[i] for i in indices),
             classes=None if classes is None else tuple(classes[i] for i in indices),
             class_names=self.class_names,
+            notes=self.notes,
+            unreadable=self.unreadable,
         )
 
     @property
@@ -117,10 +125,13 @@ def load_images(
     Raises:
         UserError: something is missing or wrong; names the flag, column, file or row.
     """
-    caption_column = data.caption_column if needs_captions else None
-    columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
-    samples = _read_source(data, cache_dir, columns) if table is None else _of_table(table_name, table, columns)
-    images = _hashed(samples, columns, table_name if table is not None else _source(data), cache_dir)
+    columns = _columns(data, needs_captions, shard_by_column)
+    faults = Faults(_named(data), data.train_data_dir) if table is None else Faults(f"`{table_name}`")
+    if table is None:
+        samples, source = _read_source(data, cache_dir, columns, faults), _source(data)
+    else:
+        samples, source = _of_table(table_name, table, columns, faults), table_name
+    images = _hashed(samples, columns, source, cache_dir, faults, data.skip_bad_images)
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -145,38 +156,56 @@ def load_folder(
     source = f"`--{flag} {folder}`"
     if not os.path.isdir(folder):
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
-    caption_column = data.caption_column if captions else None
-    columns = Columns(data.image_column, caption_column, None, data.class_column)
-    return _hashed(read_image_folder(source, find_files(folder), columns), columns, os.path.abspath(folder), cache_dir)
+    columns, faults = _columns(data, captions), Faults(source, folder)
+    samples = read_image_folder(source, find_files(folder), columns, faults)
+    return _hashed(samples, columns, os.path.abspath(folder), cache_dir, faults, data.skip_bad_images)
 
 
 def load_table(name: str, table: datasets.Dataset, data: DataConfig, *, captions: bool) -> TrainingImages:
     """All images of a table in memory, which errors call `name`; otherwise as `load_folder`."""
-    columns = Columns(data.image_column, data.caption_column if captions else None, None, data.class_column)
-    return _hashed(_of_table(name, table, columns), columns, name, None)
+    columns, faults = _columns(data, captions), Faults(f"`{name}`")
+    return _hashed(_of_table(name, table, columns, faults), columns, name, None, faults, data.skip_bad_images)
 
 
-def _of_table(name: str, table: datasets.Dataset, columns: Columns) -> Samples:
+def _columns(data: DataConfig, captions: bool, label: str | None = None) -> Columns:
+    """What is to be read of the images; without `captions` every caption is empty."""
+    return Columns(
+        data.image_column,
+        data.caption_column if captions else None,
+        label,
+        data.class_column,
+        data.default_caption,
+        data.caption_from == "folder",
+    )
+
+
+def _of_table(name: str, table: datasets.Dataset, columns: Columns, faults: Faults) -> Samples:
     if not isinstance(table, datasets.Dataset):
         kind = type(table).__name__
         raise UserError(f"`{name}` must be a `datasets.Dataset`, such as one split of a DatasetDict, not a {kind}.")
     # A format or transform would make something else of the encoded images.
-    return table_samples(table.with_format(None), columns, name, f"`{name}`", folder=None)
+    return table_samples(table.with_format(None), columns, name, f"`{name}`", None, faults)
 
 
-def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns) -> Samples:
+def _read_source(data: DataConfig, cache_dir: str | None, columns: Columns, faults: Faults) -> Samples:
     if data.train_data_dir is None:
         if data.dataset_name is None:
             raise UserError("no images: give `--train_data_dir FOLDER` or `--dataset_name NAME`.")
-        return read_named_dataset(data, columns, cache_dir)
-    source = f"`--train_data_dir {data.train_data_dir}`"
+        return read_named_dataset(data, columns, cache_dir, faults)
+    source = faults.source
     if not os.path.isdir(data.train_data_dir):
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
     if data.dataset_split != "train":
         raise UserError(
             f"`--dataset_split {data.dataset_split}` goes with `--dataset_name`: all of {source} is the split train."
         )
-    return read_image_folder(source, find_files(data.train_data_dir), columns)
+    return read_image_folder(source, find_files(data.train_data_dir), columns, faults)
+
+
+def _named(data: DataConfig) -> str:
+    if data.train_data_dir is not None:
+        return f"`--train_data_dir {data.train_data_dir}`"
+    return f"`--dataset_name {data.dataset_name}`"
 
 
 def _source(data: DataConfig) -> str:
@@ -185,31 +214,56 @@ def _source(data: DataConfig) -> str:
     return f"{data.dataset_name} {data.dataset_config_name} {data.dataset_split}"
 
 
-def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | None) -> TrainingImages:
+def _hashed(
+    samples: Samples, columns: Columns, source: str, cache_dir: str | None, faults: Faults, skip_bad: bool
+) -> TrainingImages:
+    """Looks at every image, unless it has not changed since an earlier start.
+
+    Raises:
+        UserError: all that is wrong with the data.
+    """
     count = len(samples.names)
     if count == 0:
+        faults.raise_if_any()
         raise UserError("the data set has no rows: give one with images.")
-    PIL.Image.init()  # loads the decoders once, before several threads need them
+    load_plug_ins()  # once, before several threads need the decoders
+    errors: dict[int, str] = {}
 
-    def hash_one(index: int) -> str:
-        data = samples.read(index)
-        check_image(data, samples.names[index])
+    def hash_one(index: int) -> str | None:
+        try:
+            data = samples.read(index)
+            check_image(data, samples.names[index])
+        except UserError as error:
+            errors[index] = why_unreadable(samples.names[index]) or str(error)
+            return None
         return content_hash(data)
 
     hashes = remembered([samples.read.stamp(index) for index in range(count)], hash_one, source, cache_dir)
+    skipped = [(samples.names[index], errors[index]) for index in sorted(errors)]
+    if skip_bad:
+        skipped += [(name, "is not there") for name in faults.take(MISSING)]
+    else:
+        for name, why in dict(skipped).items():
+            faults.add(UNREADABLE, why if name in why else f"`{name}`: {why}")
+    faults.raise_if_any()
+    if len(errors) == count:
+        raise UserError(f"{faults.source}: none of the {count} images can be read; the first: {skipped[0][1]}.")
     classes, class_names = None, None
     if samples.classes is not None:
         classes, class_names = numbered(samples.classes, samples.class_names, str(columns.class_))
-    return TrainingImages(
+    images = TrainingImages(
         samples.captions,
-        tuple(hashes),
+        tuple(each or "" for each in hashes),
         samples.names,
         samples.labels,
         samples.read,
         tuple(range(count)),
         classes,
         class_names,
+        samples.notes,
+        tuple(skipped),
     )
+    return images.subset([index for index in range(count) if index not in errors]) if errors else images
 
 
 def _priority(seed: int, purpose: int, content: str, occurrence: int = 0) -> int:

@@ -41,8 +41,8 @@ def file_stamp(path: str) -> str | None:
 
 
 def remembered(
-    stamps: Sequence[str | None], compute: Callable[[int], str], source: str, cache_dir: str | None
-) -> list[str]:
+    stamps: Sequence[str | None], compute: Callable[[int], str | None], source: str, cache_dir: str | None
+) -> list[str | None]:
     """Returns the hash of every item; `compute` is called, on several threads, only for stamps not seen before.
 
     Kept by hand: `datasets` caches no map over a table in memory, and serves a named cache file for any table.
@@ -50,18 +50,18 @@ def remembered(
 
     Args:
         stamps: identifies the content of each item; None: unknown, compute the hash and do not keep it.
-        compute: returns the hash of the item at an index, `HASH_BYTES` as hexadecimal text.
+        compute: returns the hash of the item at an index, `HASH_BYTES` as hexadecimal text; None if it has none.
         source: the data set; each has files of its own.
         cache_dir: `--cache_dir`; Hugging Face's assets cache if None.
     """
     rows = _open_rows(source, cache_dir)
-    found: dict[int, str] = {}
+    found: dict[int, str | None] = {}
     if rows is not None:
         places = rows.places(stamp or "" for stamp in stamps)
         found = {index: _read(rows, place) for index, place in enumerate(places) if place[0] >= 0 and stamps[index]}
     missing = [index for index in range(len(stamps)) if index not in found]
     found |= zip(missing, _computed(missing, compute), strict=True)
-    new = {stamp: found[index] for index in missing if (stamp := stamps[index]) is not None}
+    new = {stamp: hash_ for i in missing if (stamp := stamps[i]) is not None and (hash_ := found[i]) is not None}
     if rows is not None and new:
         with suppress(OSError, SafetensorError):
             hashes = torch.tensor([list(bytes.fromhex(each)) for each in new.values()], dtype=torch.uint8)
@@ -82,7 +82,7 @@ def _read(rows: Rows, place: Sequence[int]) -> str:
     return bytes(rows.read(place)["hash"].tolist()).hex()
 
 
-def _computed(indices: Sequence[int], compute: Callable[[int], str]) -> Iterator[str]:
+def _computed(indices: Sequence[int], compute: Callable[[int], str | None]) -> Iterator[str | None]:
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(indices), _BLOCK):
             yield from pool.map(compute, indices[start : start + _BLOCK])

@@ -1,181 +1,197 @@
-"""Reads folders of images with metadata.jsonl, .csv or .parquet, without losing an image silently."""
+"""Reads folders of images, with captions in tables, in text files, in folders' names or by default; loses no image."""
 
-import glob
-import json
 import os
-import tempfile
+import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import datasets
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from ..errors import UserError
+from .captions import ImageRow, read_texts, table_rows
+from .faults import NO_CAPTION, NO_ROW, NO_VALUE, TWO_CAPTIONS, Faults
+from .files import TABLE_KINDS, Files, kind_of, others_by_kind, sorted_files, text_key
+from .samples import Columns, FileReader, Samples, class_of, label_of
+from .text_tables import headers_of
 
-from ..errors import UserError, one_line
-from .quiet import quiet_datasets
-from .samples import Columns, FileReader, Samples, class_column, text_columns
-
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a sofa"}'
-
-
-def is_metadata(path: str) -> bool:
-    """Whether a file holds captions, judging by its name."""
-    return os.path.basename(path) in METADATA_NAMES
+# kohya's name of a folder: how often each of its images is visited in a pass, and what they show.
+_REPEATS = re.compile(r"(\d{1,4})_(.+)")
+IN_TABLES, IN_TEXTS, IN_FOLDERS, BY_DEFAULT = "in tables", "in text files", "by their folders", "by default"
 
 
-def is_image(path: str) -> bool:
-    """Whether `datasets` recognizes a file as an image by its extension."""
-    return os.path.splitext(path)[1].lower() in ImageFolder.EXTENSIONS
+@dataclass(frozen=True)
+class _Sample:
+    path: str
+    captions: tuple[str, ...]
+    label: Any
+    class_: Any
 
 
-def find_files(folder: str) -> list[str]:
-    """Returns every file below a folder in a fixed order, except hidden ones, which `datasets` skips too."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        found += [os.path.join(parent, name) for name in sorted(files) if not name.startswith((".", "__"))]
-    return found
+def read_image_folder(source: str, paths: list[str], columns: Columns, faults: Faults) -> Samples:
+    """Returns one sample per row of the tables, and one per image without a row.
 
-
-def read_image_folder(source: str, files: list[str], columns: Columns) -> Samples:
-    """Returns one sample per row of the metadata files, or per image if there are none and captions are not needed.
-
-    Each metadata file is loaded on its own, because `datasets` would drop images without a row, guess splits from file
-    names ("train-station.png" would be the only training image) and read several metadata files in arbitrary order.
+    The captions of an image are those of its row, else the lines of its text file, else the name of its folder if
+    `columns` says so, else the default. If nothing is asked for but the images, tables and texts still say how often
+    an image is in the data.
 
     Args:
         source: the folder's name in errors, such as "`--train_data_dir data/cats`".
-        files: the folder's files; metadata files name images relative to their own folder.
-        columns: which columns to read.
+        paths: the folder's files; tables name images relative to their own folder.
+        columns: what to read.
+        faults: is told of what is wrong with single rows and images.
 
     Raises:
-        UserError: no images, no metadata, an unknown column, an image without a row, or a caption that is not text.
+        UserError: there are no images, or a table cannot be read or lacks a column.
     """
-    images, metadata = [path for path in files if is_image(path)], [path for path in files if is_metadata(path)]
-    if not images:
-        raise UserError(f"{source} has no images. Give a folder with image files (archives must be unpacked).")
-    if not metadata and columns.caption is None:
-        return _without_metadata(source, images, columns)
-    if not metadata:
-        raise UserError(f"{source} has no captions: add a metadata.jsonl with lines such as {_EXAMPLE}.")
-    _refuse_two_in_one_folder(source, metadata)
-    paths: list[str] = []
-    captions: list[tuple[str, ...]] = []
-    labels: list[str] = []
-    classes: list[int | str] = []
-    for path in metadata:
-        part = _read_metadata(path, columns)
-        paths += part.names
-        captions += part.captions
-        labels += part.labels or ()
-        classes += part.classes or ()
-    _refuse_images_without_row(source, images, paths)
-    return _samples(columns, paths, captions, labels, classes)
+    files = sorted_files(paths)
+    if not files.images:
+        raise UserError(f"{source} has no images{_instead(files)}. Give a folder with image files.")
+    if not files.tables:
+        # As in `datasets`, the label is then the folder's name.
+        known = ["image", "label", *([columns.caption] if columns.caption else [])]
+        columns.check(known, f"{source} (without a table)")
+    samples, places = _samples(files, columns, faults)
+    if columns.caption is not None and not files.tables:
+        _hint_at_other_tables(files, faults)
+    notes = _notes(files, samples, places, columns)
+    return _as_samples(_repeated(samples) if columns.from_folder else samples, columns, notes)
 
 
-def _samples(
-    columns: Columns,
-    paths: list[str],
-    captions: list[tuple[str, ...]],
-    labels: Sequence[str],
-    classes: Sequence[int | str],
-) -> Samples:
-    # Absolute paths survive a change of the working directory; names stay as the user wrote them.
-    reader = FileReader(tuple(os.path.abspath(path) for path in paths))
-    return Samples(
-        reader,
-        tuple(paths),
-        tuple(captions),
-        None if columns.label is None else tuple(labels),
-        None if columns.class_ is None else tuple(classes),
-    )
+def _instead(files: Files) -> str:
+    if not files.others:
+        return ""
+    return f", but {', '.join(f'{count} {kind}' for kind, count in others_by_kind(files.others))} (unpack archives)"
 
 
-def _without_metadata(source: str, images: list[str], columns: Columns) -> Samples:
-    columns.check(
-        ["image", "label"], f"{source} (without metadata)"
-    )  # as in `datasets`, the label is the folder's name
-    folders = [os.path.basename(os.path.dirname(path)) for path in images]
-    return _samples(columns, images, [("",)] * len(images), folders, folders)
+def _hint_at_other_tables(files: Files, faults: Faults) -> None:
+    """Tells of tables that go by names that are not looked for."""
+    tables = [path for path in files.others if kind_of(path) in TABLE_KINDS]
+    if tables:
+        name = f"metadata{kind_of(tables[0])}"
+        faults.hint(f"If captions are in {headers_of(tables)}: call it {name}, with the columns file_name and text.")
 
 
-def _refuse_two_in_one_folder(source: str, metadata: list[str]) -> None:
-    for folder, count in Counter(os.path.dirname(path) for path in metadata).items():
-        if count > 1:
-            names = " and ".join(os.path.basename(path) for path in metadata if os.path.dirname(path) == folder)
-            raise UserError(f"{source} has {names} in the folder `{folder}`: keep one, or images count twice.")
+def _samples(files: Files, columns: Columns, faults: Faults) -> tuple[list[_Sample], Counter[str]]:
+    """The samples in order, rows first, and how many have their captions from where."""
+    rows = table_rows(files, columns, faults)
+    captions = _Captions(files, columns, faults)
+    samples = [_of_row(row, columns, faults, captions.of(row.path, row)) for row in rows]
+    named = {row.path for row in rows}
+    needs_row = bool(files.tables) and (columns.caption is None or bool(columns.label) or bool(columns.class_))
+    for path in files.images:
+        if path not in named:
+            if needs_row:
+                faults.add(NO_ROW, f"`{path}`")
+            samples.append(_Sample(path, captions.of(path, None), _folder_of(path), _folder_of(path)))
+    return samples, captions.places
 
 
-def _refuse_images_without_row(source: str, images: list[str], rows: list[str]) -> None:
-    known = {os.path.normpath(path) for path in rows}
-    missing = [path for path in images if os.path.normpath(path) not in known]
-    if missing:
-        raise UserError(
-            f"{source} has {len(missing)} of {len(images)} images without a row in a metadata file, the first is "
-            f"`{missing[0]}`. Add their rows or move them away."
-        )
-
-
-def _read_metadata(path: str, columns: Columns) -> Samples:
-    rows, features = _stream_rows(path, columns)
-    names = []
-    for number, row in enumerate(rows):
-        if row[columns.image] is None or not row[columns.image].get("path"):
-            raise UserError(f"row {number} of `{path}` names no image file: give it a `file_name`.")
-        inside = os.path.relpath(row[columns.image]["path"], os.path.abspath(os.path.dirname(path)))
-        names.append(os.path.join(os.path.dirname(path), inside))
-    where = [f"row {number} of `{path}` (`{os.path.basename(name)}`)" for number, name in enumerate(names)]
-    values = {column: [row[column] for row in rows] for column in features}
-    captions, labels = text_columns(columns, values, features, where)
-    classes, _ = class_column(columns, values, features, where)
-    return Samples(FileReader(()), tuple(names), captions, labels, classes)
-
-
-def _stream_rows(path: str, columns: Columns) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    pattern = glob.escape(os.path.abspath(path))
+def _of_row(row: ImageRow, columns: Columns, faults: Faults, captions: tuple[str, ...]) -> _Sample:
+    label = class_ = None
     try:
-        # Streaming writes no table into the cache of `datasets`, whose key (path and modification time) may be stale.
-        # It still locks the cache, and `--cache_dir` may be read-only.
-        with quiet_datasets(), tempfile.TemporaryDirectory() as cache:
-            stream = datasets.load_dataset(
-                "imagefolder", data_files={"train": [pattern]}, split="train", streaming=True, cache_dir=cache
-            )
-            features = dict(stream.features)
-            columns.check(list(features), f"`{path}`")
-            wanted = {columns.image, *columns.named}
-            if not isinstance(features[columns.image], datasets.Image):
-                raise UserError(
-                    f"`--image_column {columns.image}` holds no images in `{path}` (`image` usually does)."
-                )
-            stream = stream.select_columns(sorted(wanted)).cast_column(columns.image, datasets.Image(decode=False))
-            return list(stream), {column: features[column] for column in sorted(wanted)}
-    except UserError:
-        raise
-    except Exception as error:  # pandas, pyarrow and datasets raise all kinds of errors
-        raise UserError(f"`{path}` cannot be read: {_why(path, columns, error)}.") from error
+        if columns.label is not None:
+            label = label_of(None if row.label == "" else row.label, None, row.words, columns.label)
+        if columns.class_ is not None:
+            class_ = class_of(row.class_, row.words, columns.class_)
+    except UserError as error:
+        faults.add(NO_VALUE, str(error))
+    return _Sample(row.path, captions, label, class_)
 
 
-def _why(path: str, columns: Columns, error: Exception) -> str:
-    """Returns the metadata file's first bad line if it can be found, else the library's own message."""
-    if isinstance(error, IndexError):  # what `datasets` raises for a table without rows
-        return "it has no rows"
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if path.endswith(".jsonl") else []
-    kinds = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as bad:
-            return f"line {number} is not JSON ({bad.msg}); a line looks like {_EXAMPLE}"
-        if not isinstance(row, dict) or "file_name" not in row:
-            return f"line {number} has no `file_name`; a line looks like {_EXAMPLE}"
-        caption = row.get(columns.caption, "") if columns.caption else ""
-        if not isinstance(caption, str | list):
-            return f"line {number} has {caption!r} in `--caption_column {columns.caption}`, which is not text"
-        kinds.add(type(caption))
-        if len(kinds) > 1:
-            return f"line {number} mixes texts and lists in `--caption_column {columns.caption}`; write all as lists"
-    return one_line(error).rstrip(".")
+class _Captions:
+    """Finds the captions of images.
+
+    Attributes:
+        places: how many images have theirs from where.
+    """
+
+    def __init__(self, files: Files, columns: Columns, faults: Faults) -> None:
+        self._files, self._columns, self._faults = files, columns, faults
+        self.places: Counter[str] = Counter()
+
+    def of(self, path: str, row: ImageRow | None) -> tuple[str, ...]:
+        """The captions of an image; `row` is what a table says of it."""
+        if self._columns.caption is None:
+            return ("",)
+        found = [(place, texts) for place, texts in self._sources(path, row).items() if texts is not None]
+        if not found:
+            self._faults.add(NO_CAPTION, f"`{path}`" if row is None else row.words)
+            return ("",)
+        # A blank caption stands if there is nothing better.
+        place, captions = next((each for each in found if any(text.strip() for text in each[1])), found[0])
+        self.places[place] += 1
+        return captions
+
+    def _sources(self, path: str, row: ImageRow | None) -> dict[str, tuple[str, ...] | None]:
+        """What every place says of the image, the one that counts most first."""
+        folder = _folder_of(path)
+        named, default = _REPEATS.fullmatch(folder), self._columns.default_caption
+        return {
+            IN_TABLES: None if row is None else row.captions,
+            IN_TEXTS: self._beside(path, row),
+            IN_FOLDERS: (named[2] if named else folder,) if self._columns.from_folder else None,
+            BY_DEFAULT: None if default is None else (default,),
+        }
+
+    def _beside(self, path: str, row: ImageRow | None) -> tuple[str, ...] | None:
+        """What the text files of an image say; the faults are told if a table says something else."""
+        texts = self._files.texts.get(text_key(os.path.splitext(path)[0])) or self._files.texts.get(text_key(path))
+        if texts is None:
+            return None
+        captions = read_texts(texts)
+        if row is not None and row.captions is not None and {each.strip() for each in row.captions} != {*captions}:
+            self._faults.add(TWO_CAPTIONS, f"`{path}`: {row.where} and `{os.path.basename(texts[0])}`")
+        return captions
+
+
+def _repeated(samples: list[_Sample]) -> list[_Sample]:
+    """Each sample as often as the name of its folder says."""
+    return [sample for sample in samples for _ in range(_repeats(sample.path))]
+
+
+def _repeats(path: str) -> int:
+    named = _REPEATS.fullmatch(_folder_of(path))
+    return int(named[1]) if named else 1
+
+
+def _folder_of(path: str) -> str:
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))
+
+
+def _notes(files: Files, samples: list[_Sample], places: Counter[str], columns: Columns) -> tuple[str, ...]:
+    """What was made of the folder, in lines."""
+    notes = []
+    if len(places) > 1 or any(place in places for place in (IN_FOLDERS, BY_DEFAULT)):
+        notes.append(f"captions: {', '.join(f'{count} {place}' for place, count in places.items())}")
+    folders = {os.path.dirname(sample.path): _repeats(sample.path) for sample in samples}
+    for folder, repeats in folders.items():
+        if repeats != 1:
+            notes.append(_about_repeats(os.path.basename(os.path.abspath(folder)), repeats, columns.from_folder))
+    if files.other_names:
+        notes.append(f"{files.other_names} links lead to images that are there by another name, and count once")
+    keys = {key for path in files.images for key in (text_key(path), text_key(os.path.splitext(path)[0]))}
+    if columns.caption is not None and (alone := len(files.texts.keys() - keys)):
+        notes.append(f"{alone} text files are not called like an image, and are not read")
+    if files.others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others_by_kind(files.others))
+        notes.append(f"files that are neither images nor captions: {kinds}")
+    return tuple(notes)
+
+
+def _about_repeats(folder: str, repeats: int, honoured: bool) -> str:
+    if honoured:
+        return f"each image of `{folder}` is in the data {repeats} times, as the folder's name says"
+    return f"`--caption_from folder` would repeat each image of `{folder}` {repeats} times, as kohya's scripts do"
+
+
+def _as_samples(samples: Sequence[_Sample], columns: Columns, notes: tuple[str, ...]) -> Samples:
+    paths = [sample.path for sample in samples]
+    return Samples(
+        # Absolute paths survive a change of the working directory; names stay as the user wrote them.
+        FileReader(tuple(os.path.abspath(path) for path in paths)),
+        tuple(paths),
+        tuple(sample.captions for sample in samples),
+        None if columns.label is None else tuple(str(sample.label) for sample in samples),
+        None if columns.class_ is None else tuple(sample.class_ for sample in samples),
+        notes=notes,
+    )

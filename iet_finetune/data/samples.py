@@ -6,23 +6,38 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserError
+from .faults import BAD_ROW, NO_CAPTION, NO_VALUE, Faults
 from .hashes import file_stamp
+
+# What `--caption_column`, if it is left at its default, is called too.
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns to read; `caption`, `label` and `class_` are None if not needed."""
+    """The columns to read; `caption`, `label` and `class_` are None if not needed.
+
+    `default_caption` and, if `from_folder`, the name of an image's folder are the captions of images without others.
+    """
 
     image: str
     caption: str | None
     label: str | None
     class_: str | None = None
+    default_caption: str | None = None
+    from_folder: bool = False
 
     def check(self, present: list[str], source: str) -> None:
         """Raises a `UserError` that names the flag of the first column missing from `present`."""
         for flag, column in self._by_flag.items():
             if column is not None and column not in present:
                 raise UserError(f"`--{flag} {column}` is no column of {source}, which has: {', '.join(present)}.")
+
+    def captions_in(self, present: Sequence[str]) -> str | None:
+        """The column of captions among those that are present; `caption` if none is, and None if not needed."""
+        if self.caption != CAPTION_COLUMNS[0]:
+            return self.caption
+        return next((name for name in CAPTION_COLUMNS if name in present), self.caption)
 
     @property
     def named(self) -> list[str]:
@@ -53,7 +68,8 @@ class Reader(Protocol):
 class Samples:
     """A source's samples in order: `read(index)` returns an image's encoded bytes, the rest has one entry a sample.
 
-    `classes` are numbers, or texts to be numbered; `class_names` are the names of numbers, if there are any.
+    `classes` are numbers, or texts to be numbered; `class_names` are the names of numbers, if there are any. `notes`
+    say what was made of the source.
     """
 
     read: Reader
@@ -62,6 +78,7 @@ class Samples:
     labels: tuple[str, ...] | None
     classes: tuple[int | str, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,20 +109,23 @@ def read_file(path: str) -> bytes:
         ) from None
 
 
-def captions_of(value: Any, where: str, column: str) -> tuple[str, ...]:
-    """Returns the captions of a sample as a tuple; `where` is its name in errors.
+def captions_of(value: Any) -> tuple[str, ...] | None:
+    """Returns the captions of a sample; None if it has none.
 
     Raises:
-        UserError: `value` is neither text nor a non-empty list of texts.
+        ValueError: one is not text, nor a whole number or a truth value, which a parser may have made of it.
     """
-    texts = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not texts:
-        raise UserError(f"{where} has an empty list in `--caption_column {column}`: give at least one caption.")
-    wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong:
-        found = "no caption" if wrong[0] is None else f"{wrong[0]!r:.40}, which is not text,"
-        raise UserError(f"{where} has {found} in `--caption_column {column}`: every image needs text.")
-    return texts
+    if value is None or value == []:
+        return None
+    return tuple(_as_text(text) for text in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int):
+        raise ValueError(f"has {value!r:.40}, which is not text,")
+    return str(value)
 
 
 def label_of(value: Any, feature: Any, where: str, column: str) -> str:
@@ -162,7 +182,7 @@ def numbered(
 
 
 def class_column(
-    columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str]
+    columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str], faults: Faults
 ) -> tuple[tuple[int | str, ...] | None, tuple[str, ...] | None]:
     """Returns the samples' classes as in the data and the names of a `datasets.ClassLabel`, as in `Samples`.
 
@@ -170,14 +190,18 @@ def class_column(
     """
     if columns.class_ is None:
         return None, None
-    pairs = zip(values[columns.class_], names, strict=True)
+    classes: list[int | str] = []
+    for value, name in zip(values[columns.class_], names, strict=True):
+        try:
+            classes.append(class_of(value, name, columns.class_))
+        except UserError as error:
+            faults.add(NO_VALUE, str(error))
     class_names = getattr(features[columns.class_], "names", None)
-    classes = tuple(class_of(value, name, columns.class_) for value, name in pairs)
-    return classes, None if class_names is None else tuple(class_names)
+    return tuple(classes), None if class_names is None else tuple(class_names)
 
 
 def text_columns(
-    columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str]
+    columns: Columns, values: Mapping[str, list[Any]], features: Mapping[str, Any], names: list[str], faults: Faults
 ) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...] | None]:
     """Returns captions and labels of all samples; without a caption column every caption is empty.
 
@@ -185,13 +209,30 @@ def text_columns(
         values: column -> one entry per sample.
         features: the columns' `datasets` features.
         names: the samples' names in errors.
+        faults: is told of what is missing or no text.
     """
     captions: tuple[tuple[str, ...], ...] = (("",),) * len(names)
-    labels = None
+    labels: list[str] = []
     if columns.caption is not None:
-        pairs = zip(values[columns.caption], names, strict=True)
-        captions = tuple(captions_of(value, name, columns.caption) for value, name in pairs)
-    if columns.label is not None:
-        pairs = zip(values[columns.label], names, strict=True)
-        labels = tuple(label_of(value, features[columns.label], name, columns.label) for value, name in pairs)
-    return captions, labels
+        given = values.get(columns.caption, [None] * len(names))
+        captions = tuple(_caption(value, name, columns, faults) for value, name in zip(given, names, strict=True))
+    column = columns.label or ""
+    for value, name in zip(values[column], names, strict=True) if column else ():
+        try:
+            labels.append(label_of(value, features[column], name, column))
+        except UserError as error:
+            faults.add(NO_VALUE, str(error))
+    return captions, tuple(labels) if column else None
+
+
+def _caption(value: Any, name: str, columns: Columns, faults: Faults) -> tuple[str, ...]:
+    try:
+        captions = captions_of(value)
+    except ValueError as error:
+        faults.add(BAD_ROW, f"{name} {error} in `--caption_column {columns.caption}`")
+        return ("",)
+    if columns.default_caption is not None and not any(text.strip() for text in captions or ()):
+        return (columns.default_caption,)
+    if captions is None:
+        faults.add(NO_CAPTION, name)
+    return captions or ("",)

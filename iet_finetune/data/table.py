@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..config.settings import DataConfig
 from ..errors import UserError, one_line
+from .faults import Faults
+from .files import TEXT_KINDS, find_files, has_captions, is_image, is_visible, kind_of
 from .hashes import HASH_BYTES, file_stamp, remembered
-from .image_folder import METADATA_NAMES, find_files, is_image, read_image_folder
+from .image_folder import read_image_folder
 from .quiet import quiet_datasets
 from .samples import Columns, Samples, class_column, read_file, text_columns
 
@@ -70,8 +72,11 @@ class TableReader:
         return f"{self.table._fingerprint} {stamps}" if shortest else None
 
 
-def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None) -> Samples:
+def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None, faults: Faults) -> Samples:
     """Reads the samples of `--dataset_name`: a local folder in any format that `datasets` reads, or a Hub id.
+
+    Args:
+        faults: is told of what is wrong with single rows and images.
 
     Raises:
         UserError: the data set, split, configuration or column is missing or unreadable; captions are not text.
@@ -81,29 +86,44 @@ def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None
     if os.path.isfile(name):
         raise UserError(f"{source} is a file: give the folder that holds it.")
     if not os.path.isdir(name):
-        return table_samples(_load(data, name, cache_dir), columns, name, source, folder=None)
-    if any((Path(name) / metadata).is_file() for metadata in METADATA_NAMES):
+        return table_samples(_load(data, name, cache_dir), columns, name, source, None, faults)
+    if _is_image_folder(name):
         if data.dataset_split != "train":
             raise _unknown_split(data, source, ["train"])
-        return read_image_folder(source, find_files(name), columns)
+        return read_image_folder(source, find_files(name), columns, faults)
     if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        return table_samples(_load_saved(data, name, source), columns, name, source, folder=os.path.abspath(name))
-    return _local_folder(data, name, source, columns, cache_dir)
+        table = _load_saved(data, name, source)
+        return table_samples(table, columns, name, source, os.path.abspath(name), faults)
+    return _local_folder(data, name, source, columns, cache_dir, faults)
 
 
-def _local_folder(data: DataConfig, name: str, source: str, columns: Columns, cache_dir: str | None) -> Samples:
+def _is_image_folder(name: str) -> bool:
+    """Whether a folder has a table of captions, or images with text files, for which `datasets` has no word."""
+    return has_captions([entry.path for entry in os.scandir(name) if entry.is_file() and is_visible(entry.name)])
+
+
+def _local_folder(
+    data: DataConfig, name: str, source: str, columns: Columns, cache_dir: str | None, faults: Faults
+) -> Samples:
     splits, is_image_folder = _local_files(data, name, cache_dir)
     if is_image_folder:
         if data.dataset_split not in splits:
             raise _unknown_split(data, source, list(splits))
         _refuse_images_without_split(name, source, splits)
-        return read_image_folder(source, splits[data.dataset_split], columns)
+        return read_image_folder(source, _with_texts(splits[data.dataset_split]), columns, faults)
     # `datasets` caches by path and modification time; a folder named by the contents is never stale.
     files = [os.path.join(name, "README.md"), *(path for files in splits.values() for path in files)]
     contents = _hash_files([os.path.abspath(path) for path in files if os.path.isfile(path)], name, cache_dir)
     base = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
     table = _load(data, name, os.path.join(base, f"contents-{contents}"))
-    return table_samples(table, columns, name, source, folder=os.path.abspath(name))
+    return table_samples(table, columns, name, source, os.path.abspath(name), faults)
+
+
+def _with_texts(paths: list[str]) -> list[str]:
+    """The files of a split and the text files beside them, which `datasets` leaves out."""
+    folders = dict.fromkeys(os.path.dirname(path) for path in paths)
+    beside = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder or "."))]
+    return [*paths, *(path for path in beside if kind_of(path) in TEXT_KINDS and path not in {*paths})]
 
 
 def _local_files(data: DataConfig, name: str, cache_dir: str | None) -> tuple[dict[str, list[str]], bool]:
@@ -140,7 +160,7 @@ def _hash_files(paths: list[str], name: str, cache_dir: str | None) -> str:
             return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=HASH_BYTES)).hexdigest()
 
     hashes = remembered([file_stamp(path) for path in paths], hash_one, f"files of {os.path.abspath(name)}", cache_dir)
-    return hashlib.blake2b("".join(hashes).encode(), digest_size=HASH_BYTES).hexdigest()
+    return hashlib.blake2b("".join(map(str, hashes)).encode(), digest_size=HASH_BYTES).hexdigest()
 
 
 def _load(data: DataConfig, name: str, cache_dir: str | None) -> datasets.Dataset:
@@ -193,28 +213,49 @@ def _not_loaded(data: DataConfig, error: Exception) -> UserError:
     return UserError(f"{source} cannot be read: {one_line(error).rstrip('.')}.")
 
 
-def table_samples(table: datasets.Dataset, columns: Columns, name: str, source: str, folder: str | None) -> Samples:
+def table_samples(
+    table: datasets.Dataset, columns: Columns, name: str, source: str, folder: str | None, faults: Faults
+) -> Samples:
+    """The samples of a table.
+
+    Args:
+        name: what its rows are called rows of.
+        source: what it is called in errors.
+        folder: what the paths in it are relative to; None if that is nothing.
+        faults: is told of what is wrong with single rows.
+
+    Raises:
+        UserError: a column is missing or holds something else; names it.
+    """
     features = table.features
-    _check_columns(columns, features, source)
+    columns = _found_columns(columns, features, source)
     if isinstance(features[columns.image], datasets.Image):
         table = table.cast_column(columns.image, datasets.Image(decode=False))
     if table.info.builder_name == "imagefolder":
         # `datasets` reads several metadata files in the order of a set, which differs between processes.
         table = table.select(sorted(range(len(table)), key=[repr(sorted(row.items())) for row in table].__getitem__))
-    values = {column: table.select_columns([column])[:][column] for column in columns.named}
+    values = {column: table.select_columns([column])[:][column] for column in columns.named if column in features}
     names = [f"row {row} of {name}" for row in range(len(table))]
-    captions, labels = text_columns(columns, values, features, names)
+    captions, labels = text_columns(columns, values, features, names, faults)
     reader = TableReader(table.select_columns([columns.image]), columns.image, folder, source)
-    return Samples(reader, tuple(names), captions, labels, *class_column(columns, values, features, names))
+    return Samples(reader, tuple(names), captions, labels, *class_column(columns, values, features, names, faults))
 
 
-def _check_columns(columns: Columns, features: datasets.Features, source: str) -> None:
-    columns.check(list(features), source)
+def _found_columns(columns: Columns, features: datasets.Features, source: str) -> Columns:
+    """The columns by their names in this table.
+
+    Raises:
+        UserError: one is missing or holds something else.
+    """
+    columns = replace(columns, caption=columns.captions_in([*features]))
+    needed = columns if columns.default_caption is None else replace(columns, caption=None)
+    needed.check([*features], source)
     if not _may_hold_images(features[columns.image]):
         raise UserError(f"`--image_column {columns.image}` of {source} holds {features[columns.image]}, not images.")
     texts = datasets.Value | datasets.List | datasets.LargeList
-    if columns.caption is not None and not isinstance(features[columns.caption], texts):
+    if columns.caption in features and not isinstance(features[columns.caption], texts):
         raise UserError(f"`--caption_column {columns.caption}` of {source} holds no text: choose another column.")
+    return columns
 
 
 def _may_hold_images(feature: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from data.made import load_all, png, refusal, simple_folder, table, write_folder, write_rows
 
+from iet_finetune.data.faults import Faults
 from iet_finetune.data.samples import Columns
 from iet_finetune.data.table import table_samples
 
@@ -98,7 +99,9 @@ def test_a_table_that_datasets_made_of_an_image_folder_is_put_in_the_order_of_it
     for name in "hdbfcaeg":
         write_folder(tmp_path / name, {"x.png": ord(name)}, [{"file_name": "x.png", "text": name}])
     rows = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train")
-    samples = table_samples(rows, Columns("image", "text", None), "hub/name", "`--dataset_name hub/name`", None)
+    samples = table_samples(
+        rows, Columns("image", "text", None), "hub/name", "`--dataset_name hub/name`", None, Faults("it")
+    )
     assert samples.captions == tuple((name,) for name in "abcdefgh")
     assert [samples.read(i) for i in range(8)] == [png(ord(name)) for name in "abcdefgh"]
 
@@ -176,8 +179,8 @@ def test_a_file_as_data_set_and_a_broken_file_in_one_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"text": [1, 2]}, "row 0 of .* has 1, which is not text,"),
-        ({"text": ["a", None]}, "row 1 of .* has no caption"),
+        ({"text": [1.5, 2.5]}, "2 rows are wrong .row 0 of .* has 1.5, which is not text, in `--caption_column text`"),
+        ({"text": ["a", None]}, "1 image has no caption .row 1 of "),
         ({"text": [png(1), png(2)]}, "row 0 of .* has b.*, which is not text,"),
         ({"text": [{"a": 1}, {"a": 2}]}, "`--caption_column text` of .* holds no text"),
         ({"image": [1, 2]}, "`--image_column image` of .* not images"),

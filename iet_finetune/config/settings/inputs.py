@@ -75,7 +75,7 @@ class DataConfig:
 
     train_data_dir: str | None = other(
         None,
-        "Folder of images, with captions in metadata.jsonl or metadata.csv.",
+        "Folder of images, with captions in metadata.jsonl or .csv, or in a text file beside each.",
         scope="local",
         names=("dataset",),
         audit="run",
@@ -110,6 +110,24 @@ class DataConfig:
         needs="captions",
         scope="public",
         audit="run",
+    )
+    default_caption: str | None = other(
+        None,
+        "Caption of images without another one.",
+        needs="captions",
+        scope="public",
+        audit="run",
+    )
+    caption_from: str = other(
+        "files",
+        "folder: the name of its folder is the caption of an image without another one. A name such as `10_sks dog` "
+        "says too that its images are visited ten times in a pass.",
+        choices=("files", "folder"),
+        needs="captions",
+        audit="run",
+    )
+    skip_bad_images: bool = other(
+        False, "Leave out images that cannot be read, and write down which, instead of ending.", audit="run"
     )
     class_column: str | None = other(
         None,
