@@ -1,6 +1,7 @@
 """The error that reaches the user as a single line, and helpers that put other errors into one line."""
 
 import errno
+import sys
 from collections.abc import Iterator
 
 _DISK_FULL = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "disk quota exceeded"}
@@ -17,6 +18,11 @@ class UserError(Exception):
     """
 
     printed_here: bool | None = None
+
+
+def warn(text: str) -> None:
+    """Prints one line of warning."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -35,6 +35,8 @@ class TrainingImages:
         shard_labels: the texts of `--shard_by_column`; None without the flag.
         classes: class numbers of `--class_column`; None without the flag.
         class_names: their names by number; None without the flag.
+        sizes: (N, 2) int32, width and height in pixels, upright.
+        narrow: (N,) bool, whether an image's pixels fill a small part of their range; see `images.look_at`.
         notes: lines on what was made of the source.
         unreadable: names of images of the source that are left out because they cannot be read, and why.
     """
@@ -47,6 +49,8 @@ class TrainingImages:
     _rows: tuple[int, ...]
     classes: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    sizes: np.ndarray | None = None
+    narrow: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
 
@@ -76,6 +80,8 @@ class TrainingImages:
             _rows=tuple(self._rows[i] for i in indices),
             classes=None if classes is None else tuple(classes[i] for i in indices),
             class_names=self.class_names,
+            sizes=None if self.sizes is None else self.sizes[list(indices)],
+            narrow=None if self.narrow is None else self.narrow[list(indices)],
             notes=self.notes,
             unreadable=self.unreadable,
         )
@@ -260,8 +266,8 @@ def _hashed(
         tuple(range(count)),
         classes,
         class_names,
-        samples.notes,
-        tuple(skipped),
+        notes=samples.notes,
+        unreadable=tuple(skipped),
     )
     return images.subset([index for index in range(count) if index not in errors]) if errors else images
 

@@ -147,6 +147,21 @@ class Family(ABC):
         """Returns the denoiser's conditions for the captions: tensors whose first dimension is the batch."""
         return {}
 
+    @property
+    def reader(self) -> tuple[Any, int] | None:
+        """The tokenizer of the text encoder that reads the longest captions, and how many tokens that is."""
+        return None
+
+    def caption_lengths(self, captions: Sequence[str]) -> tuple[list[int], int] | None:
+        """Returns how many tokens captions have that may be too long, and how many are read; None without captions."""
+        if self.reader is None:
+            return None
+        tokenizer, limit = self.reader
+        # A token has one byte at least; beginning and end count too. Most captions need not be cut into tokens.
+        long = [caption for caption in captions if len(caption.encode()) > limit - 2]
+        tokens = tokenizer(long, truncation=False, verbose=False).input_ids if long else []
+        return [len(ids) for ids in tokens if len(ids) > limit], limit
+
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
         """Returns further conditions of each image, in the form of `encode_captions`.
 

@@ -46,6 +46,11 @@ class Flux(FlowFamily):
         check_resolution(resolution, factor * 2)
         return self.pipeline.transformer.config.in_channels // 4, resolution // factor, resolution // factor
 
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """T5's tokenizer and the number of its tokens."""
+        return self.pipeline.tokenizer_2, self.sequence_length
+
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
         """Returns T5's states and CLIP's pooled state."""
         pipeline, length = self.pipeline, self.pipeline.tokenizer_max_length

@@ -35,6 +35,11 @@ class PixArt(StableDiffusion):
         return self.config.training.max_sequence_length or default
 
     @property
+    def reader(self) -> tuple[Any, int]:
+        """T5's tokenizer and the number of its tokens."""
+        return self.pipeline.tokenizer, self.sequence_length
+
+    @property
     def call_options(self) -> dict[str, Any]:
         """Samples with the sequence length, captions and resolution of training."""
         return {

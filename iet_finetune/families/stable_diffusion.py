@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a VAE, and a UNet with cross-attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class StableDiffusion(Family):
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Returns (mean + std · noise) times the VAE's scaling factor."""
         return (mean + std * noise) * self.pipeline.vae.config.scaling_factor
+
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """CLIP's tokenizer and the number of its tokens."""
+        tokenizer = self.pipeline.tokenizer or self.pipeline.tokenizer_2
+        return tokenizer, tokenizer.model_max_length
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:

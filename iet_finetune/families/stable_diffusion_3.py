@@ -44,6 +44,13 @@ class StableDiffusion3(FlowFamily):
             )
         return transformer.in_channels, resolution // factor, resolution // factor
 
+    @property
+    def reader(self) -> tuple[Any, int]:
+        """T5's tokenizer and the number of its tokens, or CLIP's without T5."""
+        if self.pipeline.text_encoder_3 is None:
+            return self.pipeline.tokenizer, self.pipeline.tokenizer_max_length
+        return self.pipeline.tokenizer_3, self.sequence_length
+
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
         """Returns both CLIPs' states, concatenated and padded with zeros, followed by T5's; and CLIP's projections."""
         pipeline, length = self.pipeline, self.pipeline.tokenizer_max_length

@@ -154,6 +154,11 @@ class SkipRule(ABC):
         """Whether so little is left to learn that `--stop_when auto` may end the run."""
         return False
 
+    @classmethod
+    def doubt(cls, config: Any, objective: Objective, visits: int) -> str | None:
+        """Why the rule can hardly act in a run that shows each clone so many samples; None if it can."""
+        return None
+
     def begin_round(self, run: Run) -> None:  # noqa: B027 - optional
         """Computes what all shards share, which is then frozen until the merge.
 
@@ -209,6 +214,21 @@ class AGCRule(SkipRule):
     def is_off(self) -> bool:
         """With a threshold of 0 nothing is skipped."""
         return self.agc.threshold == 0
+
+    @classmethod
+    def doubt(cls, config: Any, objective: Objective, visits: int) -> str | None:
+        """An entry of the bank knows what is usual after some 1/(1 - d) losses, and skips hardly anything before."""
+        entries = config.agc_bins or objective.default_bins
+        warm = 1 if config.agc_bias_correction else 1 / (1 - config.agc_decay)
+        if config.agc_threshold == 0 or visits >= entries * warm:
+            return None
+        fewer = int(visits / warm / 4)
+        remedy = f"`--agc_bins {fewer}` or " if fewer > 1 else ""
+        return (
+            f"AGC will hardly skip anything: each of the {entries} entries of a clone's loss bank will see "
+            f"{visits / entries:.2g} losses in all, where it takes {warm:.0f} to know what is usual. {remedy}"
+            "`--agc_bias_correction` lets it act sooner."
+        )
 
     def _bins(self, samples: Samples) -> Tensor:
         return samples.level(len(self.agc.bank))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..audit.report.record import FORMAT as AUDIT_FORMAT
 from ..audit.report.record import AuditRecord
 from ..config.registry import REGISTRIES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, warn
 from ..files import LORA_NAME, written_beside
 from .audit_section import audit_section, results
 from .upload_list import AUDIT_NAME, CARD_NAME, GRID_TITLE, public_flags
@@ -115,7 +114,7 @@ def show_audit(output_dir: Path) -> None:
     if stored := _stored(output_dir):
         _write(output_dir, stored["facts"])
     elif (output_dir / CARD_NAME).is_file():
-        _warn(f"`{output_dir / CARD_NAME}` is left as it is: {FACTS_NAME}, from which it was written, is missing.")
+        warn(f"`{output_dir / CARD_NAME}` is left as it is: {FACTS_NAME}, from which it was written, is missing.")
 
 
 def _stored(output_dir: Path) -> dict[str, Any]:
@@ -138,7 +137,7 @@ def _write(output_dir: Path, facts: dict[str, Any]) -> None:
     # After a kill between the two files the card may be the new one already.
     edited = path.is_file() and _digest(path.read_text(encoding="utf-8")) not in (written, _digest(text))
     if edited:
-        _warn(f"`{path}` was edited and is left as it is: remove it, and resume or audit, to have it written anew.")
+        warn(f"`{path}` was edited and is left as it is: remove it, and resume or audit, to have it written anew.")
     else:
         with written_beside(path) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -149,10 +148,6 @@ def _write(output_dir: Path, facts: dict[str, Any]) -> None:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def _public(facts: CardFacts, is_lora: bool) -> dict[str, Any]:

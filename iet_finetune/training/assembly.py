@@ -34,6 +34,7 @@ from .local import LocalTraining
 from .mergers import build_mergers, need_of_mergers
 from .model import Model, load_model, prepare_model
 from .noising import Noising
+from .overview import announce
 from .stopping import Stopping
 
 
@@ -96,6 +97,8 @@ def assemble(
         identity["the held-out images"] = found.watched.fingerprint
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
+    if ranks.is_main:
+        announce(config, found, schedule, family)
     shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
     data = Data(*found, indices, shards, schedule)
     group = ranks.group(placement)

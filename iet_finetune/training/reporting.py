@@ -1,6 +1,5 @@
 """The facts of a run as they come, and the run's own callback, which writes them down."""
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,6 @@ from .data import Data
 from .tracking import Progress, Trackers, append_line, cut_back
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
-
-
-def warn(text: str) -> None:
-    """One line of warning on the terminal."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Reporter(Callback):

@@ -12,11 +12,10 @@ from ..config.settings import ValidationConfig
 from ..distributed.groups import Ranks
 from ..ensemble.checkpoint import Checkpoint, CheckpointStore
 from ..environment import differences, environment
-from ..errors import UserError
+from ..errors import UserError, warn
 from .assembly import Run
 from .data import Data
 from .model import Model
-from .reporting import warn
 
 
 def open_checkpoint(store: CheckpointStore, ranks: Ranks, resume: str | None) -> Checkpoint | None:

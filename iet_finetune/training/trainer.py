@@ -16,7 +16,7 @@ from ..distributed.groups import Ranks
 from ..ensemble.checkpoint import Checkpoint, CheckpointStore
 from ..ensemble.clone import Clone
 from ..ensemble.meter import RoundSums
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..families.smoke import shrink
 from ..files import FolderLock
 from ..method.schedule import Step, Wave
@@ -27,7 +27,8 @@ from .callbacks import Callback, CheckpointFacts, RoundFacts
 from .device_memory import out_of_memory_explained
 from .finish import finish
 from .model import hand_back
-from .reporting import Reporter, round_metrics, run_facts, step_facts, warn
+from .overview import write_unreadable
+from .reporting import Reporter, round_metrics, run_facts, step_facts
 from .resuming import after_a_break, drawn_with, manifest_facts, open_checkpoint, restore, space_needed
 from .starting import start_accelerator
 from .tracking import Trackers
@@ -306,8 +307,6 @@ class Trainer:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         outputs.check_space(self.output, space_needed(self.model, self.run))
-        if len(self.data.left_out.images):
-            print(self.data.left_out.words, flush=True)
         if idle := self.run.placement.idle():
             warn(
                 f"`--num_shards {len(self.ensemble.clones)}` on {self.ranks.size} ranks: "
@@ -318,6 +317,7 @@ class Trainer:
         if checkpoint is not None:
             self.store.go_back_to(checkpoint)
         outputs.write_config(self.output, self.config)
+        write_unreadable(self.output, self.data.images)
 
     def _call(self, event: str, facts: object) -> None:
         for callback in self._callbacks:
