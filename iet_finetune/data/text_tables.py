@@ -230,9 +230,10 @@ def _long_fields() -> Iterator[None]:
 
 def _read_parquet(path: str, asked: frozenset[str], refuse: Refuse) -> TextTable:
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = file.schema_arrow.names
-        rows = file.read([name for name in columns if name in asked]).to_pylist()
+        # Opened here: of a name, pyarrow would take `a:b` for an address.
+        with open(path, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as file:
+            columns = file.schema_arrow.names
+            rows = file.read([name for name in columns if name in asked]).to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(f"`{path}` cannot be read: {one_line(error)}.") from None
     return TextTable(columns, [Line(number, row) for number, row in enumerate(rows, start=1)], typed=True)
@@ -254,7 +255,8 @@ def headers_of(paths: list[str]) -> str:
 def _header(path: str) -> list[str]:
     kind = kind_of(path)
     if kind == ".parquet":
-        return pyarrow.parquet.read_schema(path).names
+        with open(path, "rb") as stream:
+            return pyarrow.parquet.read_schema(stream).names
     with open(path, encoding=_encoding(path), newline="") as file:
         first = file.readline(10_000)
     if kind in (".csv", ".tsv"):

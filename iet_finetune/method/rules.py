@@ -219,7 +219,7 @@ class AGCRule(SkipRule):
     def doubt(cls, config: Any, objective: Objective, visits: int) -> str | None:
         """An entry of the bank knows what is usual after some 1/(1 - d) losses, and skips hardly anything before."""
         entries = config.agc_bins or objective.default_bins
-        warm = 1 if config.agc_bias_correction else 1 / (1 - config.agc_decay)
+        warm = 1 if config.agc_bias_correction else round(1 / (1 - config.agc_decay), 6)
         if config.agc_threshold == 0 or visits >= entries * warm:
             return None
         fewer = int(visits / warm / 4)
