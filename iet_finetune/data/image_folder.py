@@ -13,6 +13,7 @@ import datasets
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..errors import UserError, one_line
+from .names import without_colons
 from .quiet import quiet_datasets
 from .samples import Columns, FileReader, Samples, class_column, text_columns
 
@@ -124,8 +125,7 @@ def _read_metadata(path: str, columns: Columns) -> Samples:
     for number, row in enumerate(rows):
         if row[columns.image] is None or not row[columns.image].get("path"):
             raise UserError(f"row {number} of `{path}` names no image file: give it a `file_name`.")
-        inside = os.path.relpath(row[columns.image]["path"], os.path.abspath(os.path.dirname(path)))
-        names.append(os.path.join(os.path.dirname(path), inside))
+        names.append(os.path.join(os.path.dirname(path), row[columns.image]["path"]))
     where = [f"row {number} of `{path}` (`{os.path.basename(name)}`)" for number, name in enumerate(names)]
     values = {column: [row[column] for row in rows] for column in features}
     captions, labels = text_columns(columns, values, features, where)
@@ -134,11 +134,13 @@ def _read_metadata(path: str, columns: Columns) -> Samples:
 
 
 def _stream_rows(path: str, columns: Columns) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    pattern = glob.escape(os.path.abspath(path))
+    """The rows of a metadata file, whose images are named relative to its folder, and the columns' features."""
     try:
         # Streaming writes no table into the cache of `datasets`, whose key (path and modification time) may be stale.
         # It still locks the cache, and `--cache_dir` may be read-only.
         with quiet_datasets(), tempfile.TemporaryDirectory() as cache:
+            folder = without_colons(os.path.dirname(os.path.abspath(path)), cache)
+            pattern = glob.escape(os.path.join(folder, os.path.basename(path)))
             stream = datasets.load_dataset(
                 "imagefolder", data_files={"train": [pattern]}, split="train", streaming=True, cache_dir=cache
             )
@@ -150,7 +152,11 @@ def _stream_rows(path: str, columns: Columns) -> tuple[list[dict[str, Any]], dic
                     f"`--image_column {columns.image}` holds no images in `{path}` (`image` usually does)."
                 )
             stream = stream.select_columns(sorted(wanted)).cast_column(columns.image, datasets.Image(decode=False))
-            return list(stream), {column: features[column] for column in sorted(wanted)}
+            rows = list(stream)
+            for row in rows:
+                if row[columns.image] is not None and row[columns.image].get("path"):
+                    row[columns.image]["path"] = os.path.relpath(row[columns.image]["path"], folder)
+            return rows, {column: features[column] for column in sorted(wanted)}
     except UserError:
         raise
     except Exception as error:  # pandas, pyarrow and datasets raise all kinds of errors

@@ -16,6 +16,7 @@ from ..config.settings import DataConfig
 from ..errors import UserError, one_line
 from .hashes import HASH_BYTES, file_stamp, remembered
 from .image_folder import METADATA_NAMES, find_files, is_image, read_image_folder
+from .names import check_name
 from .quiet import quiet_datasets
 from .samples import Columns, Samples, class_column, read_file, text_columns
 
@@ -80,13 +81,16 @@ def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None
     source = f"`--dataset_name {name}`"
     if os.path.isfile(name):
         raise UserError(f"{source} is a file: give the folder that holds it.")
+    check_name(f"`--cache_dir {cache_dir}`", cache_dir, patterns=False)
     if not os.path.isdir(name):
         return table_samples(_load(data, name, cache_dir), columns, name, source, folder=None)
     if any((Path(name) / metadata).is_file() for metadata in METADATA_NAMES):
         if data.dataset_split != "train":
             raise _unknown_split(data, source, ["train"])
         return read_image_folder(source, find_files(name), columns)
-    if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    is_saved = any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+    check_name(source, name, patterns=not is_saved)
+    if is_saved:
         return table_samples(_load_saved(data, name, source), columns, name, source, folder=os.path.abspath(name))
     return _local_folder(data, name, source, columns, cache_dir)
 
