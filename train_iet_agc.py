@@ -5,16 +5,7 @@ Start it with `accelerate launch train_iet_agc.py --config FILE`, or with `pytho
 
 import sys
 
-import iet_finetune
-from iet_finetune.cli import run
-
-
-def main() -> None:
-    """Train as the command line says."""
-    # The flags are checked first: `iet_finetune.Trainer` is what imports torch.
-    config = iet_finetune.Config.from_command_line(sys.argv[1:])
-    iet_finetune.Trainer(config).train()
-
+from iet_finetune.cli import run, train
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(lambda: train(sys.argv[1:])))

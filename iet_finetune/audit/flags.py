@@ -23,7 +23,7 @@ def check_audit(config: Config) -> None:
         folder = getattr(audit, name)
         if folder is not None and not os.path.isdir(folder):
             raise UserError(f"`--{name} {folder}` is not a folder. Give the folder that holds the images.")
-    if audit.prompts not in ("train", "heldout", "none"):
+    if audit.generated_dir is None and audit.prompts not in ("train", "heldout", "none"):
         from ..audit.inputs.samples import read_prompts
 
         read_prompts(audit.prompts)

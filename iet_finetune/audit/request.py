@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..config.config import Config, flag_names
+from ..config.places import expanded
 from ..config.recipes import read_yaml
 from ..config.settings import ModelConfig
 from ..ensemble.ledger import LEDGER
@@ -60,7 +61,7 @@ def read_request(given: Mapping[str, Any]) -> AuditRequest:
     Raises:
         UserError: a wrong value, or no place for the audit.
     """
-    model = given.get("model")
+    model = expanded(given["model"], "`--model`") if "model" in given else None
     of_run = _of_the_run(model)
     flags = {name: value for name, value in given.items() if name != "model"}
     config = Config.layered(flags, {name: of_run[name] for name in OF_THE_RUN if name in of_run})

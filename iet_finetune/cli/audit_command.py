@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..audit.flags import FLAGS, PROGRAM, check_extra
+from ..audit.flags import FLAGS, PROGRAM, check_audit, check_extra
 from ..config.config import flag_groups
-from ..config.flags import build_parser, flag_specs, parse_arguments
+from ..config.flags import build_parser, convert, flag_specs, parse_arguments
+from ..config.places import expanded
 from ..errors import UserError, one_line
 
 
@@ -22,12 +23,14 @@ def audit_command(argv: list[str]) -> str:
     if "compare" in given:
         return _compare(given)
     check_extra()
+    from ..audit.request import read_request
+
+    check_audit((request := read_request(given)).config)
     from accelerate import PartialState
 
-    from ..audit.request import read_request
     from ..publish.audited import audit_and_show
 
-    return audit_and_show(read_request(given), PartialState().device, shlex.join([*PROGRAM.split(), *argv]))
+    return audit_and_show(request, PartialState().device, shlex.join([*PROGRAM.split(), *argv]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,10 +63,10 @@ def _compare(given: Mapping[str, Any]) -> str:
     from ..audit.report.compare import compare, write_comparison
     from ..audit.report.compare_text import as_text
 
-    comparison = compare([Path(name) for name in given["compare"]])
+    comparison = compare([Path(expanded(name, "`--compare`")) for name in given["compare"]])
     text = as_text(comparison)
     if "output_dir" in given:
-        folder = Path(given["output_dir"])
+        folder = Path(convert(FLAGS["output_dir"], given["output_dir"], "`--output_dir`"))
         try:
             page = write_comparison(folder, comparison)
         except OSError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config.places import expanded
 from ..errors import UserError, one_line
 from .parsing import CommandParser
 
@@ -29,12 +30,13 @@ def doctor_command(argv: list[str], show: Callable[[str], None]) -> str:
     if unknown := set(args.only or ()) - set(names):
         raise UserError(f"`--only {' '.join(sorted(unknown))}`: the checks are {', '.join(names)}.")
     outcomes: list = []
-    _write(args.json, report(outcomes))
+    file = None if args.json is None else Path(expanded(args.json, "`--json`"))
+    _write(file, report(outcomes))
     show(HEAD)
     for outcome in run_checks([names[name] for name in args.only or names]):
         outcomes.append(outcome)
         show(shown(outcome))
-        _write(args.json, report(outcomes))
+        _write(file, report(outcomes))
     failed = [outcome.name for outcome in outcomes if outcome.answer == FAILED]
     if failed:
         raise UserError(f"{len(failed)} of {len(outcomes)} checks failed: {', '.join(failed)}.")
@@ -47,7 +49,7 @@ def doctor_parser() -> CommandParser:
     parser = CommandParser("doctor", description="Check this machine; needs neither data nor a network.")
     parser.add_argument("--gpu", action="store_true", help="whether the GPU is used as it should be, and what fits")
     parser.add_argument("--only", nargs="+", metavar="CHECK", help="these checks alone; a wrong name lists them")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for everything that was found")
+    parser.add_argument("--json", metavar="FILE", help="file for everything that was found")
     return parser
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.flags import parse_arguments
+from ..config.places import expanded
 from ..errors import UserError, one_line
 from ..files import LORA_NAME, partial_name, removed_on_error
 from ..publish.upload_list import INDEX_NAME
@@ -30,7 +31,7 @@ def merge_command(argv: list[str]) -> str:
         UserError: whatever the user can mend.
     """
     given = parse_arguments(_parser(), argv, ["weights", "rank", "output"])
-    inputs = [Path(name) for name in given["inputs"]]
+    inputs = [Path(expanded(name, "INPUT")) for name in given["inputs"]]
     weights = _weights(given["weights"], len(inputs))
     rank = _rank(given["rank"])
     kind = _common_kind(inputs)
@@ -132,7 +133,7 @@ def _output(given: str | None, models: Sequence[Path]) -> Path:
     """The folder to make; nothing is made yet. It must not lie in one of `models`, whose folders are copied."""
     if not given:
         raise UserError("`--output` is missing: give a new or empty folder for the result.")
-    output = Path(given).resolve()
+    output = Path(expanded(given, "`--output`")).resolve()
     try:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"`--output {given}` is not empty: give a new folder.")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ..config.config import Config
 from ..config.flags import nearest
+from ..config.folders import check_folders
 from ..errors import UserError, disk_full, out_of_memory
 from .parsing import PROGRAM
 
@@ -31,10 +32,13 @@ class Command(NamedTuple):
 def train(argv: list[str], prog: str | None = None) -> None:
     """Train as the flags in `argv` say; they are checked before torch is imported. `prog` is the name in `--help`.
 
+    So are the folders that they name.
+
     Raises:
         UserError: whatever the user can mend.
     """
     config = Config.from_command_line(argv, prog)
+    check_folders(config)
     from ..training.trainer import Trainer
 
     Trainer(config).train()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.flags import convert, flag_specs, parse_arguments
+from ..config.places import expanded
 from ..config.settings import HubConfig
 from ..errors import UserError
 from ..publish.hub import push
@@ -28,7 +29,7 @@ def push_command(argv: list[str]) -> str:
         options: dict[str, Any] = {"action": "store_true"} if spec.scalar is bool else {"metavar": "TEXT"}
         parser.add_argument(f"--{name}", help=spec.help, **options)
     given = parse_arguments(parser, argv, list(specs))
-    output_dir = Path(given.pop("output_dir"))
+    output_dir = Path(expanded(given.pop("output_dir"), "OUTPUT"))
     if not output_dir.is_dir():
         raise UserError(f"OUTPUT `{output_dir}` is not a folder: give the `--output_dir` of a finished run.")
     return push(output_dir, HubConfig(**{name: convert(specs[name], v, f"`--{name}`") for name, v in given.items()}))

@@ -5,11 +5,13 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import types
 import typing
 from typing import Any, NoReturn
 
 from ..errors import UserError
+from .places import expanded
 
 RESUME = ("fixed", "free", "other")
 SCOPES = ("public", "local", "named", "secret")
@@ -27,7 +29,8 @@ class Facts:
             "other" if it has no influence on the weights.
         scope: "public"; "local" for what names a place of this machine and is never published; "named" for a name
             that others know or a place of this machine, published only as the former; or "secret", never written
-            anywhere. May be left out where the value is a number, a switch or one of `choices`: then it is public.
+            anywhere. In what is local or named a leading `~` stands for a home folder. May be left out where the value
+            is a number, a switch or one of `choices`: then it is public.
         known: the values of a "named" flag that others know.
         per_machine: whether each machine of a run may have a value of its own; of what is local or named if left out.
         names: of "pipeline", "dataset" and "heldout_images" those that, as an object, the flag does not go with.
@@ -86,9 +89,14 @@ class FlagSpec(Facts):
     choices: tuple[str, ...] | None
 
     @property
+    def is_place(self) -> bool:
+        """Whether a value may be a file or folder of this machine."""
+        return self.scope in ("local", "named")
+
+    @property
     def is_per_machine(self) -> bool:
         """Whether each machine of a run may have a value of its own."""
-        return self.scope in ("local", "named") if self.per_machine is None else self.per_machine
+        return self.is_place if self.per_machine is None else self.per_machine
 
 
 def flag_specs(group: type) -> list[FlagSpec]:
@@ -140,8 +148,10 @@ def _check_facts(owner: str, facts: dict[str, Any], scope_needed: bool) -> None:
 def convert(spec: FlagSpec, value: Any, where: str) -> Any:
     """`value` from YAML or the command line as the flag's type; `where` begins the error, such as "`--seed`".
 
+    A place is expanded here, for all that read it: see `places.expanded`.
+
     Raises:
-        UserError: the value has another type, is not one of the choices, or is not finite.
+        UserError: the value has another type, is not one of the choices, is not finite, or can be no place.
     """
     if value is None or (spec.scalar is not str and isinstance(value, str) and value.lower() == "none"):
         if spec.optional:
@@ -154,6 +164,8 @@ def convert(spec: FlagSpec, value: Any, where: str) -> Any:
 
 
 def _convert_scalar(spec: FlagSpec, value: Any, where: str) -> Any:
+    if spec.is_place and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     wrong_type = UserError(f"{where} must be of type {spec.scalar.__name__}, not {value!r}.")
     if isinstance(value, bool) != (spec.scalar is bool) or isinstance(value, list | tuple | dict):
         raise wrong_type
@@ -170,7 +182,7 @@ def _convert_scalar(spec: FlagSpec, value: Any, where: str) -> Any:
         raise UserError(f"{where} must be a finite number, not {value!r}.")
     if spec.choices is not None and converted not in spec.choices:
         raise UserError(f"{where} must be one of {', '.join(spec.choices)}, not {value!r}.")
-    return converted
+    return expanded(converted, where) if spec.is_place else converted
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

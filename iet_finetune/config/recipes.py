@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import UserError, one_line
 from .flags import nearest
+from .places import expanded
 
 _PACKAGE = Path(__file__).parents[1]
 # Beside the package in a clone of the repository, in it where a wheel was installed.
@@ -28,8 +29,9 @@ def find_file(name: str) -> Path:
         UserError: neither; the nearest recipe is named.
     """
     by_name = {file.stem: file for file in recipes()}
-    if Path(name).exists():
-        return Path(name)
+    place = Path(expanded(name, "`--config`"))
+    if place.exists():
+        return place
     if name in by_name:
         return by_name[name]
     raise UserError(

@@ -18,6 +18,7 @@ from .faults import Faults
 from .files import TEXT_KINDS, find_files, has_captions, is_image, is_visible, kind_of
 from .hashes import HASH_BYTES, file_stamp, remembered
 from .image_folder import read_image_folder
+from .names import check_name
 from .quiet import quiet_datasets
 from .samples import Columns, Samples, class_column, read_file, text_columns
 
@@ -85,13 +86,16 @@ def read_named_dataset(data: DataConfig, columns: Columns, cache_dir: str | None
     source = f"`--dataset_name {name}`"
     if os.path.isfile(name):
         raise UserError(f"{source} is a file: give the folder that holds it.")
+    check_name(f"`--cache_dir {cache_dir}`", cache_dir, patterns=False)
     if not os.path.isdir(name):
         return table_samples(_load(data, name, cache_dir), columns, name, source, None, faults)
     if _is_image_folder(name):
         if data.dataset_split != "train":
             raise _unknown_split(data, source, ["train"])
         return read_image_folder(source, find_files(name), columns, faults)
-    if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    is_saved = any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+    check_name(source, name, patterns=not is_saved)
+    if is_saved:
         table = _load_saved(data, name, source)
         return table_samples(table, columns, name, source, os.path.abspath(name), faults)
     return _local_folder(data, name, source, columns, cache_dir, faults)

@@ -93,8 +93,9 @@ def write_ledger(
             "copy_of": pa.array([*[None] * (len(training) + len(heldout)), *stand_ins], type=pa.string()),
         }
     )
-    with written_beside(path) as partial:
-        pq.write_table(table, partial)
+    # Opened here: of a name, pyarrow would take `a:b` for an address and `~` for a home folder.
+    with written_beside(path) as partial, partial.open("wb") as stream:
+        pq.write_table(table, stream)
 
 
 def _training_columns(

@@ -1,5 +1,6 @@
 """A run's result: a pipeline or a LoRA file in the requested precision, and the line that loads it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,10 @@ class Result:
     def how_to_load(self, folder: Path) -> str:
         """The expression that loads it from `folder`."""
         if self._export is not None and self._export.layers is not None:
-            return f'pipeline.load_lora_weights("{folder}")'
+            return f"pipeline.load_lora_weights({_quoted(folder)})"
         loader = "ClassConditionalPipeline" if self._by_class else "DiffusionPipeline"
         without = "".join(f", {name}=None" for name in self._source.absent)
-        return f'{loader}.from_pretrained("{folder}"{without})'
+        return f"{loader}.from_pretrained({_quoted(folder)}{without})"
 
     def _plan_export(self) -> Export | None:
         if self._adapter is None:
@@ -93,3 +94,8 @@ class Result:
         # Files hold weights in the usual order.
         family.denoiser.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
         return family.pipeline
+
+
+def _quoted(folder: Path) -> str:
+    """A string of Python to copy from the terminal."""
+    return json.dumps(str(folder), ensure_ascii=False)

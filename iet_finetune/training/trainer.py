@@ -1,6 +1,7 @@
 """A run, from load to save: tells the story and leaves every part of it to the module that knows it."""
 
 import atexit
+import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -72,6 +73,8 @@ class Trainer:
         resume = config.checkpoint.resume_from_checkpoint
         self.config = config
         self.output = config.output_path
+        # What relative folders are relative to, also where a notebook moves on before it trains.
+        self._started_in = Path.cwd()
         accelerator = start_accelerator(config)
         self.ranks = Ranks.join(config.training.ddp_timeout)
         self._lock: FolderLock | None = None
@@ -90,7 +93,7 @@ class Trainer:
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
-            with self.ranks.report_errors_once():
+            with contextlib.chdir(self._started_in), self.ranks.report_errors_once():
                 with out_of_memory_explained(self.config, self.store):
                     self.train_rounds()
                 self.finish()
@@ -101,7 +104,7 @@ class Trainer:
             self._release()
         # Not now: there may be another run in the same processes. And not after an error: ranks may be gone.
         atexit.register(self.run.accelerator.state.destroy_process_group)
-        return self.output
+        return self._started_in / self.output
 
     def _release(self) -> None:
         if self._lock is not None:

@@ -46,11 +46,12 @@ SCALARS = {
     # argparse takes a lone -- for the end of the flags, also behind an equals sign.
     str: st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: text != "--"),
 }
+PLACES = SCALARS[str].filter(lambda text: text and "\0" not in text and not text.startswith("~"))
 
 
 def values_of(spec: FlagSpec) -> st.SearchStrategy:
     """Allowed values of a flag, as they stand in a configuration."""
-    scalar = st.sampled_from(spec.choices) if spec.choices else SCALARS[spec.scalar]
+    scalar = st.sampled_from(spec.choices) if spec.choices else PLACES if spec.is_place else SCALARS[spec.scalar]
     many = st.lists(scalar).map(tuple) if spec.many else scalar
     return st.none() | many if spec.optional else many
 

@@ -29,10 +29,13 @@ def read_ledger(file: Path | None) -> LedgerCounts:
     """Content hash -> what became of that image in training; empty without a ledger."""
     if file is None or not file.is_file():
         return {}
-    # Ledgers of earlier versions name no copies.
-    wanted = {"content_hash", "seen", "skipped", "copy_of"} & {*pyarrow.parquet.read_schema(file).names}
+    # Opened here: of a name, pyarrow would take `a:b` for an address.
+    with file.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+        # Ledgers of earlier versions name no copies.
+        wanted = {"content_hash", "seen", "skipped", "copy_of"} & {*table.schema_arrow.names}
+        rows = table.read(columns=sorted(wanted)).to_pylist()
     sums: LedgerCounts = {}
-    for row in pyarrow.parquet.read_table(file, columns=sorted(wanted)).to_pylist():
+    for row in rows:
         before = sums.get(row["content_hash"], Visits(0, 0, False))
         copy = before.stood_in_for or row.get("copy_of") is not None
         sums[row["content_hash"]] = Visits(before.seen + row["seen"], before.skipped + row["skipped"], copy)
