@@ -98,6 +98,9 @@ def _refusing(path: str, faults: Faults) -> Any:
 
 
 def _file_column(path: str, table: TextTable, columns: Columns) -> str:
+    """The column of file names; the first of all if no row could be read."""
+    if not table.columns:
+        return FILE_COLUMNS[0]
     named = [name for name in (FILE_COLUMNS[0], columns.image, *FILE_COLUMNS[1:]) if name in table.columns]
     if not named:
         raise UserError(
@@ -110,6 +113,8 @@ def _file_column(path: str, table: TextTable, columns: Columns) -> str:
 def _check_columns(
     path: str, table: TextTable, columns: Columns, file_column: str, caption_column: str | None
 ) -> None:
+    if not table.columns:
+        return
     # As in `datasets`, the images are a column called `image`.
     present = ["image", *(name for name in table.columns if name != file_column)]
     if columns.image != file_column and columns.image not in present:

@@ -62,13 +62,19 @@ def read_text_table(path: str, asked: Collection[str], refuse: Refuse) -> TextTa
     """
     kind = kind_of(path)
     reads = {".parquet": _read_parquet, ".jsonl": _read_json_lines, ".json": _read_json}
+    refused = []
+
+    def refuse_one(number: int, why: str) -> None:
+        refused.append(number)
+        refuse(number, why)
+
     try:
-        table = reads.get(kind, _read_csv)(path, frozenset(asked), refuse)
+        table = reads.get(kind, _read_csv)(path, frozenset(asked), refuse_one)
     except OSError as error:
         raise UserError(f"`{path}` cannot be read: {error.strerror or one_line(error)}.") from None
     except UnicodeError:
         raise UserError(f"`{path}` cannot be read: {_bad_byte(path)}.") from None
-    if not table.lines:
+    if not table.lines and not refused:
         raise UserError(f"`{path}` cannot be read: it has no rows.")
     return table
 

@@ -34,7 +34,7 @@ from .local import LocalTraining
 from .mergers import build_mergers, need_of_mergers
 from .model import Model, load_model, prepare_model
 from .noising import Noising
-from .overview import announce
+from .overview import overview
 from .stopping import Stopping
 
 
@@ -98,7 +98,8 @@ def assemble(
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
     if ranks.is_main:
-        announce(config, found, schedule, family)
+        # Before anything takes time.
+        print(*overview(config, found, schedule, family), sep="\n", flush=True)
     shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
     data = Data(*found, indices, shards, schedule)
     group = ranks.group(placement)

@@ -8,21 +8,11 @@ import numpy as np
 from ..config.config import Config
 from ..config.registry import SKIP_RULES
 from ..data.dataset import TrainingImages
-from ..errors import warn
 from ..families import Family
 from ..method.schedule import Schedule
 from .data import Found
 
 UNREADABLE = "unreadable_images.txt"
-
-
-def announce(config: Config, found: Found, schedule: Schedule, family: Family) -> None:
-    """Prints what a run has and does, before anything takes time; what makes little sense are warnings."""
-    for line in overview(config, found, schedule, family):
-        print(line, flush=True)
-    if not config.training.smoke:
-        for line in doubts(config, found.images, schedule, family):
-            warn(line)
 
 
 def overview(config: Config, found: Found, schedule: Schedule, family: Family) -> Iterator[str]:
@@ -44,7 +34,9 @@ def overview(config: Config, found: Found, schedule: Schedule, family: Family) -
 
 
 def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: Family) -> Iterator[str]:
-    """What makes little sense, in lines, each with a reason."""
+    """What makes little sense, in lines, each with a reason; `--smoke` is to make none."""
+    if config.training.smoke:
+        return
     yield from _doubts_of_pixels(images, config.data.resolution)
     if family.needs_captions and config.data.default_caption is None:
         yield from _doubts_of_captions(images)

@@ -28,7 +28,7 @@ from .callbacks import Callback, CheckpointFacts, RoundFacts
 from .device_memory import out_of_memory_explained
 from .finish import finish
 from .model import hand_back
-from .overview import write_unreadable
+from .overview import doubts, write_unreadable
 from .reporting import Reporter, round_metrics, run_facts, step_facts
 from .resuming import after_a_break, drawn_with, manifest_facts, open_checkpoint, restore, space_needed
 from .starting import start_accelerator
@@ -321,6 +321,8 @@ class Trainer:
             self.store.go_back_to(checkpoint)
         outputs.write_config(self.output, self.config)
         write_unreadable(self.output, self.data.images)
+        for line in doubts(self.config, self.data.images, self.data.schedule, self.model.family):
+            warn(line)
 
     def _call(self, event: str, facts: object) -> None:
         for callback in self._callbacks:

@@ -73,6 +73,24 @@ def rows(edit: Callable[[list[dict[str, Any]]], object], **changes: Any) -> Spoi
     return spoil
 
 
+def table(name: str, data: bytes, keep: bool = False) -> Spoil:
+    """A file lies beside the images, and unless `keep` it takes the place of metadata.jsonl."""
+
+    def spoil(folder: Path) -> dict[str, Any]:
+        (folder / "data" / name).write_bytes(data)
+        if not keep:
+            (folder / "data" / "metadata.jsonl").unlink()
+        return {}
+
+    return spoil
+
+
+def archive(folder: Path) -> dict[str, Any]:
+    """A folder holds an archive."""
+    (folder / "photos.zip").write_bytes(b"PK")
+    return {}
+
+
 def weights(header: bytes) -> Spoil:
     """The denoiser's weights begin with `header` and end there."""
 
@@ -148,23 +166,71 @@ FLAGS = {
 DATA = {
     "an image folder that is missing": (without("data"), ["`--train_data_dir", "data` is not a folder"]),
     "a folder without images": (empty_images, ["`--train_data_dir", "empty` has no images"]),
-    "no captions": (without("data/metadata.jsonl"), ["has no captions: add a metadata.jsonl with lines such as"]),
-    "a file that is no image": (written("data/004.png", "text"), ["data/004.png` is not an image"]),
-    "an empty file": (written("data/004.png", ""), ["data/004.png` is not an image"]),
+    "no captions": (
+        without("data/metadata.jsonl"),
+        ["12 images have no caption (`000.png`", "and 2 more", "to metadata.jsonl", "`--default_caption TEXT`"],
+    ),
+    "a file that is no image": (
+        written("data/004.png", "text"),
+        ["1 image cannot be read (`004.png` is not an image that Pillow can read)", "`--skip_bad_images`"],
+    ),
+    "an empty file": (written("data/004.png", ""), ["1 image cannot be read (`004.png` "]),
     "a missing caption column": (changed(caption_column="cap"), ["`--caption_column cap`", "image, text, kind"]),
     "a missing image column": (changed(image_column="img"), ["`--image_column img`", "image, text, kind"]),
     "a missing label column": (
         changed(shard_strategy="stratified", shard_by_column="breed"),
         ["`--shard_by_column breed`", "image, text, kind"],
     ),
-    "an image without a row": (rows(lambda table: table.pop(3)), ["1 of 12 images without a row", "data/003.png"]),
-    "a row without a file": (without("data/003.png"), ["data/003.png` cannot be read", "remove its row"]),
-    "a caption that is not text": (rows(lambda table: table[2].update(text=5)), ["line 3 has 5", "not text"]),
+    "an image without a row": (rows(lambda table: table.pop(3)), ["1 image has no caption (`003.png`)"]),
+    "a row without a file": (without("data/003.png"), ["1 row names a file that is not there (`003.png` in line 4"]),
+    "a caption that is not text": (
+        rows(lambda table: table[2].update(text={"en": 5})),
+        ["line 3 of `metadata.jsonl` (`002.png`) has {'en'", "not text"],
+    ),
     "a caption that is missing": (
         rows(lambda table: table[2].update(text=None)),
-        ["row 2 of", "(`002.png`) has no caption"],
+        ["1 image has no caption (line 3 of `metadata.jsonl` (`002.png`))"],
     ),
-    "metadata that is not JSON": (written("data/metadata.jsonl", "{"), ["metadata.jsonl", "line 1 is not JSON"]),
+    "metadata that is not JSON": (written("data/metadata.jsonl", "{"), ["line 1 of `metadata.jsonl` is not JSON"]),
+    "a table in another encoding": (
+        table("captions.csv", "file_name,text\n000.png,caf\xe9\n".encode("latin-1")),
+        ["captions.csv` cannot be read: line 2 has the byte 0xe9, which is not UTF-8"],
+    ),
+    "a table of zero bytes": (table("metadata.csv", "file_name,text\n".encode("utf-16-le")), ["it has zero bytes"]),
+    "a table without a header": (
+        table("metadata.csv", b"000.png,red\n001.png,blue\n"),
+        ["has no column `file_name`", "000.png, red"],
+    ),
+    "a table with a comma too many": (
+        table("metadata.csv", b"file_name,text\n000.png,red, round\n"),
+        ["line 2 of `metadata.csv` has 3 fields instead of 2: texts with the separator in them need quotes"],
+    ),
+    "a table that is none": (table("metadata.parquet", b"<html>"), ["metadata.parquet` cannot be read: "]),
+    "a table of another JSON": (table("metadata.json", b"7"), ["metadata.json` cannot be read: it is not a list of"]),
+    "two tables that contradict": (
+        table("captions.csv", b"file_name,text\n000.png,something else\n", keep=True),
+        ["1 image has different captions in two places (`000.png`: `000.png` in `captions.csv` and"],
+    ),
+    "a text file that contradicts": (
+        table("000.txt", b"something else", keep=True),
+        ["1 image has different captions in two places (`000.png`: line 1 of `metadata.jsonl` and `000.txt`)"],
+    ),
+    "a text file that is no text": (
+        table("000.txt", b"\xff\xd8\xff\xe0"),
+        ["000.txt` cannot be read: line 1 has the byte"],
+    ),
+    "a picture of another program": (
+        table("photo.cr2", b"II*", keep=True),
+        ["1 image cannot be read (`photo.cr2`: Pillow does not read .cr2: convert it to PNG)"],
+    ),
+    "archives alone": (
+        lambda folder: {**empty_images(folder), **archive(folder / "empty")},
+        ["has no images, but 1 .zip (unpack archives)"],
+    ),
+    "a caption for a model without prompts": (
+        changed(model_config="fashion_mnist", pretrained_model_name_or_path=None, default_caption="a"),
+        ["`--default_caption a`"],
+    ),
     "more shards than images": (changed(num_shards=13), ["`--num_shards 13` needs at least 13 images", "are 12"]),
     "a holdout of everything": (changed(holdout_fraction=0.99), ["`--holdout_fraction 0.99` of 12 images"]),
     "a holdout of nothing": (changed(holdout_fraction=0.01), ["`--holdout_fraction 0.01` of 12 images"]),

@@ -13,7 +13,7 @@ from iet_finetune.families.stable_diffusion import StableDiffusion
 from iet_finetune.families.tiny import tiny_sd
 from iet_finetune.method.agc import AntiGradientControl
 from iet_finetune.training.data import Found, split
-from iet_finetune.training.overview import UNREADABLE, announce, write_unreadable
+from iet_finetune.training.overview import UNREADABLE, doubts, overview, write_unreadable
 
 
 def folder_of(folder, sizes, captions):
@@ -24,24 +24,23 @@ def folder_of(folder, sizes, captions):
     return folder
 
 
-def announced(capsys, folder, family=StableDiffusion, pipeline=None, **flags):
-    """Lines on the terminal, and warnings."""
+def announced(folder, family=StableDiffusion, pipeline=None, **flags):
+    """The first lines, and warnings."""
     flags = {"train_data_dir": str(folder), "resolution": 32, "num_shards": 2, "output_dir": "there", **flags}
     config = Config.from_flags(**flags)
     images, heldout = load(folder, **{name: flags[name] for name in ("holdout_fraction", "default_caption",
                                                                     "skip_bad_images") if name in flags})  # fmt: skip
     found = Found(images, heldout, nothing_left_out(images), heldout)
     _, schedule = split(config, images)
-    announce(config, found, schedule, family(pipeline or tiny_sd(), config))
-    out, err = capsys.readouterr()
-    return out.splitlines(), [line.removeprefix("warning: ") for line in err.splitlines()]
+    family = family(pipeline or tiny_sd(), config)
+    return list(overview(config, found, schedule, family)), list(doubts(config, images, schedule, family))
 
 
-def test_a_run_says_what_it_has_and_what_it_will_do(tmp_path, capsys):
+def test_a_run_says_what_it_has_and_what_it_will_do(tmp_path):
     sizes = [(64, 64), (32, 64), (128, 64), *[(64, 64)] * 5]
     folder = folder_of(tmp_path / "images", sizes, [f"caption {i}" for i in range(7)] + ["word " * 20])
     lines, warnings = announced(
-        capsys, folder, num_train_epochs=6, merge_every_epochs=2, train_batch_size=3, agc_threshold=0.0
+        folder, num_train_epochs=6, merge_every_epochs=2, train_batch_size=3, agc_threshold=0.0
     )
     assert lines == [
         "images: 8, 32 x 64 to 128 x 64 pixels; 0 held out",
@@ -54,21 +53,21 @@ def test_a_run_says_what_it_has_and_what_it_will_do(tmp_path, capsys):
     assert warnings == []
 
 
-def test_copies_and_held_out_images_are_counted(tmp_path, capsys):
+def test_copies_and_held_out_images_are_counted(tmp_path):
     folder = folder_of(tmp_path / "images", [(32, 32)] * 8, [f"caption {i}" for i in range(8)])
     for i in (5, 6):
         (folder / f"{i}.png").write_bytes((folder / "0.png").read_bytes())
-    lines, _ = announced(capsys, folder)
+    lines, _ = announced(folder)
     assert lines[0] == "images: 8 (6 distinct), 32 x 32 pixels; 0 held out"
     assert not any(line.startswith("crops") for line in lines)
-    assert announced(capsys, folder, holdout_fraction=0.25)[0][0].endswith("; 2 held out")
+    assert announced(folder, holdout_fraction=0.25)[0][0].endswith("; 2 held out")
 
 
-def test_the_longest_text_encoder_counts(tmp_path, capsys):
+def test_the_longest_text_encoder_counts(tmp_path):
     folder = folder_of(tmp_path / "images", [(32, 32)] * 4, ["word " * 30] * 3 + ["a"])
     flux = {"family": Flux, "pipeline": tiny_pipeline("flux dev")}
-    assert "captions: 2 distinct" in announced(capsys, folder, **flux)[0]
-    cut = announced(capsys, folder, **flux, max_sequence_length=16)[0][1]
+    assert "captions: 2 distinct" in announced(folder, **flux)[0]
+    cut = announced(folder, **flux, max_sequence_length=16)[0][1]
     assert cut.startswith("captions: 2 distinct; 1 are longer than the 16 tokens that the text encoder reads, by ")
 
 
@@ -82,16 +81,16 @@ def test_the_longest_text_encoder_counts(tmp_path, capsys):
         (["", "", "", ""], {"default_caption": "a"}, None),
     ],
 )
-def test_captions_that_teach_little_are_warned_of(tmp_path, capsys, captions, flags, words):
+def test_captions_that_teach_little_are_warned_of(tmp_path, captions, flags, words):
     folder = folder_of(tmp_path / "images", [(32, 32)] * 4, captions)
-    _, warnings = announced(capsys, folder, agc_threshold=0.0, **flags)
+    _, warnings = announced(folder, agc_threshold=0.0, **flags)
     assert [warning[: len(words or "")] for warning in warnings] == ([] if words is None else [words])
 
 
-def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path, capsys):
+def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path):
     folder = folder_of(tmp_path / "images", [(32, 32), (16, 40), (15, 40), (64, 64)], "abcd")
     PIL.Image.new("L", (64, 64), 3).save(folder / "3.png")
-    _, warnings = announced(capsys, folder, agc_threshold=0.0)
+    _, warnings = announced(folder, agc_threshold=0.0)
     assert len(warnings) == 2
     assert warnings[0].startswith("1 of 4 images are less than half as large as `--resolution 32`")
     assert warnings[1].startswith("1 of 4 images fill a small part of the range")
@@ -111,9 +110,9 @@ def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path, capsys):
         ({"num_train_epochs": 100, "agc_threshold": 0.0}, None),
     ],
 )
-def test_a_skip_rule_that_can_hardly_act_is_warned_of(tmp_path, capsys, flags, words):
+def test_a_skip_rule_that_can_hardly_act_is_warned_of(tmp_path, flags, words):
     folder = folder_of(tmp_path / "images", [(32, 32)] * 4, "abcd")
-    _, warnings = announced(capsys, folder, **flags)
+    _, warnings = announced(folder, **flags)
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]
 
@@ -139,10 +138,10 @@ def test_fewer_bins_let_agc_act_as_the_warning_says():
     assert skipped(10, 200) > 20
 
 
-def test_what_cannot_be_read_is_written_down(tmp_path, capsys):
+def test_what_cannot_be_read_is_written_down(tmp_path):
     folder = folder_of(tmp_path / "images", [(32, 32)] * 4, "abcd")
     (folder / "1.png").write_bytes(b"")
-    lines, _ = announced(capsys, folder, skip_bad_images=True)
+    lines, _ = announced(folder, skip_bad_images=True)
     assert f"left out 1 images that cannot be read, listed in {UNREADABLE}" in lines
     images, _ = load(folder, skip_bad_images=True)
     write_unreadable(tmp_path, images)
