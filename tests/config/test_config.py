@@ -74,6 +74,8 @@ def configs(draw: st.DrawFn) -> Config:
         flags |= {"outer_lr": 1.0, "outer_momentum": 0.0} if flags.get("lora_merge", "exact") == "exact" else {}
     for rule in OF_RULES.keys() - {flags.get("skip_rule", "agc")}:
         flags = {name: value for name, value in flags.items() if name not in OF_RULES[rule]}
+    if flags.get("stop_when", "end") != "auto":
+        flags.pop("stop_patience", None)
     if flags.get("guard_levels") == ():
         flags.pop("guard_levels")
     stratified = flags.get("shard_strategy") == "stratified"

@@ -136,6 +136,7 @@ FLAGS = {
     "a word without a flag": (changed(train_batch_size=["2", "4"]), ["unexpected argument '4'"]),
     "a wrong type": (changed(num_shards="many"), ["`--num_shards` must be of type int, not 'many'"]),
     "a number that is not finite": (changed(learning_rate="nan"), ["`--learning_rate` must be a finite number"]),
+    "patience without a stop": (changed(stop_patience=5), ["`--stop_patience 5` does nothing without `--stop_when"]),
     "no shards": (changed(num_shards=0), ["`--num_shards` must be at least 1, not 0"]),
     "a threshold of 1": (changed(agc_threshold=1.0), ["`--agc_threshold` must be in [0, 1), not 1.0"]),
     "a negative learning rate": (changed(learning_rate=-1), ["`--learning_rate` must be 0 or more"]),

@@ -102,6 +102,10 @@ class TrainingConfig:
             "stop_patience",
         ):
             at_least_one(name, getattr(self, name))
+        require(
+            self.stop_when == "auto" or self.stop_patience == TrainingConfig.stop_patience,
+            f"`--stop_patience {self.stop_patience}` does nothing without `--stop_when auto`: give both.",
+        )
         at_least_one("max_sequence_length", self.max_sequence_length)
         not_negative("guidance_scale", self.guidance_scale or 0.0)
         require(self.logit_std > 0, f"`--logit_std` must be above 0, not {self.logit_std}.")
