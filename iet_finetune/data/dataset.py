@@ -16,6 +16,7 @@ from ..errors import UserError
 from .hashes import HASH_BYTES, content_hash, remembered
 from .image_folder import find_files, read_image_folder
 from .images import check_image, decode_rgb
+from .opening import MAX_PIXELS
 from .samples import Columns, Samples, numbered
 from .table import read_named_dataset, table_samples
 
@@ -33,6 +34,7 @@ class TrainingImages:
         shard_labels: the texts of `--shard_by_column`; None without the flag.
         classes: class numbers of `--class_column`; None without the flag.
         class_names: their names by number; None without the flag.
+        max_pixels: `--max_image_pixels`.
     """
 
     captions: tuple[tuple[str, ...], ...]
@@ -43,6 +45,7 @@ class TrainingImages:
     _rows: tuple[int, ...]
     classes: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.content_hashes)
@@ -56,7 +59,7 @@ class TrainingImages:
         data, name = self._read(self._rows[index]), self.names[index]
         if content_hash(data) != self.content_hashes[index]:
             raise UserError(f"`{name}` changed since the data was loaded. Leave the images alone during a run.")
-        return decode_rgb(data, name)
+        return decode_rgb(data, name, self.max_pixels)
 
     def subset(self, indices: Sequence[int]) -> "TrainingImages":
         """Returns the images at `indices`, in that order."""
@@ -70,6 +73,7 @@ class TrainingImages:
             _rows=tuple(self._rows[i] for i in indices),
             classes=None if classes is None else tuple(classes[i] for i in indices),
             class_names=self.class_names,
+            max_pixels=self.max_pixels,
         )
 
     @property
@@ -120,7 +124,8 @@ def load_images(
     caption_column = data.caption_column if needs_captions else None
     columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
     samples = _read_source(data, cache_dir, columns) if table is None else _of_table(table_name, table, columns)
-    images = _hashed(samples, columns, table_name if table is not None else _source(data), cache_dir)
+    source = table_name if table is not None else _source(data)
+    images = _hashed(samples, columns, source, cache_dir, data.max_image_pixels)
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -147,13 +152,14 @@ def load_folder(
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
     caption_column = data.caption_column if captions else None
     columns = Columns(data.image_column, caption_column, None, data.class_column)
-    return _hashed(read_image_folder(source, find_files(folder), columns), columns, os.path.abspath(folder), cache_dir)
+    samples = read_image_folder(source, find_files(folder), columns)
+    return _hashed(samples, columns, os.path.abspath(folder), cache_dir, data.max_image_pixels)
 
 
 def load_table(name: str, table: datasets.Dataset, data: DataConfig, *, captions: bool) -> TrainingImages:
     """All images of a table in memory, which errors call `name`; otherwise as `load_folder`."""
     columns = Columns(data.image_column, data.caption_column if captions else None, None, data.class_column)
-    return _hashed(_of_table(name, table, columns), columns, name, None)
+    return _hashed(_of_table(name, table, columns), columns, name, None, data.max_image_pixels)
 
 
 def _of_table(name: str, table: datasets.Dataset, columns: Columns) -> Samples:
@@ -185,7 +191,7 @@ def _source(data: DataConfig) -> str:
     return f"{data.dataset_name} {data.dataset_config_name} {data.dataset_split}"
 
 
-def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | None) -> TrainingImages:
+def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | None, max_pixels: int) -> TrainingImages:
     count = len(samples.names)
     if count == 0:
         raise UserError("the data set has no rows: give one with images.")
@@ -193,7 +199,7 @@ def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | No
 
     def hash_one(index: int) -> str:
         data = samples.read(index)
-        check_image(data, samples.names[index])
+        check_image(data, samples.names[index], max_pixels)
         return content_hash(data)
 
     hashes = remembered([samples.read.stamp(index) for index in range(count)], hash_one, source, cache_dir)
@@ -209,6 +215,7 @@ def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | No
         tuple(range(count)),
         classes,
         class_names,
+        max_pixels,
     )
 
 
