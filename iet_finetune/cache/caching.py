@@ -106,7 +106,8 @@ class ImageRows:
         *,
         mirrored: bool,
     ) -> None:
-        self.rows = Rows(folder, image_facts(family, encoder, transform, device))
+        facts = image_facts(family, encoder, transform, device)
+        self.rows = Rows(folder, {**facts, "max_pixels": images.max_pixels})
         self._family = family
         self._encoder = encoder
         self._device = device

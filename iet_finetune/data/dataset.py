@@ -18,6 +18,7 @@ from .files import find_files, load_plug_ins, why_unreadable
 from .hashes import HASH_BYTES, content_hash, remembered
 from .image_folder import read_image_folder
 from .images import check_image, decode_rgb
+from .opening import MAX_PIXELS
 from .samples import Columns, Samples, numbered
 from .table import read_named_dataset, table_samples
 
@@ -39,6 +40,7 @@ class TrainingImages:
         narrow: (N,) bool, whether an image's pixels fill a small part of their range; see `images.look_at`.
         notes: lines on what was made of the source.
         unreadable: names of images of the source that are left out because they cannot be read, and why.
+        max_pixels: `--max_image_pixels`.
     """
 
     captions: tuple[tuple[str, ...], ...]
@@ -53,6 +55,7 @@ class TrainingImages:
     narrow: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.content_hashes)
@@ -66,7 +69,7 @@ class TrainingImages:
         data, name = self._read(self._rows[index]), self.names[index]
         if content_hash(data) != self.content_hashes[index]:
             raise UserError(f"`{name}` changed since the data was loaded. Leave the images alone during a run.")
-        return decode_rgb(data, name)
+        return decode_rgb(data, name, self.max_pixels)
 
     def subset(self, indices: Sequence[int]) -> "TrainingImages":
         """Returns the images at `indices`, in that order."""
@@ -84,6 +87,7 @@ class TrainingImages:
             narrow=None if self.narrow is None else self.narrow[list(indices)],
             notes=self.notes,
             unreadable=self.unreadable,
+            max_pixels=self.max_pixels,
         )
 
     @property
@@ -137,7 +141,7 @@ def load_images(
         samples, source = _read_source(data, cache_dir, columns, faults), _source(data)
     else:
         samples, source = _of_table(table_name, table, columns, faults), table_name
-    images = _hashed(samples, columns, source, cache_dir, faults, data.skip_bad_images)
+    images = _hashed(samples, columns, source, cache_dir, faults, data)
     held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
     training = images.subset([i for i in range(len(images)) if i not in held_out])
     if data.max_train_samples is not None:
@@ -164,13 +168,13 @@ def load_folder(
         raise UserError(f"{source} is not a folder. Give the folder that holds the images.")
     columns, faults = _columns(data, captions), Faults(source, folder)
     samples = read_image_folder(source, find_files(folder), columns, faults)
-    return _hashed(samples, columns, os.path.abspath(folder), cache_dir, faults, data.skip_bad_images)
+    return _hashed(samples, columns, os.path.abspath(folder), cache_dir, faults, data)
 
 
 def load_table(name: str, table: datasets.Dataset, data: DataConfig, *, captions: bool) -> TrainingImages:
     """All images of a table in memory, which errors call `name`; otherwise as `load_folder`."""
     columns, faults = _columns(data, captions), Faults(f"`{name}`")
-    return _hashed(_of_table(name, table, columns, faults), columns, name, None, faults, data.skip_bad_images)
+    return _hashed(_of_table(name, table, columns, faults), columns, name, None, faults, data)
 
 
 def _columns(data: DataConfig, captions: bool, label: str | None = None) -> Columns:
@@ -221,7 +225,7 @@ def _source(data: DataConfig) -> str:
 
 
 def _hashed(
-    samples: Samples, columns: Columns, source: str, cache_dir: str | None, faults: Faults, skip_bad: bool
+    samples: Samples, columns: Columns, source: str, cache_dir: str | None, faults: Faults, data: DataConfig
 ) -> TrainingImages:
     """Looks at every image, unless it has not changed since an earlier start.
 
@@ -237,16 +241,16 @@ def _hashed(
 
     def hash_one(index: int) -> str | None:
         try:
-            data = samples.read(index)
-            check_image(data, samples.names[index])
+            encoded = samples.read(index)
+            check_image(encoded, samples.names[index], data.max_image_pixels)
         except UserError as error:
             errors[index] = why_unreadable(samples.names[index]) or str(error)
             return None
-        return content_hash(data)
+        return content_hash(encoded)
 
     hashes = remembered([samples.read.stamp(index) for index in range(count)], hash_one, source, cache_dir)
     skipped = [(samples.names[index], errors[index]) for index in sorted(errors)]
-    if skip_bad:
+    if data.skip_bad_images:
         skipped += [(name, "is not there") for name in faults.take(MISSING)]
     else:
         for name, why in dict(skipped).items():
@@ -268,6 +272,7 @@ def _hashed(
         class_names,
         notes=samples.notes,
         unreadable=tuple(skipped),
+        max_pixels=data.max_image_pixels,
     )
     return images.subset([index for index in range(count) if index not in errors]) if errors else images
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from .dataset import TrainingImages
 from .duplicates import METHOD, find_duplicates
+from .images import DECODING
 from .rows import Rows
 
 # Side at most of the images among which near copies are looked for; all are made square.
@@ -70,7 +71,8 @@ def without_copies(
         UserError: an image cannot be read.
     """
     side = min(SIDE, resolution)
-    made_from = {"copies": which, "side": side, "method": METHOD, "Pillow": PIL.__version__}
+    made_from: dict[str, object] = {"copies": which, "side": side, "method": METHOD, "Pillow": PIL.__version__}
+    made_from |= {"decoding": DECODING, "max_pixels": images.max_pixels}
     representative, exact = _remembered(images, made_from, cache_dir, lambda: _first_of_each(images, which, side))
     kept = np.flatnonzero(representative == np.arange(len(images)))
     left_out = np.flatnonzero(representative != np.arange(len(images)))

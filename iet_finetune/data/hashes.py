@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 
+from .images import DECODING
 from .rows import Rows
 
 HASH_BYTES = 16
@@ -71,7 +72,7 @@ def remembered(
 
 def _open_rows(source: str, cache_dir: str | None) -> Rows | None:
     # Another version of Pillow may refuse an image that this one can open.
-    made_from = {"source": content_hash(source.encode()), "Pillow": PIL.__version__}
+    made_from = {"source": content_hash(source.encode()), "Pillow": PIL.__version__, "decoding": DECODING}
     try:
         return Rows(cached_assets_path("iet_finetune", "data", "hashes", assets_dir=cache_dir), made_from)
     except (OSError, ValueError):

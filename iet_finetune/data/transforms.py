@@ -1,10 +1,14 @@
 """Transforms an RGB image into a square training tensor: resize, crop, flip, scale."""
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 import PIL.Image
 import torch
 
 from .dataset import TrainingImages
+from .images import DECODING
 
 _FILTERS = {
     "nearest": PIL.Image.Resampling.NEAREST,
@@ -14,6 +18,24 @@ _FILTERS = {
     "box": PIL.Image.Resampling.BOX,
     "hamming": PIL.Image.Resampling.HAMMING,
 }
+# How many pixels a filter looks at to each side of a point, of the source or, where it shrinks, of the result.
+_REACH = {"nearest": 0, "bilinear": 1, "bicubic": 2, "lanczos": 3, "box": 0.5, "hamming": 1}
+# An image is elongated if its long side is more than so many times the short one.
+_ELONGATED = 4
+
+
+class _Span(NamedTuple):
+    """Pixels of one side of an image, and the place in them that is resized.
+
+    Attributes:
+        start, stop: the pixels, with those around that the filter needs.
+        begin, end: counted from `start`; small numbers, as Pillow takes them in single precision.
+    """
+
+    start: int
+    stop: int
+    begin: float
+    end: float
 
 
 class ImageTransform:
@@ -64,14 +86,46 @@ class ImageTransform:
             content_hash: hexadecimal digest of the encoded image; determines the random crop.
             flip: mirror after cropping.
         """
-        size = self.resized(image.size)
-        top, left = self.crop_offset(size, content_hash)
-        image = image.resize(size, _FILTERS[self.interpolation])
-        image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        top, left = self.crop_offset(self.resized(image.size), content_hash)
+        image = self._cropped(image, top, left)
         if flip:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
         return torch.from_numpy(np.ascontiguousarray(pixels)).div_(127.5).sub_(1.0)
+
+    def _cropped(self, image: PIL.Image.Image, top: int, left: int) -> PIL.Image.Image:
+        """The square at (left, top) of the resized image.
+
+        Of an elongated image only what the square needs is resized, as all of it may be too large: at 1024 pixels an
+        image of 2 x 2000 becomes one of 1024 x 1,024,000. What comes is the same within one of 255 steps, or two in a
+        rare pixel where a filter sharpens; but nearest and box may choose the other pixel for a point halfway between
+        two, which is a matter of rounding anyway.
+        """
+        size = self.resized(image.size)
+        if size != image.size and max(image.size) > _ELONGATED * min(image.size):
+            return self._resized_part(image, top, left)
+        whole = image.resize(size, _FILTERS[self.interpolation])
+        return whole.crop((left, top, left + self.resolution, top + self.resolution))
+
+    def _resized_part(self, image: PIL.Image.Image, top: int, left: int) -> PIL.Image.Image:
+        width, height = self.resized(image.size)
+        columns, rows = self._span(image.width, width, left), self._span(image.height, height, top)
+        part = image.crop((columns.start, rows.start, columns.stop, rows.stop))
+        # In the order in which Pillow resizes a whole image of this shape, since it rounds and clips in between.
+        for axis in "yx" if image.height > image.width > self.resolution else "xy":
+            size, box = (part.width, self.resolution), (0.0, rows.begin, float(part.width), rows.end)
+            if axis == "x":
+                size, box = (self.resolution, part.height), (columns.begin, 0.0, columns.end, float(part.height))
+            part = part.resize(size, _FILTERS[self.interpolation], box)
+        return part
+
+    def _span(self, length: int, resized: int, offset: int) -> _Span:
+        """What of a side of `length` pixels, `resized` when resized, makes `resolution` pixels from `offset` on."""
+        scale = length / resized
+        begin, end = offset * scale, (offset + self.resolution) * scale
+        reach = math.ceil(_REACH[self.interpolation] * max(scale, 1)) + 1
+        start, stop = max(math.floor(begin) - reach, 0), min(math.ceil(end) + reach, length)
+        return _Span(start, stop, begin - start, min(end, stop) - start)
 
     def place(self, size: tuple[int, int], content_hash: str, flip: bool) -> tuple[int, int, int, int]:
         """Returns SDXL's conditions for an image of `size` (width, height): height, width, top and left of the crop.
@@ -93,13 +147,13 @@ class ImageTransform:
 
     @property
     def key(self) -> str:
-        """Text that differs whenever pixels may: all settings, and the version of Pillow, which resizes."""
+        """Text that differs whenever pixels may: all settings, Pillow's version, and `DECODING`."""
         return f"{self.scaling}, crop {self.crop}"
 
     @property
     def scaling(self) -> str:
         """The part of the key that affects every image."""
-        return f"resolution {self.resolution}, {self.interpolation}, Pillow {PIL.__version__}"
+        return f"resolution {self.resolution}, {self.interpolation}, Pillow {PIL.__version__}, decoding {DECODING}"
 
     @property
     def crop(self) -> str:

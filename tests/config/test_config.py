@@ -146,6 +146,7 @@ def test_every_flag_can_be_given(name):
     flags = {spec.name: [value] if spec.many else value}
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
+    flags |= {"stop_when": "auto"} if name == "stop_patience" else {}
     flags |= {"skip_rule": "guard"} if name in OF_RULES["guard"] else {}
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])

@@ -140,11 +140,71 @@ def test_every_setting_that_changes_pixels_is_in_the_key():
     assert transform(seed=1).key == transform(seed=2).key  # a centre crop draws nothing
 
 
+def test_a_change_of_decoding_changes_the_key(monkeypatch):
+    before = transform().key, transform().scaling
+    monkeypatch.setattr("iet_finetune.data.transforms.DECODING", 99)
+    assert transform().key != before[0]
+    assert transform().scaling != before[1]
+
+
 def test_different_filters_give_different_pixels():
     image = picture(50, 50)
     names = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
     results = [transform(interpolation=name)(image, HASH, False) for name in names]
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def whole_then_cropped(t, image):
+    """The crop as it is for images of ordinary shape: of the whole resized image."""
+    top, left = t.crop_offset(t.resized(image.size), HASH)
+    whole = image.resize(t.resized(image.size), PIL.Image.Resampling[t.interpolation.upper()])
+    return np.asarray(whole)[top : top + t.resolution, left : left + t.resolution].astype(float)
+
+
+def levels(pixels):
+    return np.rint((pixels.numpy().transpose(1, 2, 0) + 1) * 127.5)
+
+
+def is_halfway(t, image):
+    """(resolution,) the rows or columns along the long side at which nearest and box have a choice of pixels."""
+    axis = int(np.argmax(image.size))
+    scale = max(image.size) / max(t.resized(image.size))
+    top, left = t.crop_offset(t.resized(image.size), HASH)
+    centres = ((left, top)[axis] + np.arange(t.resolution) + 0.5) * scale
+    reach = 0 if t.interpolation == "nearest" else max(scale, 1) / 2 - 0.5
+    edges = np.stack([centres - reach, centres + reach])
+    return (np.abs(edges - np.rint(edges)) < 1e-4).any(0), axis
+
+
+@given(
+    *(st.integers(1, 40), st.floats(1, 30), st.integers(8, 48), st.booleans(), st.integers(0, 99)),
+    st.sampled_from(["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]),
+)
+def test_of_an_elongated_image_only_the_part_that_is_needed_is_resized(short, ratio, resolution, tall, seed, filter):
+    size = (short, int(short * 4 * ratio) + 1)
+    image = picture(*(size if tall else size[::-1]), seed=seed)
+    t = transform(resolution, center_crop=False, interpolation=filter, seed=seed)
+    difference = np.abs(levels(t(image, HASH, False)) - whole_then_cropped(t, image))
+    if filter in ("nearest", "box"):
+        halfway, axis = is_halfway(t, image)
+        difference = np.delete(difference, halfway, axis=1 - axis)
+    assert (difference <= 1).mean() > 0.999
+    # A step of rounding between the two passes is more than one after the second, where a filter sharpens.
+    assert difference.max(initial=0) <= (2 if filter in ("bicubic", "lanczos") else 1)
+
+
+@given(st.integers(8, 60), st.floats(1, 4), st.integers(8, 48), st.booleans(), st.integers(0, 99))
+def test_an_image_of_ordinary_shape_has_the_bits_of_the_whole_resized_image(short, ratio, resolution, tall, seed):
+    size = (short, int(short * ratio))
+    image = picture(*(size if tall else size[::-1]), seed=seed)
+    t = transform(resolution, center_crop=False, seed=seed)
+    assert np.array_equal(levels(t(image, HASH, False)), whole_then_cropped(t, image))
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_line_is_enlarged_to_the_square_alone(size):
+    # All of it would be 1024 x 61,440,000 pixels.
+    assert levels(transform(1024)(picture(*size), HASH, False)).std() > 20
 
 
 TURNED = {

@@ -61,12 +61,13 @@ def image_array(
     """
     places = [(part, number) for part in parts for number in range(len(part))]
     hashes = [content for part in parts for content in part.content_hashes]
+    limits = [str(part.max_pixels) for part in parts]
 
     def fill(row: np.ndarray, index: int) -> None:
         part, number = places[index]
         row[:] = as_pixels(transform, part.load(number), hashes[index], grey)
 
-    return _filled(work, name, hashes, transform, grey, fill)
+    return _filled(work, name, hashes, transform, grey, fill, limits)
 
 
 def file_array(work: Work, name: str, files: Sequence[Path], transform: ImageTransform, grey: bool) -> Pixels:
@@ -91,6 +92,7 @@ def _filled(
     transform: ImageTransform,
     grey: bool,
     fill: Callable[[np.ndarray, int], None],
+    limits: Sequence[str] = (),
 ) -> Pixels:
-    key, side = digest([*hashes, transform.key, str(grey)]), transform.resolution
+    key, side = digest([*hashes, transform.key, str(grey), *limits]), transform.resolution
     return Pixels(work.filled(name, {"images": key}, (len(hashes), side, side, 3), fill), key)

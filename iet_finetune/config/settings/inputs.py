@@ -172,6 +172,12 @@ class DataConfig:
         choices=("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"),
         audit="recorded",
     )
+    max_image_pixels: int = free(
+        178_956_970,
+        "Largest image to decode, in pixels. A larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size unless it is "
+        "progressive; other images are refused.",
+        audit="run",
+    )
     caption_dropout: float = free(
         0.0,
         "Probability that a caption is replaced by the empty one.",
@@ -201,6 +207,7 @@ class DataConfig:
         )
         require(self.resolution >= 8, f"`--resolution` must be at least 8 pixels, not {self.resolution}.")
         at_least_one("max_train_samples", self.max_train_samples)
+        at_least_one("max_image_pixels", self.max_image_pixels)
         probability("caption_dropout", self.caption_dropout)
         require(
             0 <= self.holdout_fraction < 1, f"`--holdout_fraction` must be in [0, 1), not {self.holdout_fraction}."
