@@ -2,19 +2,21 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
 
+import numpy as np
 import PIL
 import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 
-from .rows import Rows
+from .columnar import DIGEST_BYTES, Digests, keys_of
+from .rows import Rows, digests
 
-HASH_BYTES = 16
+HASH_BYTES = DIGEST_BYTES
 _THREADS = 8
 _BLOCK = 512  # items queued for hashing at a time; only those being hashed are in memory
 # A file changed this recently may change again without its time stamp moving; FAT counts in steps of two seconds.
@@ -40,13 +42,22 @@ def file_stamp(path: str) -> str | None:
     return f"{path} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
 
 
+def settle(paths: Iterable[str]) -> None:
+    """Waits until these files have stamps, for `_SETTLED_SECONDS` at most."""
+    with suppress(OSError):
+        newest = max((os.stat(path).st_ctime for path in paths), default=0.0)
+        if 0 < (left := newest + _SETTLED_SECONDS - time.time()) <= _SETTLED_SECONDS:
+            time.sleep(left)
+
+
 def remembered(
-    stamps: Sequence[str | None], compute: Callable[[int], str], source: str, cache_dir: str | None
-) -> list[str]:
+    stamps: Iterable[str | None], compute: Callable[[int], str], source: str, cache_dir: str | None
+) -> Digests:
     """Returns the hash of every item; `compute` is called, on several threads, only for stamps not seen before.
 
     Kept by hand: `datasets` caches no map over a table in memory, and serves a named cache file for any table.
-    Hashes are not kept where the cache cannot be written; the next start computes them anew.
+    Hashes are not kept where the cache cannot be written; the next start computes them anew. If `compute` fails for
+    an item, the hashes of those before it are kept.
 
     Args:
         stamps: identifies the content of each item; None: unknown, compute the hash and do not keep it.
@@ -54,19 +65,43 @@ def remembered(
         source: the data set; each has files of its own.
         cache_dir: `--cache_dir`; Hugging Face's assets cache if None.
     """
+    keys, known = _keys(stamps)
     rows = _open_rows(source, cache_dir)
-    found: dict[int, str] = {}
+    hashes, there = np.zeros_like(keys), np.zeros_like(known)
     if rows is not None:
-        places = rows.places(stamp or "" for stamp in stamps)
-        found = {index: _read(rows, place) for index, place in enumerate(places) if place[0] >= 0 and stamps[index]}
-    missing = [index for index in range(len(stamps)) if index not in found]
-    found |= zip(missing, _computed(missing, compute), strict=True)
-    new = {stamp: found[index] for index in missing if (stamp := stamps[index]) is not None}
-    if rows is not None and new:
+        places = rows.places(keys)
+        there = known & (places[:, 0] >= 0)
+        if there.any():
+            hashes[there] = rows.read_all("hash", places[there]).numpy()
+    missing, done = np.flatnonzero(~there), 0
+    try:
+        for index, found in zip(missing, _computed(missing.tolist(), compute), strict=True):
+            hashes[index] = np.frombuffer(bytes.fromhex(found), dtype=np.uint8)
+            done += 1
+    finally:
+        new = missing[:done]
+        if rows is not None:
+            _keep(rows, keys, hashes, new[known[new]])
+    return Digests(hashes)
+
+
+def _keys(stamps: Iterable[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 16) uint8, what stands for each stamp in the cache, and (n,) bool, whether there is a stamp."""
+    known = bytearray()
+
+    def texts() -> Iterator[str]:
+        for stamp in stamps:
+            known.append(stamp is not None)
+            yield stamp or ""
+
+    return digests(texts()), np.frombuffer(known, dtype=bool)
+
+
+def _keep(rows: Rows, keys: np.ndarray, hashes: np.ndarray, new: np.ndarray) -> None:
+    new = new[np.unique(keys_of(keys[new]), return_index=True)[1]]
+    if len(new):
         with suppress(OSError, SafetensorError):
-            hashes = torch.tensor([list(bytes.fromhex(each)) for each in new.values()], dtype=torch.uint8)
-            rows.add([*new], {"hash": hashes})
-    return [found[index] for index in range(len(stamps))]
+            rows.add(keys[new], {"hash": torch.from_numpy(hashes[new])})
 
 
 def _open_rows(source: str, cache_dir: str | None) -> Rows | None:
@@ -76,10 +111,6 @@ def _open_rows(source: str, cache_dir: str | None) -> Rows | None:
         return Rows(cached_assets_path("iet_finetune", "data", "hashes", assets_dir=cache_dir), made_from)
     except (OSError, ValueError):
         return None
-
-
-def _read(rows: Rows, place: Sequence[int]) -> str:
-    return bytes(rows.read(place)["hash"].tolist()).hex()
 
 
 def _computed(indices: Sequence[int], compute: Callable[[int], str]) -> Iterator[str]:

@@ -1,12 +1,16 @@
 """A start reads only images that have changed since an earlier one, and no change goes unnoticed."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from data.made import load_all, refusal, table, write_rows
+from safetensors.torch import save_file
 
 from iet_finetune.data import hashes
 
@@ -99,6 +103,24 @@ def test_a_change_in_a_table_is_noticed(folder, tmp_path, kind):
         table(COUNT, image=rows).to_parquet(tmp_path / "named" / "a.parquet")
     after = load_all(**flags).content_hashes
     assert [i for i in range(COUNT) if after[i] != before[i]] == [2]
+
+
+def test_hashes_that_an_earlier_version_kept_are_found(folder, tmp_path):
+    paths = [str(folder / f"{number}.bmp") for number in range(COUNT)]
+    stamps = [hashes.file_stamp(path) for path in paths]
+    made_from = json.dumps({"Pillow": PIL.__version__, "source": hashes.content_hash(str(folder).encode())})
+    name = hashlib.blake2b(made_from.encode(), digest_size=16).hexdigest()
+    kept = tmp_path / "cache" / "iet_finetune" / "data" / "hashes" / name
+    kept.mkdir(parents=True)
+    # Each hash is the number of the image.
+    tensors = {
+        "keys": torch.tensor([list(hashlib.blake2b(stamp.encode(), digest_size=16).digest()) for stamp in stamps]),
+        "hash": torch.arange(COUNT)[:, None].expand(-1, 16),
+    }
+    tensors = {key: value.to(torch.uint8).contiguous() for key, value in tensors.items()}
+    save_file(tensors, kept / "0123456789abcdef.safetensors")
+    found = load_all(folder=str(folder), cache_dir=str(tmp_path / "cache")).content_hashes
+    assert found == tuple(f"{number:02x}" * 16 for number in range(COUNT))
 
 
 def test_an_image_that_has_broken_since_is_refused(folder, tmp_path):
