@@ -1,11 +1,9 @@
 """The images of a run: captions, content hashes and pixels, and the split into training and held-out images."""
 
 import hashlib
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 
 import datasets
 import numpy as np
@@ -13,18 +11,25 @@ import PIL.Image
 
 from ..config.settings import DataConfig
 from ..errors import UserError
-from .hashes import HASH_BYTES, content_hash, remembered
+from .columnar import Digests, Indices, Numbers, TextLists, Texts
+from .draws import draw_held_out, draw_subset
+from .hashes import HASH_BYTES, content_hash, remembered, settle
 from .image_folder import find_files, read_image_folder
 from .images import check_image, decode_rgb
 from .samples import Columns, Samples, numbered
-from .table import read_named_dataset, table_samples
+from .stored import Stored, stored
+from .table import TableReader, read_named_dataset, table_samples
 
-_HOLD_OUT, _SUBSET = 1, 2  # separate the random draws of the two selections
+# So many images are not hashed a second time only because their table was written a moment before the first.
+_WORTH_WAITING = 10_000
 
 
 @dataclass(frozen=True)
 class TrainingImages:
     """Images in a fixed order, each with one or several captions; picklable, and pixels are read on demand.
+
+    Captions, hashes and names are sequences of tuples and texts, but are kept in arrays: a million images take no
+    million Python objects. What belongs to a subset shares the memory of the whole; a pickle holds the subset alone.
 
     Attributes:
         captions: the captions of each image.
@@ -35,13 +40,12 @@ class TrainingImages:
         class_names: their names by number; None without the flag.
     """
 
-    captions: tuple[tuple[str, ...], ...]
-    content_hashes: tuple[str, ...]
-    names: tuple[str, ...]
-    shard_labels: tuple[str, ...] | None
-    _read: Callable[[int], bytes]
-    _rows: tuple[int, ...]
-    classes: tuple[int, ...] | None = None
+    captions: TextLists
+    content_hashes: Digests
+    names: Texts
+    shard_labels: Texts | None
+    _stored: Stored
+    classes: Numbers | None = None
     class_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
@@ -53,22 +57,21 @@ class TrainingImages:
         Raises:
             UserError: it cannot be read, or its content has changed since it was hashed; names it.
         """
-        data, name = self._read(self._rows[index]), self.names[index]
+        data, name = self._stored.read(index), self.names[index]
         if content_hash(data) != self.content_hashes[index]:
             raise UserError(f"`{name}` changed since the data was loaded. Leave the images alone during a run.")
         return decode_rgb(data, name)
 
-    def subset(self, indices: Sequence[int]) -> "TrainingImages":
-        """Returns the images at `indices`, in that order."""
+    def subset(self, indices: Indices) -> "TrainingImages":
+        """Returns the images at `indices`, none of them negative, in that order."""
         labels, classes = self.shard_labels, self.classes
         return TrainingImages(
-            captions=tuple(self.captions[i] for i in indices),
-            content_hashes=tuple(self.content_hashes[i] for i in indices),
-            names=tuple(self.names[i] for i in indices),
-            shard_labels=None if labels is None else tuple(labels[i] for i in indices),
-            _read=self._read,
-            _rows=tuple(self._rows[i] for i in indices),
-            classes=None if classes is None else tuple(classes[i] for i in indices),
+            captions=self.captions.take(indices),
+            content_hashes=self.content_hashes.take(indices),
+            names=self.names.take(indices),
+            shard_labels=None if labels is None else labels.take(indices),
+            _stored=self._stored.take(indices),
+            classes=None if classes is None else classes.take(indices),
             class_names=self.class_names,
         )
 
@@ -76,16 +79,18 @@ class TrainingImages:
     def fingerprint(self) -> str:
         """Hexadecimal digest of contents, captions, labels and classes in order; changes when any of them does."""
         digest = hashlib.blake2b(digest_size=HASH_BYTES)
-        labels = self.shard_labels or (None,) * len(self)
-        classes = [()] * len(self) if self.classes is None else [(number,) for number in self.classes]
-        for *row, class_ in zip(self.content_hashes, self.captions, labels, classes, strict=True):
-            digest.update(json.dumps([*row, *class_]).encode() + b"\n")
+        quoted = encode_basestring_ascii
+        labels = ["null"] * len(self) if self.shard_labels is None else map(quoted, self.shard_labels)
+        classes = [""] * len(self) if self.classes is None else (f", {number}" for number in self.classes)
+        for content, texts, label, class_ in zip(self.content_hashes, self.captions, labels, classes, strict=True):
+            # A line of JSON: [content, captions, label, class].
+            digest.update(f'["{content}", [{", ".join(map(quoted, texts))}], {label}{class_}]\n'.encode())
         return digest.hexdigest()
 
     @property
     def num_duplicates(self) -> int:
         """Number of images with the same content as an earlier one."""
-        return len(self) - len(set(self.content_hashes))
+        return len(self) - len(np.unique(self.content_hashes.keys))
 
 
 def load_images(
@@ -121,11 +126,11 @@ def load_images(
     columns = Columns(data.image_column, caption_column, shard_by_column, data.class_column)
     samples = _read_source(data, cache_dir, columns) if table is None else _of_table(table_name, table, columns)
     images = _hashed(samples, columns, table_name if table is not None else _source(data), cache_dir)
-    held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
-    training = images.subset([i for i in range(len(images)) if i not in held_out])
+    held_out = draw_held_out(images.content_hashes, data.holdout_fraction, seed)
+    training = images.subset(np.flatnonzero(~held_out))
     if data.max_train_samples is not None:
-        training = training.subset(_draw_subset(training.content_hashes, data.max_train_samples, seed))
-    return training, images.subset(sorted(held_out))
+        training = training.subset(draw_subset(training.content_hashes, data.max_train_samples, seed))
+    return training, images.subset(np.flatnonzero(held_out))
 
 
 def load_folder(
@@ -196,50 +201,18 @@ def _hashed(samples: Samples, columns: Columns, source: str, cache_dir: str | No
         check_image(data, samples.names[index])
         return content_hash(data)
 
-    hashes = remembered([samples.read.stamp(index) for index in range(count)], hash_one, source, cache_dir)
+    if isinstance(samples.read, TableReader) and count >= _WORTH_WAITING:
+        settle(file["filename"] for file in samples.read.table.cache_files)
+    hashes = remembered((samples.read.stamp(index) for index in range(count)), hash_one, source, cache_dir)
     classes, class_names = None, None
     if samples.classes is not None:
         classes, class_names = numbered(samples.classes, samples.class_names, str(columns.class_))
     return TrainingImages(
-        samples.captions,
-        tuple(hashes),
-        samples.names,
-        samples.labels,
-        samples.read,
-        tuple(range(count)),
-        classes,
+        TextLists.of(samples.captions),
+        hashes,
+        Texts.of(samples.names),
+        None if samples.labels is None else Texts.of(samples.labels),
+        stored(samples.read, count),
+        None if classes is None else Numbers.of(classes),
         class_names,
     )
-
-
-def _priority(seed: int, purpose: int, content: str, occurrence: int = 0) -> int:
-    words = np.random.SeedSequence([seed, purpose, occurrence, int(content, 16)]).generate_state(2, np.uint64)
-    return int(words[0]) << 64 | int(words[1])
-
-
-def _draw_held_out(hashes: tuple[str, ...], fraction: float, seed: int) -> set[int]:
-    """Returns the held-out indices: contents in random order, each with all its copies, as long as they fit."""
-    if fraction == 0:
-        return set()
-    target = int(fraction * len(hashes) + 0.5)
-    copies, chosen, taken = Counter(hashes), set(), 0
-    for content in sorted(copies, key=lambda content: _priority(seed, _HOLD_OUT, content)):
-        if taken + copies[content] <= target:
-            chosen.add(content)
-            taken += copies[content]
-    if taken in (0, len(hashes)):
-        raise UserError(
-            f"`--holdout_fraction {fraction}` of {len(hashes)} images ({len(copies)} distinct) holds out {taken} "
-            f"and leaves {len(hashes) - taken} to train on: choose another share or add images."
-        )
-    return {index for index, content in enumerate(hashes) if content in chosen}
-
-
-def _draw_subset(hashes: tuple[str, ...], size: int, seed: int) -> list[int]:
-    """Returns ascending indices of a random subset; for one seed, smaller subsets are part of larger ones."""
-    seen: Counter[str] = Counter()
-    priorities = []
-    for index, content in enumerate(hashes):
-        priorities.append((_priority(seed, _SUBSET, content, seen[content]), index))
-        seen[content] += 1
-    return sorted(index for _, index in sorted(priorities)[:size])
