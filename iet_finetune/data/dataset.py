@@ -1,11 +1,10 @@
 """The images of a run: captions, content hashes and pixels, and the split into training and held-out images."""
 
 import hashlib
-import json
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
 
 import datasets
 import numpy as np
@@ -13,21 +12,31 @@ import PIL.Image
 
 from ..config.settings import DataConfig
 from ..errors import UserError
+from .columnar import Digests, Indices, Numbers, TextLists, Texts
+from .draws import draw_held_out, draw_subset
 from .faults import MISSING, UNREADABLE, Faults
 from .files import find_files, load_plug_ins, why_unreadable
-from .hashes import HASH_BYTES, content_hash, remembered
+from .hashes import HASH_BYTES, content_hash, digest_of, remembered, settle
 from .image_folder import read_image_folder
-from .images import check_image, decode_rgb
+from .images import decode_rgb, look_at
 from .opening import MAX_PIXELS
 from .samples import Columns, Samples, numbered
-from .table import read_named_dataset, table_samples
+from .stored import Stored, stored
+from .table import TableReader, read_named_dataset, table_samples
 
-_HOLD_OUT, _SUBSET = 1, 2  # separate the random draws of the two selections
+# What is kept of an image: its content hash, and `images.Looked`. The same as a row of NumPy.
+_LOOK = struct.Struct(f"<{HASH_BYTES}sii?")
+_LOOKED = np.dtype([("hash", f"S{HASH_BYTES}"), ("width", "<i4"), ("height", "<i4"), ("narrow", "?")])
+# So many images are not hashed a second time only because their table was written a moment before the first.
+_WORTH_WAITING = 10_000
 
 
 @dataclass(frozen=True)
 class TrainingImages:
     """Images in a fixed order, each with one or several captions; picklable, and pixels are read on demand.
+
+    Captions, hashes and names are sequences of tuples and texts, but are kept in arrays: a million images take no
+    million Python objects. What belongs to a subset shares the memory of the whole; a pickle holds the subset alone.
 
     Attributes:
         captions: the captions of each image.
@@ -43,16 +52,15 @@ class TrainingImages:
         max_pixels: `--max_image_pixels`.
     """
 
-    captions: tuple[tuple[str, ...], ...]
-    content_hashes: tuple[str, ...]
-    names: tuple[str, ...]
-    shard_labels: tuple[str, ...] | None
-    _read: Callable[[int], bytes]
-    _rows: tuple[int, ...]
-    classes: tuple[int, ...] | None = None
+    captions: TextLists
+    content_hashes: Digests
+    names: Texts
+    shard_labels: Texts | None
+    _stored: Stored
+    classes: Numbers | None = None
     class_names: tuple[str, ...] | None = None
-    sizes: np.ndarray | None = None
-    narrow: np.ndarray | None = None
+    sizes: np.ndarray | None = field(default=None, compare=False)
+    narrow: np.ndarray | None = field(default=None, compare=False)
     notes: tuple[str, ...] = ()
     unreadable: tuple[tuple[str, str], ...] = ()
     max_pixels: int = MAX_PIXELS
@@ -66,25 +74,24 @@ class TrainingImages:
         Raises:
             UserError: it cannot be read, or its content has changed since it was hashed; names it.
         """
-        data, name = self._read(self._rows[index]), self.names[index]
+        data, name = self._stored.read(index), self.names[index]
         if content_hash(data) != self.content_hashes[index]:
             raise UserError(f"`{name}` changed since the data was loaded. Leave the images alone during a run.")
         return decode_rgb(data, name, self.max_pixels)
 
-    def subset(self, indices: Sequence[int]) -> "TrainingImages":
-        """Returns the images at `indices`, in that order."""
+    def subset(self, indices: Indices) -> "TrainingImages":
+        """Returns the images at `indices`, none of them negative, in that order."""
         labels, classes = self.shard_labels, self.classes
         return TrainingImages(
-            captions=tuple(self.captions[i] for i in indices),
-            content_hashes=tuple(self.content_hashes[i] for i in indices),
-            names=tuple(self.names[i] for i in indices),
-            shard_labels=None if labels is None else tuple(labels[i] for i in indices),
-            _read=self._read,
-            _rows=tuple(self._rows[i] for i in indices),
-            classes=None if classes is None else tuple(classes[i] for i in indices),
+            captions=self.captions.take(indices),
+            content_hashes=self.content_hashes.take(indices),
+            names=self.names.take(indices),
+            shard_labels=None if labels is None else labels.take(indices),
+            _stored=self._stored.take(indices),
+            classes=None if classes is None else classes.take(indices),
             class_names=self.class_names,
-            sizes=None if self.sizes is None else self.sizes[list(indices)],
-            narrow=None if self.narrow is None else self.narrow[list(indices)],
+            sizes=None if self.sizes is None else self.sizes[np.asarray(indices, np.int64)],
+            narrow=None if self.narrow is None else self.narrow[np.asarray(indices, np.int64)],
             notes=self.notes,
             unreadable=self.unreadable,
             max_pixels=self.max_pixels,
@@ -94,16 +101,18 @@ class TrainingImages:
     def fingerprint(self) -> str:
         """Hexadecimal digest of contents, captions, labels and classes in order; changes when any of them does."""
         digest = hashlib.blake2b(digest_size=HASH_BYTES)
-        labels = self.shard_labels or (None,) * len(self)
-        classes = [()] * len(self) if self.classes is None else [(number,) for number in self.classes]
-        for *row, class_ in zip(self.content_hashes, self.captions, labels, classes, strict=True):
-            digest.update(json.dumps([*row, *class_]).encode() + b"\n")
+        quoted = encode_basestring_ascii
+        labels = ["null"] * len(self) if self.shard_labels is None else map(quoted, self.shard_labels)
+        classes = [""] * len(self) if self.classes is None else (f", {number}" for number in self.classes)
+        for content, texts, label, class_ in zip(self.content_hashes, self.captions, labels, classes, strict=True):
+            # A line of JSON: [content, captions, label, class].
+            digest.update(f'["{content}", [{", ".join(map(quoted, texts))}], {label}{class_}]\n'.encode())
         return digest.hexdigest()
 
     @property
     def num_duplicates(self) -> int:
         """Number of images with the same content as an earlier one."""
-        return len(self) - len(set(self.content_hashes))
+        return len(self) - len(np.unique(self.content_hashes.keys))
 
 
 def load_images(
@@ -142,11 +151,11 @@ def load_images(
     else:
         samples, source = _of_table(table_name, table, columns, faults), table_name
     images = _hashed(samples, columns, source, cache_dir, faults, data)
-    held_out = _draw_held_out(images.content_hashes, data.holdout_fraction, seed)
-    training = images.subset([i for i in range(len(images)) if i not in held_out])
+    held_out = draw_held_out(images.content_hashes, data.holdout_fraction, seed)
+    training = images.subset(np.flatnonzero(~held_out))
     if data.max_train_samples is not None:
-        training = training.subset(_draw_subset(training.content_hashes, data.max_train_samples, seed))
-    return training, images.subset(sorted(held_out))
+        training = training.subset(draw_subset(training.content_hashes, data.max_train_samples, seed))
+    return training, images.subset(np.flatnonzero(held_out))
 
 
 def load_folder(
@@ -239,72 +248,56 @@ def _hashed(
     load_plug_ins()  # once, before several threads need the decoders
     errors: dict[int, str] = {}
 
-    def hash_one(index: int) -> str | None:
+    def look(index: int) -> bytes | None:
         try:
             encoded = samples.read(index)
-            check_image(encoded, samples.names[index], data.max_image_pixels)
+            return _LOOK.pack(digest_of(encoded), *look_at(encoded, samples.names[index], data.max_image_pixels))
         except UserError as error:
             errors[index] = why_unreadable(samples.names[index]) or str(error)
             return None
-        return content_hash(encoded)
 
-    hashes = remembered([samples.read.stamp(index) for index in range(count)], hash_one, source, cache_dir)
-    skipped = [(samples.names[index], errors[index]) for index in sorted(errors)]
-    if data.skip_bad_images:
-        skipped += [(name, "is not there") for name in faults.take(MISSING)]
-    else:
-        for name, why in dict(skipped).items():
-            faults.add(UNREADABLE, why if name in why else f"`{name}`: {why}")
-    faults.raise_if_any()
-    if len(errors) == count:
+    if isinstance(samples.read, TableReader) and count >= _WORTH_WAITING:
+        settle(file["filename"] for file in samples.read.table.cache_files)
+    stamps, source = map(samples.read.stamp, range(count)), f"{source} {data.max_image_pixels}"
+    looks, readable = remembered(stamps, look, _LOOK.size, source, cache_dir)
+    skipped = _without_unreadable(samples, errors, faults, data)
+    if not readable.any():
         raise UserError(f"{faults.source}: none of the {count} images can be read; the first: {skipped[0][1]}.")
+    seen = looks.view(_LOOKED)[:, 0]
     classes, class_names = None, None
     if samples.classes is not None:
         classes, class_names = numbered(samples.classes, samples.class_names, str(columns.class_))
     images = TrainingImages(
-        samples.captions,
-        tuple(each or "" for each in hashes),
-        samples.names,
-        samples.labels,
-        samples.read,
-        tuple(range(count)),
-        classes,
+        TextLists.of(samples.captions),
+        Digests(np.ascontiguousarray(looks[:, :HASH_BYTES])),
+        Texts.of(samples.names),
+        None if samples.labels is None else Texts.of(samples.labels),
+        stored(samples.read, count),
+        None if classes is None else Numbers.of(classes),
         class_names,
-        notes=samples.notes,
-        unreadable=tuple(skipped),
-        max_pixels=data.max_image_pixels,
+        np.stack([seen["width"], seen["height"]], axis=1),
+        seen["narrow"].copy(),
+        samples.notes,
+        skipped,
+        data.max_image_pixels,
     )
-    return images.subset([index for index in range(count) if index not in errors]) if errors else images
+    return images if readable.all() else images.subset(np.flatnonzero(readable))
 
 
-def _priority(seed: int, purpose: int, content: str, occurrence: int = 0) -> int:
-    words = np.random.SeedSequence([seed, purpose, occurrence, int(content, 16)]).generate_state(2, np.uint64)
-    return int(words[0]) << 64 | int(words[1])
+def _without_unreadable(
+    samples: Samples, errors: dict[int, str], faults: Faults, data: DataConfig
+) -> tuple[tuple[str, str], ...]:
+    """Names of what is left out because it cannot be read, and why.
 
-
-def _draw_held_out(hashes: tuple[str, ...], fraction: float, seed: int) -> set[int]:
-    """Returns the held-out indices: contents in random order, each with all its copies, as long as they fit."""
-    if fraction == 0:
-        return set()
-    target = int(fraction * len(hashes) + 0.5)
-    copies, chosen, taken = Counter(hashes), set(), 0
-    for content in sorted(copies, key=lambda content: _priority(seed, _HOLD_OUT, content)):
-        if taken + copies[content] <= target:
-            chosen.add(content)
-            taken += copies[content]
-    if taken in (0, len(hashes)):
-        raise UserError(
-            f"`--holdout_fraction {fraction}` of {len(hashes)} images ({len(copies)} distinct) holds out {taken} "
-            f"and leaves {len(hashes) - taken} to train on: choose another share or add images."
-        )
-    return {index for index, content in enumerate(hashes) if content in chosen}
-
-
-def _draw_subset(hashes: tuple[str, ...], size: int, seed: int) -> list[int]:
-    """Returns ascending indices of a random subset; for one seed, smaller subsets are part of larger ones."""
-    seen: Counter[str] = Counter()
-    priorities = []
-    for index, content in enumerate(hashes):
-        priorities.append((_priority(seed, _SUBSET, content, seen[content]), index))
-        seen[content] += 1
-    return sorted(index for _, index in sorted(priorities)[:size])
+    Raises:
+        UserError: all that is wrong with the data, if anything is that may not be left out.
+    """
+    unreadable = {samples.names[index]: errors[index] for index in sorted(errors)}
+    skipped = [*unreadable.items()] if data.skip_bad_images else []
+    if data.skip_bad_images:
+        skipped += [(name, "is not there") for name in faults.take(MISSING)]
+    else:
+        for name, why in unreadable.items():
+            faults.add(UNREADABLE, why if name in why else f"`{name}`: {why}")
+    faults.raise_if_any()
+    return tuple(skipped)

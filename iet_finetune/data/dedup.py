@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 
+from .columnar import TextLists
 from .dataset import TrainingImages
 from .duplicates import METHOD, find_duplicates
 from .images import DECODING
@@ -79,24 +80,24 @@ def without_copies(
     groups: dict[int, list[int]] = defaultdict(list)
     for number, one in enumerate(representative.tolist()):
         groups[one].append(number)
-    captions = tuple(
+    captions = TextLists.of(
         tuple(dict.fromkeys(caption for member in groups[one] for caption in images.captions[member]))
         for one in kept.tolist()
     )
     about = LeftOut(
-        images.subset(left_out.tolist()),
+        images.subset(left_out),
         np.searchsorted(kept, representative[left_out]),
         np.array([len(groups[one]) for one in kept.tolist()], np.int64),
         int(exact[left_out].sum()),
     )
-    return replace(images.subset(kept.tolist()), captions=captions), about
+    return replace(images.subset(kept), captions=captions), about
 
 
 def _first_of_each(images: TrainingImages, which: str, side: int) -> tuple[np.ndarray, np.ndarray]:
     """(N,) int64 the first image of the group of each, and (N,) bool whether an earlier one has its pixels."""
     digests, small = _read(images, side if which == "near" else None)
     seen: dict[tuple[bytes, int | None], int] = {}
-    classes = images.classes or (None,) * len(images)
+    classes = (None,) * len(images) if images.classes is None else tuple(images.classes)
     first = np.array([seen.setdefault(key, i) for i, key in enumerate(zip(digests, classes, strict=True))], np.int64)
     exact = first != np.arange(len(images))
     if small is None:

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from ..errors import UserError, one_line
 from ..files import to_disk, written_beside
+from .columnar import DIGEST_BYTES, keys_of
 
 KEYS = "keys"
-_KEY_BYTES = 16
+# Keys that share a longer beginning are hashed from where they differ: those of a table's rows name all its files.
+_LONG = 1024
 # A partial file older than this was left by a killed process.
 _STALE_SECONDS = 24 * 3600
 Row = dict[str, Tensor]
+# Text keys, or their digests as `digests` returns them.
+Keys = Iterable[str] | np.ndarray
 
 
 class Rows:
@@ -39,21 +43,22 @@ class Rows:
 
     def __init__(self, folder: Path, made_from: Mapping[str, Any]) -> None:
         text = json.dumps(made_from, sort_keys=True)
-        self.folder = folder / hashlib.blake2b(text.encode(), digest_size=_KEY_BYTES).hexdigest()
+        self.folder = folder / hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
         self._made_from = made_from
         self.damaged: list[Path] = []
         self._files: list[Path] = []
-        self._places: dict[bytes, tuple[int, int]] = {}
+        # Sorted digests of all keys, and the file and row of each.
+        self._keys, self._places = np.empty(0, f"S{DIGEST_BYTES}"), np.empty((0, 2), np.int32)
         self._open: dict[int, Row] = {}
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling would copy mapped tensors as a whole; keys are looked up before.
-        return self.__dict__ | {"_open": {}, "_places": {}}
+        return self.__dict__ | {"_open": {}, "_keys": self._keys[:0].copy(), "_places": self._places[:0].copy()}
 
     def refresh(self) -> None:
         """Finds added files; unreadable ones count as absent, damaged ones are listed in `damaged`."""
-        known = {*self._files, *self.damaged}
+        known, added = {*self._files, *self.damaged}, [(self._keys, self._places)]
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -64,25 +69,47 @@ class Rows:
             except SafetensorError:
                 self.damaged.append(path)
                 continue
-            for row, key in enumerate(keys):
-                self._places.setdefault(key.tobytes(), (len(self._files), row))
+            rows = np.arange(len(keys), dtype=np.int32)
+            added.append((keys_of(keys), np.stack([np.full_like(rows, len(self._files)), rows], axis=1)))
             self._files.append(path)
+        if len(added) > 1:
+            names, places = map(np.concatenate, zip(*added, strict=True))
+            # Of rows with the same key, the one that was found first.
+            self._keys, firsts = np.unique(names, return_index=True)
+            self._places = places[firsts]
 
-    def missing(self, keys: Iterable[str]) -> list[int]:
+    def missing(self, keys: Keys) -> list[int]:
         """Returns the positions of the keys without a row."""
-        return [number for number, key in enumerate(keys) if _digest(key) not in self._places]
+        return np.flatnonzero(self.places(keys)[:, 0] < 0).tolist()
 
-    def places(self, keys: Iterable[str]) -> np.ndarray:
+    def places(self, keys: Keys) -> np.ndarray:
         """Returns (n, 2) int32, where to `read` each of n keys; -1 for keys without a row."""
-        found = [self._places.get(_digest(key), (-1, -1)) for key in keys]
-        return np.array(found, dtype=np.int32).reshape(-1, 2)
+        asked = keys_of(keys if isinstance(keys, np.ndarray) else digests(keys))
+        found = np.full((len(asked), 2), -1, dtype=np.int32)
+        if len(asked) and len(self._keys):
+            # In sorted order, or a search would hardly find in the processor's cache what the last one left there.
+            order = np.argsort(asked)
+            nearest = np.searchsorted(self._keys, asked[order]).clip(max=len(self._keys) - 1)
+            there = self._keys[nearest] == asked[order]
+            found[order[there]] = self._places[nearest[there]]
+        return found
 
     def read(self, place: Sequence[int]) -> Row:
         """Returns the row at one of the `places`: views of the file, not to be written to."""
         file, row = place
-        if file not in self._open:
-            self._open[int(file)] = self._mapped(int(file))
-        return {name: tensor[row] for name, tensor in self._open[int(file)].items()}
+        return {name: tensor[row] for name, tensor in self._file(int(file)).items()}
+
+    def read_all(self, name: str, places: np.ndarray) -> Tensor:
+        """Returns (n, ...), a copy of one of the tensors of the rows at n `places`, of which there is at least one."""
+        order = np.argsort(places[:, 0], kind="stable")
+        parts = np.split(order, np.flatnonzero(np.diff(places[order, 0])) + 1)
+        tensors = [self._file(int(places[part[0], 0]))[name][torch.from_numpy(places[part, 1])] for part in parts]
+        return torch.cat(tensors)[torch.from_numpy(np.argsort(order))]
+
+    def _file(self, number: int) -> Row:
+        if number not in self._open:
+            self._open[number] = self._mapped(number)
+        return self._open[number]
 
     def _mapped(self, number: int) -> Row:
         path = self._files[number]
@@ -95,7 +122,7 @@ class Rows:
                 "Start again to encode what is missing."
             ) from None
 
-    def add(self, keys: Sequence[str], rows: Mapping[str, Tensor]) -> None:
+    def add(self, keys: Keys, rows: Mapping[str, Tensor]) -> None:
         """Writes a file with the rows of these keys; it has reached the disk before it gets its name.
 
         Args:
@@ -106,10 +133,10 @@ class Rows:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._describe()
-        digests = np.frombuffer(b"".join(map(_digest, keys)), dtype=np.uint8).reshape(-1, _KEY_BYTES)
+        names = keys if isinstance(keys, np.ndarray) else digests(keys)
         # A unique name: another process may be writing the same rows.
         with written_beside(self.folder / f"{uuid.uuid4().hex}.safetensors") as partial:
-            save_file({KEYS: torch.from_numpy(digests.copy()), **rows}, partial)
+            save_file({KEYS: torch.from_numpy(names), **rows}, partial)
             to_disk(partial)
 
     def _describe(self) -> None:
@@ -131,5 +158,18 @@ class Rows:
                     partial.unlink()
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=_KEY_BYTES).digest()
+def digests(keys: Iterable[str]) -> np.ndarray:
+    """(n, 16) uint8, what stands for n keys in the files."""
+    found, shared, begun = bytearray(), "", hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for key in keys:
+        end = key.rfind(" ") + 1
+        if end < _LONG:
+            found += hashlib.blake2b(key.encode(), digest_size=DIGEST_BYTES).digest()
+            continue
+        if key[:end] != shared:
+            shared = key[:end]
+            begun = hashlib.blake2b(shared.encode(), digest_size=DIGEST_BYTES)
+        one = begun.copy()
+        one.update(key[end:].encode())
+        found += one.digest()
+    return np.frombuffer(found, dtype=np.uint8).reshape(-1, DIGEST_BYTES)

@@ -159,12 +159,13 @@ def _refuse_images_without_split(name: str, source: str, splits: dict[str, list[
 
 
 def _hash_files(paths: list[str], name: str, cache_dir: str | None) -> str:
-    def hash_one(index: int) -> str:
+    def hash_one(index: int) -> bytes:
         with open(paths[index], "rb") as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=HASH_BYTES)).hexdigest()
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=HASH_BYTES)).digest()
 
-    hashes = remembered([file_stamp(path) for path in paths], hash_one, f"files of {os.path.abspath(name)}", cache_dir)
-    return hashlib.blake2b("".join(map(str, hashes)).encode(), digest_size=HASH_BYTES).hexdigest()
+    source = f"files of {os.path.abspath(name)}"
+    hashes, _ = remembered(map(file_stamp, paths), hash_one, HASH_BYTES, source, cache_dir)
+    return hashlib.blake2b(hashes.tobytes().hex().encode(), digest_size=HASH_BYTES).hexdigest()
 
 
 def _load(data: DataConfig, name: str, cache_dir: str | None) -> datasets.Dataset:

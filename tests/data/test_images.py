@@ -143,9 +143,9 @@ def test_an_image_is_checked_again_when_decoding_has_changed(tmp_path, monkeypat
 
     def check(index):
         checked.append(index)
-        return "00" * hashes.HASH_BYTES
+        return bytes(hashes.HASH_BYTES)
 
     for decoding in (98, 98, 99):
         monkeypatch.setattr(hashes, "DECODING", decoding)
-        hashes.remembered(["stamp"], check, "source", str(tmp_path))
+        hashes.remembered(["stamp"], check, hashes.HASH_BYTES, "source", str(tmp_path))
     assert checked == [0, 0]

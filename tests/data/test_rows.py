@@ -1,5 +1,6 @@
 """Rows on disk are read back as they were added, by any process, and a file is complete or absent."""
 
+import hashlib
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from iet_finetune import UserError
-from iet_finetune.data.rows import Row, Rows
+from iet_finetune.data.rows import Row, Rows, digests
 from iet_finetune.files import partial_name
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -123,6 +124,26 @@ def test_keys_without_a_row_are_named_by_their_number_and_have_no_place(tmp_path
     assert places.dtype == np.int32
     assert [i for i, place in enumerate(places.tolist()) if place == [-1, -1]] == expected
     assert [rows.read(place)["number"].item() for place in places if place[0] >= 0] == [n for n in asked if n in there]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 29), min_size=1, max_size=40))
+def test_reading_many_at_once_gives_what_reading_one_at_a_time_gives(tmp_path_factory, asked):
+    rows = rows_in(tmp_path_factory.mktemp("rows"))
+    for start in (0, 10, 20):
+        rows.add(*numbered(10, start))
+    rows.refresh()
+    places = rows.places([str(number) for number in asked])
+    assert rows.read_all("number", places).tolist() == asked
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "short ", "a " * 600, "b " * 600, "c" * 3000]), st.text()), max_size=20)
+)
+def test_keys_that_begin_alike_are_hashed_like_all_others(pairs):
+    keys = [(before + after).encode("utf-8", "replace").decode() for before, after in pairs]
+    expected = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys]
+    assert [row.tobytes() for row in digests(keys)] == expected
 
 
 def test_a_key_that_is_added_twice_has_one_row(tmp_path):

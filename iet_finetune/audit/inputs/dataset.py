@@ -7,6 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from ...config.config import Config
+from ...data.columnar import Numbers
 from ...data.dataset import TrainingImages, load_folder, load_images, load_table
 from ...data.duplicates import METHOD, find_duplicates
 from ...errors import UserError
@@ -109,7 +110,7 @@ def _numbered_alike(heldout: TrainingImages, training: TrainingImages, column: s
                 f"`--holdout_data_dir`: no training image has the class {name!r} of `--class_column {column}`."
             )
         numbers.append(ours.get(name, number))
-    return replace(heldout, classes=tuple(numbers), class_names=training.class_names)
+    return replace(heldout, classes=Numbers.of(numbers), class_names=training.class_names)
 
 
 def prepare(config: Config, work: Work, training: TrainingImages, heldout: TrainingImages, grey: bool) -> AuditData:
