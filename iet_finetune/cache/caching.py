@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config.config import Config
 from ..data.dataset import TrainingImages
 from ..data.encoded import MEAN, PLACE, STD, EncodedData
-from ..data.rows import Row, Rows
+from ..data.rows import Places, Row, Rows, digests
 from ..data.transforms import ImageTransform
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
@@ -52,7 +52,7 @@ def encode_data(
     image_rows = ImageRows(folder, family, encoder, device, images, transform, mirrored=config.data.random_flip)
     complete(image_rows, ranks)
     if not family.needs_captions:
-        return EncodedData(image_rows.rows, image_rows.places, None, {})
+        return EncodedData(image_rows.rows, image_rows.places, None, Places.nothing())
     texts = {text for captions in images.captions for text in captions}
     if config.data.caption_dropout:
         texts.add("")
@@ -114,28 +114,29 @@ class ImageRows:
         self._images = images
         self._transform = transform
         self._flips = (False, True) if mirrored else (False,)
+        contents = images.content_hashes
+        # Asked for several times; by whether the image is mirrored, and whether it is cut.
+        self._keys = {
+            (flip, cut): digests(self._key(content, flip, cut) for content in contents)
+            for flip in self._flips
+            for cut in (False, True)
+        }
+        self._firsts = np.sort(np.unique(contents.keys, return_index=True)[1])
 
     @property
     def places(self) -> np.ndarray:
         """(n, 2, 2) int32, as `EncodedData.image_places`; -1 for missing rows."""
         places = np.full((len(self._images), 2, 2), -1, dtype=np.int32)
         for flip in self._flips:
-            whole, cut = (
-                self.rows.places(self._key(content, flip, cut) for content in self._images.content_hashes)
-                for cut in (False, True)
-            )
+            whole, cut = (self.rows.places(self._keys[flip, cut]) for cut in (False, True))
             places[:, int(flip)] = np.where(whole >= 0, whole, cut)
         return places
 
     def missing(self) -> list[tuple[int, bool]]:
         """Returns (index, mirrored) of images without a row, each content once."""
-        firsts = {content: index for index, content in reversed([*enumerate(self._images.content_hashes)])}
         places = self.places
         return [
-            (index, flip)
-            for index in sorted(firsts.values())
-            for flip in self._flips
-            if places[index, int(flip), 0] < 0
+            (index, flip) for index in self._firsts.tolist() for flip in self._flips if places[index, int(flip), 0] < 0
         ]
 
     def encode(self, todo: list[tuple[int, bool]]) -> Iterator[tuple[list[str], Row]]:
@@ -201,10 +202,10 @@ class CaptionRows:
         self._texts = texts
 
     @property
-    def places(self) -> dict[str, tuple[int, int]]:
+    def places(self) -> Places:
         """As `EncodedData.caption_places`."""
-        places = self.rows.places(self._texts).tolist()
-        return {text: (file, row) for text, (file, row) in zip(self._texts, places, strict=True)}
+        keys = digests(self._texts)
+        return Places(keys, self.rows.places(keys))
 
     def missing(self) -> list[str]:
         """Returns the captions without a row."""

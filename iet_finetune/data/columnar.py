@@ -3,7 +3,7 @@
 import operator
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, Self, TypeVar, overload
 
 import numpy as np
@@ -111,7 +111,11 @@ class TextLists(Column[tuple[str, ...]]):
 
     @staticmethod
     def _items(values: pa.Array) -> list[tuple[str, ...]]:
-        return [tuple(map(_text, texts)) for texts in values.to_pylist()]
+        if len(values) == 1:
+            return [tuple(map(_text, values[0].as_py()))]
+        # For many, much faster than `values.to_pylist()`.
+        texts, ends = Texts._items(values.flatten()), np.asarray(values.offsets)
+        return [tuple(texts[start:end]) for start, end in pairwise((ends - ends[0]).tolist())]
 
 
 class Digests(Column[str]):

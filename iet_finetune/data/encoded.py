@@ -1,13 +1,12 @@
 """Encoded images and captions, read from the cache instead of encoding them again."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from .rows import Rows
+from .rows import Places, Rows
 
 # Names of the tensors in an image's row; those in a caption's row are the family's conditions.
 MEAN, STD, PLACE = "mean", "std", "place"
@@ -34,13 +33,13 @@ class EncodedData:
         images: rows with `MEAN`, `PLACE` and, if sampled, `STD`.
         image_places: (n, 2, 2) int32, the places of each image's row and of its mirrored copy's.
         captions: rows with the conditions; None without captions.
-        caption_places: caption -> place of its row.
+        caption_places: of the captions' rows, by caption.
     """
 
     images: Rows
     image_places: np.ndarray
     captions: Rows | None
-    caption_places: Mapping[str, tuple[int, int]]
+    caption_places: Places
 
     def __call__(self, index: int, flip: bool, caption: str) -> tuple[Encoded, Tensor]:
         """Returns one sample without batch dimension, and its `ImageTransform.place`, (4,) int64."""

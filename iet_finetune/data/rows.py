@@ -30,6 +30,49 @@ Row = dict[str, Tensor]
 Keys = Iterable[str] | np.ndarray
 
 
+class Places:
+    """Where rows are, by their keys, in two arrays; picklable.
+
+    Args:
+        keys: (n, 16) uint8, of `digests`; of equal ones the first counts.
+        places: (n, 2) int32, file and row; -1 where there is none.
+    """
+
+    def __init__(self, keys: np.ndarray, places: np.ndarray) -> None:
+        self._keys, firsts = np.unique(keys_of(keys), return_index=True)
+        self._places = places[firsts]
+
+    def __call__(self, keys: np.ndarray) -> np.ndarray:
+        """Returns (n, 2) int32, the places of keys (n, 16) uint8; -1 for unknown ones."""
+        asked = keys_of(keys)
+        found = np.full((len(asked), 2), -1, dtype=np.int32)
+        if len(asked) and len(self._keys):
+            # In sorted order, or a search would hardly find in the processor's cache what the last one left there.
+            order = np.argsort(asked)
+            nearest = np.searchsorted(self._keys, asked[order]).clip(max=len(self._keys) - 1)
+            there = self._keys[nearest] == asked[order]
+            found[order[there]] = self._places[nearest[there]]
+        return found
+
+    def __getitem__(self, key: str) -> tuple[int, int]:
+        """Returns the place of one text key; raises a `KeyError` if there is none."""
+        file, row = self(digests([key]))[0].tolist()
+        if file < 0:
+            raise KeyError(key)
+        return file, row
+
+    def joined(self, others: "Sequence[Places]") -> "Places":
+        """These places and others."""
+        everything = [self, *others]
+        keys = np.concatenate([each._keys for each in everything])
+        return Places(keys.view(np.uint8).reshape(-1, DIGEST_BYTES), np.concatenate([e._places for e in everything]))
+
+    @staticmethod
+    def nothing() -> "Places":
+        """No places."""
+        return Places(np.empty((0, DIGEST_BYTES), np.uint8), np.empty((0, 2), np.int32))
+
+
 class Rows:
     """Rows of named tensors by text key, all produced in the same way.
 
@@ -47,18 +90,17 @@ class Rows:
         self._made_from = made_from
         self.damaged: list[Path] = []
         self._files: list[Path] = []
-        # Sorted digests of all keys, and the file and row of each.
-        self._keys, self._places = np.empty(0, f"S{DIGEST_BYTES}"), np.empty((0, 2), np.int32)
+        self._places = Places.nothing()
         self._open: dict[int, Row] = {}
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling would copy mapped tensors as a whole; keys are looked up before.
-        return self.__dict__ | {"_open": {}, "_keys": self._keys[:0].copy(), "_places": self._places[:0].copy()}
+        return self.__dict__ | {"_open": {}, "_places": Places.nothing()}
 
     def refresh(self) -> None:
         """Finds added files; unreadable ones count as absent, damaged ones are listed in `damaged`."""
-        known, added = {*self._files, *self.damaged}, [(self._keys, self._places)]
+        known, added = {*self._files, *self.damaged}, []
         for path in sorted(set(self.folder.glob("*.safetensors")) - known):
             try:
                 with safe_open(path, framework="pt") as file:
@@ -70,13 +112,10 @@ class Rows:
                 self.damaged.append(path)
                 continue
             rows = np.arange(len(keys), dtype=np.int32)
-            added.append((keys_of(keys), np.stack([np.full_like(rows, len(self._files)), rows], axis=1)))
+            added.append(Places(keys, np.stack([np.full_like(rows, len(self._files)), rows], axis=1)))
             self._files.append(path)
-        if len(added) > 1:
-            names, places = map(np.concatenate, zip(*added, strict=True))
-            # Of rows with the same key, the one that was found first.
-            self._keys, firsts = np.unique(names, return_index=True)
-            self._places = places[firsts]
+        if added:
+            self._places = self._places.joined(added)
 
     def missing(self, keys: Keys) -> list[int]:
         """Returns the positions of the keys without a row."""
@@ -84,15 +123,7 @@ class Rows:
 
     def places(self, keys: Keys) -> np.ndarray:
         """Returns (n, 2) int32, where to `read` each of n keys; -1 for keys without a row."""
-        asked = keys_of(keys if isinstance(keys, np.ndarray) else digests(keys))
-        found = np.full((len(asked), 2), -1, dtype=np.int32)
-        if len(asked) and len(self._keys):
-            # In sorted order, or a search would hardly find in the processor's cache what the last one left there.
-            order = np.argsort(asked)
-            nearest = np.searchsorted(self._keys, asked[order]).clip(max=len(self._keys) - 1)
-            there = self._keys[nearest] == asked[order]
-            found[order[there]] = self._places[nearest[there]]
-        return found
+        return self._places(keys if isinstance(keys, np.ndarray) else digests(keys))
 
     def read(self, place: Sequence[int]) -> Row:
         """Returns the row at one of the `places`: views of the file, not to be written to."""

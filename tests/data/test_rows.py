@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from iet_finetune import UserError
-from iet_finetune.data.rows import Row, Rows, digests
+from iet_finetune.data.rows import Places, Row, Rows, digests
 from iet_finetune.files import partial_name
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -144,6 +144,20 @@ def test_keys_that_begin_alike_are_hashed_like_all_others(pairs):
     keys = [(before + after).encode("utf-8", "replace").decode() for before, after in pairs]
     expected = [hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys]
     assert [row.tobytes() for row in digests(keys)] == expected
+
+
+def test_places_are_found_by_key_also_in_a_small_pickle(tmp_path):
+    rows = rows_in(tmp_path)
+    keys, row = numbered(1000)
+    rows.add(keys, row)
+    rows.refresh()
+    names = digests(keys)
+    pickled = pickle.dumps(Places(names, rows.places(names)))
+    assert len(pickled) < 26_000
+    places = pickle.loads(pickled)
+    assert [rows.read(places[key])["number"].item() for key in ("7", "999", "0")] == [7, 999, 0]
+    with pytest.raises(KeyError, match="1000"):
+        places["1000"]
 
 
 def test_a_key_that_is_added_twice_has_one_row(tmp_path):
