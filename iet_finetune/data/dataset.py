@@ -14,7 +14,7 @@ from ..config.settings import DataConfig
 from ..errors import UserError
 from .columnar import Digests, Indices, Numbers, TextLists, Texts
 from .draws import draw_held_out, draw_subset
-from .faults import MISSING, UNREADABLE, Faults
+from .faults import MISSING, UNREADABLE, Faults, without_advice
 from .files import find_files, load_plug_ins, why_unreadable
 from .hashes import HASH_BYTES, content_hash, digest_of, remembered, settle
 from .image_folder import read_image_folder
@@ -262,7 +262,9 @@ def _hashed(
     looks, readable = remembered(stamps, look, _LOOK.size, source, cache_dir)
     skipped = _without_unreadable(samples, errors, faults, data)
     if not readable.any():
-        raise UserError(f"{faults.source}: none of the {count} images can be read; the first: {skipped[0][1]}.")
+        raise UserError(
+            f"{faults.source}: none of the {count} images can be read; the first, `{skipped[0][0]}`, {skipped[0][1]}."
+        )
     seen = looks.view(_LOOKED)[:, 0]
     classes, class_names = None, None
     if samples.classes is not None:
@@ -293,8 +295,9 @@ def _without_unreadable(
         UserError: all that is wrong with the data, if anything is that may not be left out.
     """
     unreadable = {samples.names[index]: errors[index] for index in sorted(errors)}
-    skipped = [*unreadable.items()] if data.skip_bad_images else []
+    skipped = []
     if data.skip_bad_images:
+        skipped += [(name, without_advice(why).removeprefix(f"`{name}` ")) for name, why in unreadable.items()]
         skipped += [(name, "is not there") for name in faults.take(MISSING)]
     else:
         for name, why in unreadable.items():

@@ -87,9 +87,15 @@ class Faults:
 
     def _shortly(self, name: str) -> str:
         """Without the folder and without advice, which follows."""
-        for advice in _ADVICE:
-            name = name.removesuffix(f" {advice}")
-        return (name if self._folder is None else name.replace(f"`{os.path.join(self._folder, '')}", "`")).rstrip(".")
+        name = without_advice(name)
+        return name if self._folder is None else name.replace(f"`{os.path.join(self._folder, '')}", "`")
+
+
+def without_advice(text: str) -> str:
+    """What is wrong with one image, without what to do about it."""
+    for advice in _ADVICE:
+        text = text.removesuffix(f" {advice}")
+    return text.rstrip(".")
 
 
 def shown(names: Sequence[str], most: int = SHOWN) -> str:

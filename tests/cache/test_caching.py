@@ -555,6 +555,10 @@ OF_RANKS = {**FLIPS, **CAPTIONS, "train_batch_size": 2}
 ON_RANKS = """
     from pathlib import Path
     from iet_finetune import Config, Trainer
+    from iet_finetune.data import dataset
+    from iet_finetune.data.images import Looked
+    # Or the image would be found before anything is encoded.
+    dataset.look_at, look_at = lambda *_: Looked(32, 32, False), dataset.look_at
     stdout, sys.stdout = sys.stdout, sys.stderr
     bad, good = (Config.from_flags(**flags) for flags in json.loads(os.environ["FLAGS"]))
     try:
@@ -563,6 +567,7 @@ ON_RANKS = """
         dist.barrier()
         kept = [str(path) for path in Path(good.model.cache_dir, "iet_finetune", "encoded").rglob("*.safetensors")]
         print(json.dumps([error.printed_here, str(error), kept]), file=stdout, flush=True)
+    dataset.look_at = look_at
     dist.barrier()
     Trainer(good).train()
 """
