@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from .captions import ImageRow, read_texts, table_rows
 from .faults import NO_CAPTION, NO_ROW, NO_VALUE, TWO_CAPTIONS, Faults
 from .files import TABLE_KINDS, Files, kind_of, others_by_kind, sorted_files, text_key
+from .folder_tables import ImageRow, read_texts, table_rows
 from .samples import Columns, FileReader, Samples, class_of, label_of
 from .text_tables import headers_of
 
