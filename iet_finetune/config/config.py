@@ -13,6 +13,7 @@ from .settings import (
     AdapterConfig,
     AGCConfig,
     AuditConfig,
+    CalibratedConfig,
     CheckpointConfig,
     DataConfig,
     EnsembleConfig,
@@ -33,6 +34,7 @@ GROUPS: dict[str, tuple[str, type]] = {
     "adapter": ("LoRA", AdapterConfig),
     "agc": ("Anti-gradient control", AGCConfig),
     "guard": ("Guard", GuardConfig),
+    "calibrated_agc": ("Calibrated anti-gradient control", CalibratedConfig),
     "training": ("Training", TrainingConfig),
     "optimizer": ("Optimizer", OptimizerConfig),
     "validation": ("Validation", ValidationConfig),
@@ -66,6 +68,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     agc: AGCConfig = AGCConfig()
     guard: GuardConfig = GuardConfig()
+    calibrated_agc: CalibratedConfig = CalibratedConfig()
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()

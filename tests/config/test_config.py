@@ -18,7 +18,7 @@ SPECS = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(
 ADAPTER = [spec.name for spec in flag_specs(GROUPS["adapter"][1])]
 REFUSED = "use_dora"
 # Flags by the skip rule without which they are refused.
-OF_RULES = {rule: [spec.name for spec in flag_specs(GROUPS[rule][1])] for rule in ("agc", "guard")}
+OF_RULES = {rule: [spec.name for spec in flag_specs(GROUPS[rule][1])] for rule in ("agc", "guard", "calibrated_agc")}
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 
 
@@ -147,7 +147,7 @@ def test_every_flag_can_be_given(name):
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
     flags |= {"stop_when": "auto"} if name == "stop_patience" else {}
-    flags |= {"skip_rule": "guard"} if name in OF_RULES["guard"] else {}
+    flags |= next(({"skip_rule": rule} for rule in ("guard", "calibrated_agc") if name in OF_RULES[rule]), {})
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])
     (owner,) = (name for name, (_, group) in GROUPS.items() if spec.name in group.__dataclass_fields__)

@@ -174,3 +174,38 @@ class GuardConfig:
 
 
 SKIP_RULES.entries["guard"] = Entry("guard", "iet_finetune.method.guard:Guard", GuardConfig)
+
+
+@dataclass(frozen=True)
+class CalibratedConfig:
+    """Calibrated AGC: images are skipped whose losses have fallen further below the base model's than others'."""
+
+    calibrated_tau: float = fixed(
+        2.0, "An image is skipped whose loss has fallen so many robust deviations further than its shard's images'."
+    )
+    calibrated_decay: float = fixed(0.8, "d: how slowly an image's mean over its visits forgets.")
+    calibrated_visits: int = fixed(3, "Visits at little noise before an image is judged and judges others.")
+    calibrated_cap: float = fixed(0.25, "Share of a shard's images that may be skipped at once, at most.")
+    calibrated_below: float = fixed(
+        0.3, "Losses are compared, and images skipped, at lower noise levels than this; above it they go on teaching."
+    )
+    calibrated_every: int = fixed(
+        1, "Compare in every so-many-th pass alone; comparing takes a third of the time of a step."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.calibrated_tau > 0, f"`--calibrated_tau` must be above 0, not {self.calibrated_tau}.")
+        require(
+            0 <= self.calibrated_decay < 1, f"`--calibrated_decay` must be in [0, 1), not {self.calibrated_decay}."
+        )
+        at_least_one("calibrated_visits", self.calibrated_visits)
+        require(0 < self.calibrated_cap <= 1, f"`--calibrated_cap` must be in (0, 1], not {self.calibrated_cap}.")
+        require(
+            0 < self.calibrated_below <= 1, f"`--calibrated_below` must be in (0, 1], not {self.calibrated_below}."
+        )
+        at_least_one("calibrated_every", self.calibrated_every)
+
+
+SKIP_RULES.entries["calibrated_agc"] = Entry(
+    "calibrated_agc", "iet_finetune.method.calibrated:CalibratedAGC", CalibratedConfig
+)

@@ -52,7 +52,8 @@ class TrainingConfig:
     skip_rule: str = fixed(
         "agc",
         "Which samples of a step give no gradient. agc: those with a low loss, anti-gradient control. guard: those of "
-        "images whose loss has fallen below that of held-out images.",
+        "images whose loss has fallen below that of held-out images. calibrated_agc: those of images whose loss has "
+        "fallen further below the base model's than other images'.",
         choices=SKIP_RULES.names,
     )
     stop_when: str = fixed(
