@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .flags import FlagSpec, build_parser, convert, flag_specs, nearest, parse_arguments
+from .command_line import build_parser, parse_arguments
+from .flags import FlagSpec, convert, flag_specs, nearest
 from .recipes import read_yaml
 from .registry import REGISTRIES, RESERVED, Entry, Registry, rule_groups
 from .settings import (

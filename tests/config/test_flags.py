@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iet_finetune.config.flags import (
-    FlagSpec,
-    build_parser,
-    convert,
-    flag,
-    flag_specs,
-    nearest,
-    parse_arguments,
-)
+from iet_finetune.config.command_line import build_parser, parse_arguments
+from iet_finetune.config.flags import FlagSpec, convert, flag, flag_specs, nearest
 from iet_finetune.config.recipes import read_yaml
 from iet_finetune.errors import UserError, one_line
 
