@@ -186,5 +186,10 @@ def _convert_scalar(spec: FlagSpec, value: Any, where: str) -> Any:
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """ " Did you mean X?" for the known name closest to `name`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else ""
+    close = closest(name, known)
+    return f" Did you mean `{close}`?" if close else ""
+
+
+def closest(name: str, known: typing.Iterable[str]) -> str | None:
+    """The known name closest to `name`; None when none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)

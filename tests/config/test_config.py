@@ -303,6 +303,16 @@ def test_an_unknown_flag_or_key_names_its_neighbour(tmp_path):
     assert "`--num_shard`" in message_of(Config.from_flags, num_shard=3)
 
 
+def test_all_unknown_flags_are_named_at_once_also_those_of_other_trainers():
+    expected = (
+        "unknown flags: `--foo`; `--num_shard` (did you mean `--num_shards`?); `--xformers` (it is not needed: "
+        "torch's own attention is used)."
+    )
+    argv = [*SOURCES, "--foo", "1", "--num_shard=3", "--xformers"]
+    assert message_of(Config.from_command_line, argv) == expected
+    assert message_of(Config.from_flags, foo=1, num_shard=3, xformers=True, seed=1) == expected
+
+
 def test_secrets_are_never_written_down():
     config = Config.from_flags(hub_token="hf_secret", hub_model_id="me/cats")
     assert config.hub.hub_token == "hf_secret"
