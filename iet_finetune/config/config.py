@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .flags import FlagSpec, build_parser, convert, flag_specs, nearest, parse_arguments
+from .command_line import parse_arguments, training_parser
+from .flags import FlagSpec, convert, flag_specs
 from .recipes import read_yaml
 from .registry import REGISTRIES, RESERVED, Entry, Registry, rule_groups
 from .settings import (
@@ -26,6 +26,7 @@ from .settings import (
     ValidationConfig,
     require,
 )
+from .unknown import unknown
 
 GROUPS: dict[str, tuple[str, type]] = {
     "model": ("Model", ModelConfig),
@@ -140,8 +141,8 @@ class Config:
         Raises:
             UserError: what is wrong, naming the flag, or the key and the file.
         """
-        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", flag_groups(), prog)
-        given = parse_arguments(parser, argv, flag_names())
+        parser = training_parser("Fine-tune a diffusers pipeline with IET-AGC.", flag_groups(), prog)
+        given = parse_arguments(parser, argv, flag_names(), others_too=True)
         config = cls.layered(given)
         config.check_sources()
         return config
@@ -247,7 +248,6 @@ def flag_names() -> list[str]:
 def _converted(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values in their flags' types; `where`, with the flag for its first NAME, begins an error."""
     specs = all_flags()
-    for name in values:
-        if name not in specs:
-            raise UserError(f"unknown flag {where.replace('NAME', name, 1)}.{nearest(name, specs)}")
+    if strange := [name for name in values if name not in specs]:
+        raise unknown(strange, specs)
     return {name: convert(specs[name], value, where.replace("NAME", name, 1)) for name, value in values.items()}

@@ -97,7 +97,7 @@ SHARDINGS = Registry(
 MERGE_RULES = Registry("merge_rule", "merge rule", Entry("mean", "iet_finetune.method.merging:Mean"))
 REGISTRIES = (SKIP_RULES, SHARDINGS, MERGE_RULES)
 # Options that are no rule's; `Config` adds its own flags.
-RESERVED = {"config", "help"}
+RESERVED = {"config", "help", "help_from"}
 
 
 def register_skip_rule(name: str, config: type | None = None) -> Callable[[Rule], Rule]:

@@ -30,6 +30,13 @@ class TrainingConfig:
     gradient_accumulation_steps: int = fixed(1, "Micro-batches in a step.", smoke=1)
     num_train_epochs: int = free(100, "Passes over the whole data.")
     max_train_steps: int | None = free(None, "Steps of each clone; overrides `--num_train_epochs`.", smoke=2)
+    total_train_steps: int | None = free(
+        None,
+        "Steps of all clones together, shared out so that all images are visited equally often, and rounded up for "
+        "each clone; instead of `--max_train_steps`.",
+        smoke=None,
+        instead_of="max_train_steps",
+    )
     gradient_checkpointing: bool = free(False, "Recompute activations in the backward pass to save memory.")
     mixed_precision: str | None = free(
         None,
@@ -100,9 +107,14 @@ class TrainingConfig:
             "gradient_accumulation_steps",
             "num_train_epochs",
             "max_train_steps",
+            "total_train_steps",
             "stop_patience",
         ):
             at_least_one(name, getattr(self, name))
+        require(
+            self.max_train_steps is None or self.total_train_steps is None,
+            "`--max_train_steps` (of each clone) and `--total_train_steps` (of all) cannot both be given: choose one.",
+        )
         require(
             self.stop_when == "auto" or self.stop_patience == TrainingConfig.stop_patience,
             f"`--stop_patience {self.stop_patience}` does nothing without `--stop_when auto`: give both.",
