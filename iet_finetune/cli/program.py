@@ -158,7 +158,7 @@ def _usage() -> str:
             "commands:",
             *lines,
             "",
-            f"`{PROGRAM} COMMAND --help` lists the flags of a command, `{PROGRAM} --version` prints the version.",
+            f"`{PROGRAM} COMMAND --help` shows the flags of a command, `{PROGRAM} --version` prints the version.",
         ]
     )
 

@@ -21,7 +21,7 @@ class _Parser(argparse.ArgumentParser):
         self._switches = switches
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (`--help` lists the flags).")
+        raise UserError(f"{message} (see `--help`).")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, after the values of switches have been read."""
@@ -42,22 +42,25 @@ def build_parser(
     prog: str | None = None,
     only: typing.Container[str] | None = None,
     helps: typing.Mapping[str, str] | None = None,
+    add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute.
 
     Args:
         prog: what `--help` calls the program; the script's name if not given.
         only: the names of the flags that it has; all if not given.
-        helps: the line of `--help`, default and all, of flags that mean something else here.
+        helps: the line of `--help`, default and all, of flags for which it is another one here.
+        add_help: whether it has argparse's `--help`.
     """
     specs = [spec for group in groups.values() for spec in flag_specs(group)]
     parser = _Parser(
         switches={spec.name for spec in specs if spec.scalar is bool},
         prog=prog,
         description=description,
+        add_help=add_help,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=119),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=119),
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file whose keys are the flags below; flags override it."
@@ -71,16 +74,35 @@ def build_parser(
 
 
 def training_parser(description: str, groups: dict[str, type], prog: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a run: as `build_parser` makes it, with `--help-from`."""
-    parser = build_parser(description, groups, prog)
-    parser.add_argument(
-        "--help-from",
-        action=_Show,
-        text=_table_of,
-        metavar="TRAINER",
-        help="Show what the flags of diffusers, kohya or simpletuner are here.",
-    )
-    return parser
+    """The parser of a run: as `build_parser` makes it, but with help in levels.
+
+    `--help` shows the flags that have a `brief` line, `--help-all` all of them, and `--help-from` those of others.
+    """
+    specs = [spec for group in groups.values() for spec in flag_specs(group)]
+    brief = {spec.name: with_default(spec, _brief(spec)) for spec in specs if spec.brief}
+    every = build_parser(description, groups, prog, add_help=False)
+    main = build_parser(description, groups, prog, only=brief, helps=brief, add_help=False)
+    main.usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
+    main.epilog = f"These are {len(brief)} of {len(specs)} flags; `--help-all` shows the others too."
+    for parser in (main, every):
+        _add_helps(parser, main, every)
+    return every
+
+
+def _add_helps(parser: argparse.ArgumentParser, main: argparse.ArgumentParser, every: argparse.ArgumentParser) -> None:
+    """Options that print the help of one of the two, or a table."""
+    add = parser.add_argument
+    to_main: dict[str, Any] = {"action": _Show, "text": lambda _: main.format_help(), "nargs": 0}
+    to_all = to_main | {"text": lambda _: every.format_help()}
+    add("-h", "--help", help="Show the flags that matter most.", **to_main)
+    add("--help-all", help="Show all flags.", **to_all)
+    add("--help_all", help=argparse.SUPPRESS, **to_all)
+    said = "Show what the flags of diffusers, kohya or simpletuner are here."
+    add("--help-from", action=_Show, text=_table_of, metavar="TRAINER", help=said)
+
+
+def _brief(spec: FlagSpec) -> str:
+    return spec.help if spec.brief is True else spec.brief or ""
 
 
 class _Show(argparse.Action):
@@ -91,7 +113,7 @@ class _Show(argparse.Action):
         self._text = text
 
     def __call__(self, parser, namespace, values, option_string=None):
-        show(self._text(values))
+        show(self._text(values).rstrip())
         sys.exit(0)
 
 
@@ -154,5 +176,5 @@ def parse_arguments(
         raise unknown(strange, known, others_too=others_too)
     if rest:
         where = ", that of a switch after an equals sign" if rest[0].lower() in _SWITCHED else ""
-        raise UserError(f"unexpected argument {rest[0]!r}: every value follows a flag{where} (`--help` lists them).")
+        raise UserError(f"unexpected argument {rest[0]!r}: every value follows a flag{where} (see `--help`).")
     return vars(arguments)

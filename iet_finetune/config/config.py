@@ -231,17 +231,17 @@ class Config:
 
 
 def flag_groups() -> dict[str, type]:
-    """All flags: title in `--help` -> dataclass, those of registered rules last."""
+    """All flags: title in `--help-all` -> dataclass, those of registered rules last."""
     return dict(GROUPS.values()) | _rules_from_outside()
 
 
 def all_flags() -> dict[str, FlagSpec]:
-    """All flags by name, in the order of `--help`."""
+    """All flags by name, in the order of `--help-all`."""
     return {spec.name: spec for group in flag_groups().values() for spec in flag_specs(group)}
 
 
 def flag_names() -> list[str]:
-    """The names of all flags, in the order of `--help`."""
+    """The names of all flags, in the order of `--help-all`."""
     return list(all_flags())
 
 

@@ -39,6 +39,8 @@ class Facts:
         audit: whether `iet-finetune audit` takes the flag: "given" if only the command line sets it there, "run" if it
             is taken over from the run's own configuration, "recorded" if it is also a condition of the metrics that
             `audit.json` keeps, "noted" if it is kept there but changes no metric.
+        brief: its line in `--help`, which shows only the flags that matter most, one line of a terminal each; True for
+            the line of `--help-all`.
         audit_help: its line in that command's `--help`, default and all, where it means something else.
     """
 
@@ -50,6 +52,7 @@ class Facts:
     instead_of: str | None = None
     needs: str | None = None
     smoke: Any = KEPT
+    brief: str | bool = False
     audit: str | None = None
     audit_help: str | None = None
 
@@ -64,7 +67,7 @@ def flag(
     """A dataclass field that is also a flag.
 
     Args:
-        help: its line in `--help`.
+        help: its line in `--help-all`.
         choices: the values it may take, or a function that returns them.
         facts: as in `Facts`; `resume` is always needed, and `scope` for a text without choices.
     """

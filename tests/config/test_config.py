@@ -313,6 +313,38 @@ def test_all_unknown_flags_are_named_at_once_also_those_of_other_trainers():
     assert message_of(Config.from_flags, foo=1, num_shard=3, xformers=True, seed=1) == expected
 
 
+def printed(capsys, *argv: str) -> str:
+    """What a command line that only asks for help prints."""
+    with pytest.raises(SystemExit) as stop:
+        Config.from_command_line(list(argv))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_shows_the_flags_that_matter_most_in_groups_with_one_line_each(capsys, option):
+    shown = printed(capsys, *SOURCES, option)
+    main = [spec for spec in SPECS.values() if spec.brief]
+    assert 12 <= len(main) <= 16
+    listed = [line for line in shown.splitlines() if line.startswith("  --")]
+    assert [line.split()[0] for line in listed[3:]] == [f"--{spec.name}" for spec in main]
+    for spec, line in zip(main, listed[3:], strict=True):
+        assert (spec.help if spec.brief is True else spec.brief) in line
+        assert len(line) <= 119
+    assert "\nIterative ensemble training:\n  --num_shards" in shown
+    assert "`--help-all` shows the others too" in shown
+    assert len(shown.splitlines()) <= 50
+
+
+@pytest.mark.parametrize("option", ["--help-all", "--help_all"])
+def test_help_all_shows_every_flag_with_its_help(capsys, option):
+    text = " ".join(printed(capsys, option).split())
+    for spec in SPECS.values():
+        assert f"--{spec.name} " in text.replace(",", "")
+    # argparse may break a line after a hyphen.
+    assert all(spec.help.replace(" ", "") in text.replace(" ", "") for spec in SPECS.values())
+
+
 def test_secrets_are_never_written_down():
     config = Config.from_flags(hub_token="hf_secret", hub_model_id="me/cats")
     assert config.hub.hub_token == "hf_secret"

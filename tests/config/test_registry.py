@@ -71,7 +71,7 @@ def test_a_rule_of_each_kind_can_be_registered():
 def test_its_flags_are_in_help_under_a_title_of_their_own(rule):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        Config.from_command_line(["--help"])
+        Config.from_command_line(["--help-all"])
     text = " ".join(shown.getvalue().split())
     assert "Skip rule reference: --reference_share FLOAT Skip below this share. (default: 0.8)" in text
     assert "--skip_rule {agc,guard,calibrated_agc,reference}" in text

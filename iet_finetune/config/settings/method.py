@@ -14,10 +14,15 @@ class EnsembleConfig:
     """Iterative ensemble training: how the data is split, and when and how the clones are merged."""
 
     num_shards: int = fixed(
-        4, "K: how many shards the data is split into, each with its own clone. 1 is plain training."
+        4,
+        "K: how many shards the data is split into, each with its own clone. 1 is plain training.",
+        brief="Shards of the data, each with its own clone; 1: plain training.",
     )
     merge_every_epochs: int | None = fixed(
-        None, "Passes of each clone between two merges (5 if neither is given).", smoke=None
+        None,
+        "Passes of each clone between two merges (5 if neither is given).",
+        smoke=None,
+        brief="Passes of each clone over its shard between two merges; 5 if not given.",
     )
     merge_every_steps: int | None = fixed(
         None, "Steps of each clone between two merges, instead of passes.", smoke=1, instead_of="merge_every_epochs"
@@ -67,7 +72,11 @@ class EnsembleConfig:
 class AdapterConfig:
     """Training a LoRA adapter (arXiv 2106.09685) instead of the whole denoiser."""
 
-    use_lora: bool = fixed(False, "Train a LoRA adapter on the frozen denoiser.")
+    use_lora: bool = fixed(
+        False,
+        "Train a LoRA adapter on the frozen denoiser.",
+        brief="Train a LoRA adapter, of rank `--rank`, on the frozen denoiser.",
+    )
     rank: int = fixed(4, "r, the rank of the adapter's matrices.")
     lora_alpha: int | None = fixed(None, "The adapter's update is multiplied by alpha / r; alpha = r if not given.")
     lora_dropout: float = free(0.0, "Dropout before the adapter's matrices.")

@@ -16,6 +16,7 @@ class TrainingConfig:
     output_dir: str = other(
         "sd-model-finetuned",
         "Where the pipeline, checkpoints and records are written.",
+        brief="Where the result is written.",
         scope="local",
         audit="given",
         audit_help="Where the audit and its images are written; by default `audit` in the folder of the model.",
@@ -26,9 +27,9 @@ class TrainingConfig:
         audit="recorded",
         audit_help="Seed of the images and of every other draw; by default that of training.",
     )
-    train_batch_size: int = fixed(16, "Images in a micro-batch of one clone.", smoke=2)
+    train_batch_size: int = fixed(16, "Images in a micro-batch of one clone.", smoke=2, brief=True)
     gradient_accumulation_steps: int = fixed(1, "Micro-batches in a step.", smoke=1)
-    num_train_epochs: int = free(100, "Passes over the whole data.")
+    num_train_epochs: int = free(100, "Passes over the whole data.", brief=True)
     max_train_steps: int | None = free(None, "Steps of each clone; overrides `--num_train_epochs`.", smoke=2)
     total_train_steps: int | None = free(
         None,
@@ -43,6 +44,7 @@ class TrainingConfig:
         "Precision of the denoiser's forward pass; Accelerate's setting if not given.",
         choices=("no", "fp16", "bf16"),
         smoke="no",
+        brief="Precision of the forward pass; bf16 on newer GPUs.",
         audit="given",
         audit_help="Precision in which the pipeline runs; by default fp32.",
     )
@@ -97,6 +99,7 @@ class TrainingConfig:
         "rounds; the result is in the folder `OUTPUT_DIR-smoke`.",
         names=("pipeline", "dataset"),
         smoke=False,
+        brief="Try it in seconds, on a tiny random model and made-up images.",
     )
     ddp_timeout: int = other(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
 
@@ -130,7 +133,7 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW, its learning rate, and the moving average of the weights."""
 
-    learning_rate: float = free(1e-4, "Learning rate after warm-up.")
+    learning_rate: float = free(1e-4, "Learning rate after warm-up.", brief=True)
     scale_lr: bool = free(False, "Multiply the learning rate by batch size and accumulation steps.")
     lr_scheduler: str = free("constant", "Learning-rate schedule over a clone's steps.", choices=SCHEDULES)
     lr_warmup_steps: int = free(500, "Steps of a clone over which the learning rate rises from 0.", smoke=0)
