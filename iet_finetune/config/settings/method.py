@@ -190,7 +190,7 @@ class CalibratedConfig:
     """Calibrated AGC: images are skipped whose losses have fallen further below the base model's than others'."""
 
     calibrated_tau: float = fixed(
-        2.0, "An image is skipped whose loss has fallen so many robust deviations further than its shard's images'."
+        1.0, "An image is skipped whose loss has fallen so many robust deviations further than its shard's images'."
     )
     calibrated_decay: float = fixed(0.8, "d: how slowly an image's mean over its visits forgets.")
     calibrated_visits: int = fixed(3, "Visits at little noise before an image is judged and judges others.")
