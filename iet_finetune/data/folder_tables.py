@@ -100,7 +100,15 @@ def _rows_of(
 
 def _asked(columns: Columns) -> set[str]:
     synonyms = CAPTION_COLUMNS if columns.caption == CAPTION_COLUMNS[0] else ()
-    return {columns.image, *FILE_COLUMNS, *columns.named, *synonyms}
+    return {columns.image, *_file_columns(columns), *columns.named, *synonyms}
+
+
+def _file_columns(columns: Columns) -> list[str]:
+    """What a column of file names may be called, the most telling name first.
+
+    `datasets` makes of a column `NAME_file_name` images called NAME.
+    """
+    return [FILE_COLUMNS[0], columns.image, f"{columns.image}_{FILE_COLUMNS[0]}", *FILE_COLUMNS[1:]]
 
 
 def _refusing(path: str, faults: Faults) -> Any:
@@ -111,7 +119,7 @@ def _file_column(path: str, table: TextTable, columns: Columns) -> str:
     """The column of file names; the first of all if no row could be read."""
     if not table.columns:
         return FILE_COLUMNS[0]
-    named = [name for name in (FILE_COLUMNS[0], columns.image, *FILE_COLUMNS[1:]) if name in table.columns]
+    named = [name for name in _file_columns(columns) if name in table.columns]
     if not named:
         raise UserError(
             f"`{path}` has no column `file_name`, which names the images; it has: {', '.join(table.columns)}. "
@@ -125,11 +133,13 @@ def _check_columns(
 ) -> None:
     if not table.columns:
         return
-    # As in `datasets`, the images are a column called `image`.
-    present = ["image", *(name for name in table.columns if name != file_column)]
+    # As in `datasets`, the images are a column called `image`, or what stands before `_file_name`.
+    ending = f"_{FILE_COLUMNS[0]}"
+    images = file_column.removesuffix(ending) if file_column.endswith(ending) else "image"
+    present = [images, *(name for name in table.columns if name != file_column)]
     if columns.image != file_column and columns.image not in present:
         columns.check(present, f"`{path}`")
-    Columns("image", caption_column, columns.label, columns.class_).check(present, f"`{path}`")
+    Columns(images, caption_column, columns.label, columns.class_).check(present, f"`{path}`")
 
 
 def _all_whole_numbers(lines: Iterable[Line], column: str | None) -> bool:
