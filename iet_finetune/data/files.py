@@ -83,7 +83,8 @@ def find_files(folder: str) -> list[str]:
     found, seen = [], {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in sorted(folders) if is_visible(name) and _is_new(parent, name, seen)]
-        found += [os.path.join(parent, name) for name in sorted(names) if is_visible(name)]
+        start = os.path.join(parent, "")
+        found += [start + name for name in sorted(names) if is_visible(name)]
     return found
 
 

@@ -149,6 +149,9 @@ def _all_whole_numbers(lines: Iterable[Line], column: str | None) -> bool:
 
 def _once(rows: Sequence[ImageRow], faults: Faults) -> Iterator[ImageRow]:
     """Leaves out rows that reach an image by another table or name than its first row, if they say the same."""
+    if len({row.path for row in rows}) == len(rows):
+        yield from rows
+        return
     first: dict[str, tuple[str, str]] = {}
     said: dict[tuple[str, tuple[str, str]], list[Any]] = {}
     for row in rows:

@@ -1,9 +1,11 @@
 """Reads folders of images, with captions in tables, in text files, in folders' names or by default; loses no image."""
 
+import gc
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..errors import UserError
@@ -25,6 +27,19 @@ class _Sample(NamedTuple):
     class_: Any
 
 
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Keeps Python from going through a growing million of tuples again and again to find cycles of them."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+@_no_search_for_cycles()
 def read_image_folder(source: str, paths: list[str], columns: Columns, faults: Faults) -> Samples:
     """Returns one sample per row of the tables, and one per image without a row.
 
@@ -192,7 +207,7 @@ def _as_samples(samples: Sequence[_Sample], columns: Columns, notes: tuple[str, 
     here = os.getcwd()
     return Samples(
         # Absolute paths survive a change of the working directory; names stay as the user wrote them.
-        FileReader(tuple(os.path.join(here, sample.path) for sample in samples)),
+        FileReader(tuple(path if os.path.isabs(path) else os.path.join(here, path) for path, *_ in samples)),
         tuple(sample.path for sample in samples),
         tuple(sample.captions for sample in samples),
         None if columns.label is None else tuple(str(sample.label) for sample in samples),
