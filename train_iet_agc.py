@@ -1,6 +1,6 @@
 """Fine-tune a diffusers pipeline with IET-AGC: parse the configuration, build a Trainer, train.
 
-Start it with `accelerate launch train_iet_agc.py --config FILE`, or with `python`; `--help` lists the flags.
+Start it with `accelerate launch train_iet_agc.py --config FILE`, or with `python`; `--help` shows the main flags.
 """
 
 import sys

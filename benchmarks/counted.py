@@ -145,6 +145,7 @@ def schedule(config: Config, images: int) -> Schedule:
         training.train_batch_size * training.gradient_accumulation_steps,
         num_train_epochs=training.num_train_epochs,
         max_train_steps=training.max_train_steps,
+        total_train_steps=training.total_train_steps,
         merge_every_epochs=ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS,
         merge_every_steps=ensemble.merge_every_steps,
     )

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from iet_finetune import Config, UserError
+from iet_finetune.config.command_line import build_parser, parse_arguments
 from iet_finetune.config.config import flag_groups
-from iet_finetune.config.flags import build_parser, parse_arguments
 from iet_finetune.data.dataset import load_images
 from iet_finetune.files import written_beside
 

@@ -1,6 +1,8 @@
-"""The error that reaches the user as a single line, and helpers that put other errors into one line."""
+"""What reaches the user: the error in a single line, helpers that put other errors into one line, and results."""
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +25,16 @@ class UserError(Exception):
 def warn(text: str) -> None:
     """Prints one line of warning."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Prints a result. Where nobody reads on, as after `| head`, the command ends silently, as others do."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would try once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def one_line(error: BaseException) -> str:

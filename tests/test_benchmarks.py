@@ -106,6 +106,20 @@ def test_memory_that_grows_otherwise_than_expected_is_a_miss(programs, mode, gro
     assert f"{grown} MB" in text
 
 
+@linux
+@pytest.mark.slow
+def test_a_second_start_with_many_images_finds_what_the_first_one_left(tmp_path):
+    record, home = tmp_path / "record.json", tmp_path / "home"
+    flags = ["--count", "120", "--home", str(home), "--sources", "folder", "--json", str(record)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = processes.run([sys.executable, str(FOLDER / "many_images.py"), *flags], env=environment, timeout=300)
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert done.returncode == int(not all(check["holds"] for check in found["checks"]))
+    assert [row["start"] for row in found["rows"]] == ["first", "second"]
+    assert found["checks"][0] == {"text": "the second start finds the same images", "holds": True}
+    assert len(list((home / "folder-120").rglob("*.png"))) == 120
+
+
 def test_device_memory_must_not_grow_with_the_clones(programs):
     from memory import checks_of
 

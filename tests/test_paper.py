@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from iet_finetune import Config
 from iet_finetune.audit.flags import FLAGS
 from iet_finetune.cli.audit_command import _parser
-from iet_finetune.config.flags import parse_arguments
+from iet_finetune.config.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"

@@ -73,7 +73,8 @@ class Arm:
         rows: which training images are left: `all`; `originals` alone, as somebody who knows all copies would choose;
             or what `find_duplicates` leaves (`searched`).
         shards: K.
-        only_fine_tuned: whether it makes sense for a pretrained model alone.
+        only_fine_tuned: whether it makes sense for a pretrained model alone, as an adapter does, and a comparison with
+            the model as it came.
     """
 
     words: str
@@ -86,6 +87,7 @@ class Arm:
 # Of a network in pixels: its convolutions too, of which it mainly consists.
 _LORA_LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
 _OFF, _AGC = {"agc_threshold": 0.0}, {"agc_threshold": 0.5, "agc_decay": 0.8, "agc_bins": 50}
+_CALIBRATED = {"skip_rule": "calibrated_agc"}
 ARMS = {
     "plain": Arm("plain training", _OFF),
     "agc": Arm("AGC", _AGC),
@@ -99,6 +101,13 @@ ARMS = {
     "search-guard": Arm("guard, de-duplicated by search", {"skip_rule": "guard", "dedup": "near"}, "searched"),
     "lora": Arm(
         "LoRA of rank 8", {**_OFF, "use_lora": True, "rank": 8, "lora_layers": _LORA_LAYERS}, only_fine_tuned=True
+    ),
+    "calibrated": Arm("calibrated AGC", _CALIBRATED, only_fine_tuned=True),
+    "search-calibrated": Arm(
+        "calibrated AGC, de-duplicated by search",
+        {**_CALIBRATED, "dedup": "near"},
+        "searched",
+        only_fine_tuned=True,
     ),
 }
 # In latent space the paper has another threshold for AGC, and an adapter goes to the attention alone.

@@ -18,8 +18,8 @@ COLOURS = dict(
     zip(
         ARMS,
         ("#000000", "#E69F00", "#999999", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#009E73")
-        # Two more that stand apart.
-        + ("#882255", "#44AA99", "#8C6D1F"),
+        # More that stand apart.
+        + ("#882255", "#44AA99", "#8C6D1F", "#6A3D9A", "#B15928"),
         strict=True,
     )
 )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..audit.flags import FLAGS, PROGRAM, check_audit, check_extra
+from ..config.command_line import build_parser, parse_arguments
 from ..config.config import flag_groups
-from ..config.flags import build_parser, convert, flag_specs, parse_arguments
+from ..config.flags import convert, flag_specs
 from ..config.places import expanded
 from ..errors import UserError, one_line
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config.flags import parse_arguments
+from ..config.command_line import parse_arguments
 from ..config.places import expanded
 from ..errors import UserError, one_line
 from ..files import LORA_NAME, partial_name, removed_on_error

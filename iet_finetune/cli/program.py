@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..config.config import Config
 from ..config.flags import nearest
 from ..config.folders import check_folders
-from ..errors import UserError, disk_full, out_of_memory
+from ..errors import UserError, disk_full, out_of_memory, show
 from .parsing import PROGRAM
 
 # Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended. It
@@ -52,7 +52,7 @@ def push(argv: list[str]) -> None:
     """
     from .push_command import push_command
 
-    _show(push_command(argv))
+    show(push_command(argv))
 
 
 def merge(argv: list[str]) -> None:
@@ -63,7 +63,7 @@ def merge(argv: list[str]) -> None:
     """
     from .merge_command import merge_command
 
-    _show(merge_command(argv))
+    show(merge_command(argv))
 
 
 def audit(argv: list[str]) -> None:
@@ -74,7 +74,7 @@ def audit(argv: list[str]) -> None:
     """
     from .audit_command import audit_command
 
-    _show(audit_command(argv))
+    show(audit_command(argv))
 
 
 def doctor(argv: list[str]) -> None:
@@ -85,7 +85,7 @@ def doctor(argv: list[str]) -> None:
     """
     from .doctor_command import doctor_command
 
-    _show(doctor_command(argv, _show))
+    show(doctor_command(argv, show))
 
 
 def recipes(argv: list[str]) -> None:
@@ -96,17 +96,7 @@ def recipes(argv: list[str]) -> None:
     """
     from .recipes_command import recipes_command
 
-    _show(recipes_command(argv))
-
-
-def _show(text: str) -> None:
-    """Prints a result. Where nobody reads on, as after `| head`, the command ends silently, as others do."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python would try once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    show(recipes_command(argv))
 
 
 COMMANDS = {
@@ -144,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _without_command(arguments: list[str]) -> None:
     first = arguments[0] if arguments else None
     if first in ("-h", "--help"):
-        _show(_usage())
+        show(_usage())
     elif first == "--version":
         from .. import __version__
 
@@ -168,7 +158,7 @@ def _usage() -> str:
             "commands:",
             *lines,
             "",
-            f"`{PROGRAM} COMMAND --help` lists the flags of a command, `{PROGRAM} --version` prints the version.",
+            f"`{PROGRAM} COMMAND --help` shows the flags of a command, `{PROGRAM} --version` prints the version.",
         ]
     )
 

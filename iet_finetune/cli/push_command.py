@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..config.flags import convert, flag_specs, parse_arguments
+from ..config.command_line import parse_arguments
+from ..config.flags import convert, flag_specs
 from ..config.places import expanded
 from ..config.settings import HubConfig
 from ..errors import UserError

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from .flags import FlagSpec, build_parser, convert, flag_specs, nearest, parse_arguments
+from .command_line import parse_arguments, training_parser
+from .flags import FlagSpec, convert, flag_specs
 from .recipes import read_yaml
 from .registry import REGISTRIES, RESERVED, Entry, Registry, rule_groups
 from .settings import (
     AdapterConfig,
     AGCConfig,
     AuditConfig,
+    CalibratedConfig,
     CheckpointConfig,
     DataConfig,
     EnsembleConfig,
@@ -25,6 +26,7 @@ from .settings import (
     ValidationConfig,
     require,
 )
+from .unknown import unknown
 
 GROUPS: dict[str, tuple[str, type]] = {
     "model": ("Model", ModelConfig),
@@ -33,6 +35,7 @@ GROUPS: dict[str, tuple[str, type]] = {
     "adapter": ("LoRA", AdapterConfig),
     "agc": ("Anti-gradient control", AGCConfig),
     "guard": ("Guard", GuardConfig),
+    "calibrated_agc": ("Calibrated anti-gradient control", CalibratedConfig),
     "training": ("Training", TrainingConfig),
     "optimizer": ("Optimizer", OptimizerConfig),
     "validation": ("Validation", ValidationConfig),
@@ -66,6 +69,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     agc: AGCConfig = AGCConfig()
     guard: GuardConfig = GuardConfig()
+    calibrated_agc: CalibratedConfig = CalibratedConfig()
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: ValidationConfig = ValidationConfig()
@@ -137,8 +141,8 @@ class Config:
         Raises:
             UserError: what is wrong, naming the flag, or the key and the file.
         """
-        parser = build_parser("Fine-tune a diffusers pipeline with IET-AGC.", flag_groups(), prog)
-        given = parse_arguments(parser, argv, flag_names())
+        parser = training_parser("Fine-tune a diffusers pipeline with IET-AGC.", flag_groups(), prog)
+        given = parse_arguments(parser, argv, flag_names(), others_too=True)
         config = cls.layered(given)
         config.check_sources()
         return config
@@ -227,24 +231,23 @@ class Config:
 
 
 def flag_groups() -> dict[str, type]:
-    """All flags: title in `--help` -> dataclass, those of registered rules last."""
+    """All flags: title in `--help-all` -> dataclass, those of registered rules last."""
     return dict(GROUPS.values()) | _rules_from_outside()
 
 
 def all_flags() -> dict[str, FlagSpec]:
-    """All flags by name, in the order of `--help`."""
+    """All flags by name, in the order of `--help-all`."""
     return {spec.name: spec for group in flag_groups().values() for spec in flag_specs(group)}
 
 
 def flag_names() -> list[str]:
-    """The names of all flags, in the order of `--help`."""
+    """The names of all flags, in the order of `--help-all`."""
     return list(all_flags())
 
 
 def _converted(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values in their flags' types; `where`, with the flag for its first NAME, begins an error."""
     specs = all_flags()
-    for name in values:
-        if name not in specs:
-            raise UserError(f"unknown flag {where.replace('NAME', name, 1)}.{nearest(name, specs)}")
+    if strange := [name for name in values if name not in specs]:
+        raise unknown(strange, specs)
     return {name: convert(specs[name], value, where.replace("NAME", name, 1)) for name, value in values.items()}

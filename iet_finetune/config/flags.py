@@ -1,6 +1,5 @@
-"""Dataclass fields seen as command-line flags and as YAML keys, with errors that name the bad one."""
+"""Dataclass fields seen as flags and as YAML keys: what each declares, and values turned into its type."""
 
-import argparse
 import dataclasses
 import difflib
 import functools
@@ -8,7 +7,7 @@ import math
 import os
 import types
 import typing
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import UserError
 from .places import expanded
@@ -40,6 +39,8 @@ class Facts:
         audit: whether `iet-finetune audit` takes the flag: "given" if only the command line sets it there, "run" if it
             is taken over from the run's own configuration, "recorded" if it is also a condition of the metrics that
             `audit.json` keeps, "noted" if it is kept there but changes no metric.
+        brief: its line in `--help`, which shows only the flags that matter most, one line of a terminal each; True for
+            the line of `--help-all`.
         audit_help: its line in that command's `--help`, default and all, where it means something else.
     """
 
@@ -51,6 +52,7 @@ class Facts:
     instead_of: str | None = None
     needs: str | None = None
     smoke: Any = KEPT
+    brief: str | bool = False
     audit: str | None = None
     audit_help: str | None = None
 
@@ -65,7 +67,7 @@ def flag(
     """A dataclass field that is also a flag.
 
     Args:
-        help: its line in `--help`.
+        help: its line in `--help-all`.
         choices: the values it may take, or a function that returns them.
         facts: as in `Facts`; `resume` is always needed, and `scope` for a text without choices.
     """
@@ -187,75 +189,10 @@ def _convert_scalar(spec: FlagSpec, value: Any, where: str) -> Any:
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """ " Did you mean X?" for the known name closest to `name`, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{close[0]}`?" if close else ""
+    close = closest(name, known)
+    return f" Did you mean `{close}`?" if close else ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (`--help` lists the flags).")
-
-
-def build_parser(
-    description: str,
-    groups: dict[str, type],
-    prog: str | None = None,
-    only: typing.Container[str] | None = None,
-    helps: typing.Mapping[str, str] | None = None,
-) -> argparse.ArgumentParser:
-    """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute.
-
-    Args:
-        prog: what `--help` calls the program; the script's name if not given.
-        only: the names of the flags that it has; all if not given.
-        helps: the line of `--help`, default and all, of flags that mean something else here.
-    """
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=119),
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file whose keys are the flags below; flags override it."
-    )
-    for title, group in groups.items():
-        section = parser.add_argument_group(title)
-        for spec in flag_specs(group):
-            if only is None or spec.name in only:
-                _add_argument(section, spec, (helps or {}).get(spec.name))
-    return parser
-
-
-def _add_argument(section: Any, spec: FlagSpec, own_help: str | None) -> None:
-    help_text = (own_help or spec.help).replace("%", "%%")
-    if spec.scalar is bool:
-        names = (f"--{spec.name}", f"--no_{spec.name}")
-        section.add_argument(*names, action=_BoolAction, nargs=0, dest=spec.name, help=help_text)
-        return
-    if own_help is None and spec.default is not None and spec.default != ():
-        shown = " ".join(map(str, spec.default)) if spec.many else spec.default
-        help_text += f" (default: {shown})"
-    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.scalar.__name__.upper()
-    section.add_argument(f"--{spec.name}", nargs="+" if spec.many else None, metavar=metavar, help=help_text)
-
-
-class _BoolAction(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not str(option_string).startswith("--no_"))
-
-
-def parse_arguments(parser: argparse.ArgumentParser, argv: list[str], known: list[str]) -> dict[str, Any]:
-    """The raw values given on the command line, by flag name; `config` among them if given.
-
-    Raises:
-        UserError: an unknown flag (its nearest neighbour is named) or a flag without its value.
-    """
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        if not name.startswith("--"):
-            raise UserError(f"unexpected argument {name!r}: every value follows a flag (`--help` lists them).")
-        raise UserError(f"unknown flag `{name}`.{nearest(name.removeprefix('--'), known).replace('`', '`--', 1)}")
-    return vars(arguments)
+def closest(name: str, known: typing.Iterable[str]) -> str | None:
+    """The known name closest to `name`; None when none is close."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)), None)

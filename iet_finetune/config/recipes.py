@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UserError, one_line
 from .flags import nearest
 from .places import expanded
+from .unknown import unknown
 
 _PACKAGE = Path(__file__).parents[1]
 # Beside the package in a clone of the repository, in it where a wheel was installed.
@@ -48,8 +49,8 @@ def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
         known: the keys that it may have.
 
     Raises:
-        UserError: no such file, not YAML, not a mapping, a key that stands twice, or an unknown key (its nearest
-            neighbour is named).
+        UserError: no such file, not YAML, not a mapping, a key that stands twice, or unknown keys, all of them with
+            what was probably meant.
     """
     import yaml
 
@@ -65,9 +66,8 @@ def read_yaml(path: str, known: list[str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"`--config {path}` must hold `key: value` lines, not a {type(values).__name__}.")
-    for key in values:
-        if key not in known:
-            raise UserError(f"unknown key `{key}` in `--config {path}`.{nearest(str(key), known)}")
+    if strange := [str(key) for key in values if key not in known]:
+        raise unknown(strange, known, "key", f" in `--config {path}`")
     keys = [key.value for key, _ in node.value]
     for key in values:
         # YAML itself would take the last one without a word.

@@ -11,7 +11,7 @@ A rule from outside is one file that registers it and then starts a run:
     if __name__ == "__main__":
         sys.exit(run(lambda: train(sys.argv[1:])))
 
-Its flags then appear in `--help`, YAML files, a run's identity and what it publishes. The package finds the chosen
+Its flags then appear in `--help-all`, YAML files, a run's identity and what it publishes. The package finds the chosen
 rule and its settings with `entry, settings = config.chosen(SKIP_RULES)` and `entry.load()`.
 """
 
@@ -97,7 +97,7 @@ SHARDINGS = Registry(
 MERGE_RULES = Registry("merge_rule", "merge rule", Entry("mean", "iet_finetune.method.merging:Mean"))
 REGISTRIES = (SKIP_RULES, SHARDINGS, MERGE_RULES)
 # Options that are no rule's; `Config` adds its own flags.
-RESERVED = {"config", "help"}
+RESERVED = {"config", "help", "help_all", "help_from"}
 
 
 def register_skip_rule(name: str, config: type | None = None) -> Callable[[Rule], Rule]:
@@ -116,7 +116,7 @@ def register_merge_rule(name: str, config: type | None = None) -> Callable[[Rule
 
 
 def rule_groups() -> dict[str, type]:
-    """The flags of all registered rules: title in `--help` -> dataclass."""
+    """The flags of all registered rules: title in `--help-all` -> dataclass."""
     return {
         f"{registry.kind} {entry.name}".capitalize(): entry.config
         for registry in REGISTRIES

@@ -52,11 +52,14 @@ class Files:
 def sorted_files(paths: list[str]) -> Files:
     """Tells the files apart; a picture that links lead to by several names counts once, under its own."""
     files = Files([], [], {}, [], {})
-    pictures = []
+    pictures, kinds = [], picture_kinds()
     for path in paths:
-        if is_table(path):
+        kind = kind_of(path)
+        if kind in kinds:
+            pictures.append(path)
+        elif is_table(path):
             files.tables.append(path)
-        elif kind_of(path) in TEXT_KINDS:
+        elif kind in TEXT_KINDS:
             files.texts.setdefault(text_key(os.path.splitext(path)[0]), []).append(path)
         elif is_image(path):
             pictures.append(path)
@@ -80,7 +83,8 @@ def find_files(folder: str) -> list[str]:
     found, seen = [], {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in sorted(folders) if is_visible(name) and _is_new(parent, name, seen)]
-        found += [os.path.join(parent, name) for name in sorted(names) if is_visible(name)]
+        start = os.path.join(parent, "")
+        found += [start + name for name in sorted(names) if is_visible(name)]
     return found
 
 

@@ -1,32 +1,45 @@
 """Reads folders of images, with captions in tables, in text files, in folders' names or by default; loses no image."""
 
+import gc
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from ..errors import UserError
-from .captions import ImageRow, read_texts, table_rows
 from .faults import NO_CAPTION, NO_ROW, NO_VALUE, TWO_CAPTIONS, Faults
 from .files import TABLE_KINDS, Files, kind_of, others_by_kind, sorted_files, text_key
+from .folder_tables import ImageRow, read_texts, table_rows
 from .samples import Columns, FileReader, Samples, class_of, label_of
 from .text_tables import headers_of
 
 # kohya's name of a folder: how often each of its images is visited in a pass, and what they show.
-_REPEATS = re.compile(r"(\d{1,4})_(.+)")
+_REPEATS = re.compile(r"^(\d{1,4})_(.+)$")
 IN_TABLES, IN_TEXTS, IN_FOLDERS, BY_DEFAULT = "in tables", "in text files", "by their folders", "by default"
 
 
-@dataclass(frozen=True)
-class _Sample:
+class _Sample(NamedTuple):
     path: str
     captions: tuple[str, ...]
     label: Any
     class_: Any
 
 
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Keeps Python from going through a growing million of tuples again and again to find cycles of them."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
+
+
+@_no_search_for_cycles()
 def read_image_folder(source: str, paths: list[str], columns: Columns, faults: Faults) -> Samples:
     """Returns one sample per row of the tables, and one per image without a row.
 
@@ -124,12 +137,11 @@ class _Captions:
 
     def _sources(self, path: str, row: ImageRow | None) -> dict[str, tuple[str, ...] | None]:
         """What every place says of the image, the one that counts most first."""
-        folder = _folder_of(path)
-        named, default = _REPEATS.fullmatch(folder), self._columns.default_caption
+        default = self._columns.default_caption
         return {
             IN_TABLES: None if row is None else row.captions,
-            IN_TEXTS: self._beside(path, row),
-            IN_FOLDERS: (named[2] if named else folder,) if self._columns.from_folder else None,
+            IN_TEXTS: self._beside(path, row) if self._files.texts else None,
+            IN_FOLDERS: (_REPEATS.sub(r"\2", _folder_of(path)),) if self._columns.from_folder else None,
             BY_DEFAULT: None if default is None else (default,),
         }
 
@@ -163,14 +175,12 @@ def _notes(files: Files, samples: list[_Sample], places: Counter[str], columns: 
     notes = []
     if len(places) > 1 or any(place in places for place in (IN_FOLDERS, BY_DEFAULT)):
         notes.append(f"captions: {', '.join(f'{count} {place}' for place, count in places.items())}")
-    folders = {os.path.dirname(sample.path): _repeats(sample.path) for sample in samples}
-    for folder, repeats in folders.items():
-        if repeats != 1:
-            notes.append(_about_repeats(os.path.basename(os.path.abspath(folder)), repeats, columns.from_folder))
+    folders = dict.fromkeys(os.path.dirname(sample.path) for sample in samples)
+    repeats = {folder: _repeats(os.path.join(folder, "it")) for folder in folders}
+    notes += [_about_repeats(folder, often, columns.from_folder) for folder, often in repeats.items() if often != 1]
     if files.other_names:
         notes.append(f"{files.other_names} links lead to images that are there by another name, and count once")
-    keys = {key for path in files.images for key in (text_key(path), text_key(os.path.splitext(path)[0]))}
-    if columns.caption is not None and (alone := len(files.texts.keys() - keys)):
+    if columns.caption is not None and (alone := _texts_alone(files)):
         notes.append(f"{alone} text files are not called like an image, and are not read")
     if files.others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others_by_kind(files.others))
@@ -178,18 +188,27 @@ def _notes(files: Files, samples: list[_Sample], places: Counter[str], columns: 
     return tuple(notes)
 
 
+def _texts_alone(files: Files) -> int:
+    """How many text files belong to no image."""
+    if not files.texts:
+        return 0
+    keys = {key for path in files.images for key in (text_key(path), text_key(os.path.splitext(path)[0]))}
+    return len(files.texts.keys() - keys)
+
+
 def _about_repeats(folder: str, repeats: int, honoured: bool) -> str:
+    folder = os.path.basename(os.path.abspath(folder))
     if honoured:
         return f"each image of `{folder}` is in the data {repeats} times, as the folder's name says"
     return f"`--caption_from folder` would repeat each image of `{folder}` {repeats} times, as kohya's scripts do"
 
 
 def _as_samples(samples: Sequence[_Sample], columns: Columns, notes: tuple[str, ...]) -> Samples:
-    paths = [sample.path for sample in samples]
+    here = os.getcwd()
     return Samples(
         # Absolute paths survive a change of the working directory; names stay as the user wrote them.
-        FileReader(tuple(os.path.abspath(path) for path in paths)),
-        tuple(paths),
+        FileReader(tuple(path if os.path.isabs(path) else os.path.join(here, path) for path, *_ in samples)),
+        tuple(sample.path for sample in samples),
         tuple(sample.captions for sample in samples),
         None if columns.label is None else tuple(str(sample.label) for sample in samples),
         None if columns.class_ is None else tuple(sample.class_ for sample in samples),

@@ -115,6 +115,8 @@ def captions_of(value: Any) -> tuple[str, ...] | None:
     Raises:
         ValueError: one is not text, nor a whole number or a truth value, which a parser may have made of it.
     """
+    if isinstance(value, str):
+        return (value,)
     if value is None or value == []:
         return None
     return tuple(_as_text(text) for text in (value if isinstance(value, list | tuple) else [value]))

@@ -20,7 +20,7 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
-class Files:
+class ImageFiles:
     """Image files by their paths."""
 
     paths: Texts
@@ -29,9 +29,9 @@ class Files:
         """As `Stored.read`."""
         return read_file(self.paths[index])
 
-    def take(self, indices: Indices) -> "Files":
+    def take(self, indices: Indices) -> "ImageFiles":
         """As `Stored.take`."""
-        return Files(self.paths.take(indices))
+        return ImageFiles(self.paths.take(indices))
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ class TableRows:
 def stored(reader: Reader, count: int) -> Stored:
     """All images of a reader; the paths of files are kept without a Python object for each."""
     if isinstance(reader, FileReader):
-        return Files(Texts.of(reader.paths))
+        return ImageFiles(Texts.of(reader.paths))
     return TableRows(reader, Numbers(np.arange(count, dtype=np.int64)))

@@ -125,9 +125,9 @@ def _local_folder(
 
 def _with_texts(paths: list[str]) -> list[str]:
     """The files of a split and the text files beside them, which `datasets` leaves out."""
-    folders = dict.fromkeys(os.path.dirname(path) for path in paths)
-    beside = [os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder or "."))]
-    return [*paths, *(path for path in beside if kind_of(path) in TEXT_KINDS and path not in {*paths})]
+    folders, known = dict.fromkeys(os.path.dirname(path) for path in paths), {*paths}
+    beside = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder or ".")))
+    return [*paths, *(path for path in beside if kind_of(path) in TEXT_KINDS and path not in known)]
 
 
 def _local_files(data: DataConfig, name: str, cache_dir: str | None) -> tuple[dict[str, list[str]], bool]:

@@ -148,14 +148,14 @@ def _read_json_lines(path: str, asked: frozenset[str], refuse: Refuse) -> TextTa
             if not isinstance(values, dict):
                 refuse(number, "is not a row of names and values")
                 continue
-            columns.update(dict.fromkeys(values))
-            lines.append(Line(number, {name: values[name] for name in asked & values.keys()}))
+            if not columns.keys() >= values.keys():
+                columns.update(dict.fromkeys(values))
+            lines.append(Line(number, {name: value for name, value in values.items() if name in asked}))
     return TextTable([*columns], lines, typed=True)
 
 
-def _loads(text: str) -> Any:
-    # Numbers keep the form they are written in.
-    return json.loads(text, parse_float=str, parse_constant=str)
+# Numbers keep the form they are written in.
+_loads = json.JSONDecoder(parse_float=str, parse_constant=str).decode
 
 
 def _read_json(path: str, asked: frozenset[str], refuse: Refuse) -> TextTable:

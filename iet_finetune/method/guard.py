@@ -158,10 +158,16 @@ class Guard(SkipRule):
 
 
 def deviations_below(values: Tensor, usual: Tensor) -> Tensor:
-    """By how many robust deviations of the usual values each value is below their median."""
-    median = usual.median()
-    deviation = _ROBUST * (usual - median).abs().median()
+    """By how many robust deviations of the usual values each value is below their median; NaN is no usual value."""
+    median = _median(usual)
+    deviation = _ROBUST * _median((usual - median).abs())
     return (median - values) / deviation.clamp(min=1e-6)
+
+
+def _median(values: Tensor) -> Tensor:
+    """(1,) the lower median of what is not NaN, as `torch.nanmedian`, which on a GPU waits for the device."""
+    middle = ((~values.isnan()).sum(dim=0, keepdim=True) - 1).clamp(min=0) // 2
+    return values.sort().values.gather(0, middle)
 
 
 def _on_host(value: Any) -> Any:

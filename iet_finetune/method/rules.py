@@ -28,6 +28,8 @@ class Samples:
         target: (B, C, H, W), what the denoiser should predict; None for a whole step.
         predict: the prediction (B, C, H, W) of another network on the same noisy latents, timesteps and conditions,
             without gradient or dropout; None for a whole step.
+        noted: (B,) fp32, what `SkipRule.note` said of a whole step's samples, NaN where it said nothing; None for a
+            micro-batch.
     """
 
     loss: Tensor
@@ -37,6 +39,7 @@ class Samples:
     objective: Objective
     target: Tensor | None = None
     predict: Callable[[Network], Tensor] | None = None
+    noted: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -57,7 +60,9 @@ class Samples:
             ValueError: these are the samples of a whole step, whose latents are gone.
         """
         if self.predict is None or self.target is None:
-            raise ValueError("only `keep` and `instead` can ask for another network's losses: `update` has no latents")
+            raise ValueError(
+                "only `keep`, `note` and `instead` can ask for another network's losses: `update` has no latents"
+            )
         return per_sample_loss(self.predict(network), self.target)
 
 
@@ -155,8 +160,13 @@ class SkipRule(ABC):
         return False
 
     @classmethod
-    def doubt(cls, config: Any, objective: Objective, visits: int) -> str | None:
-        """Why the rule can hardly act in a run that shows each clone so many samples; None if it can."""
+    def doubt(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
+        """Why the rule can hardly act in a run that shows each clone so many samples; None if it can.
+
+        Args:
+            visits: of the clone that sees the fewest samples.
+            images: in that clone's shard.
+        """
         return None
 
     def begin_round(self, run: Run) -> None:  # noqa: B027 - optional
@@ -175,6 +185,14 @@ class SkipRule(ABC):
 
         Costs a second backward pass. Whether it is None must not depend on the samples: ranks that train a clone
         together must agree, as must all micro-batches of a step.
+        """
+        return None
+
+    def note(self, samples: Samples) -> Tensor | None:
+        """(B,) fp32, what `update` shall know of each sample: it finds it in `samples.noted`. None if nothing.
+
+        What takes latents, as another network's losses do, must be taken here: a whole step has none, and of a group
+        each rank sees its own samples alone.
         """
         return None
 
@@ -216,7 +234,7 @@ class AGCRule(SkipRule):
         return self.agc.threshold == 0
 
     @classmethod
-    def doubt(cls, config: Any, objective: Objective, visits: int) -> str | None:
+    def doubt(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
         """An entry of the bank knows what is usual after some 1/(1 - d) losses, and skips hardly anything before."""
         entries = config.agc_bins or objective.default_bins
         warm = 1 if config.agc_bias_correction else round(1 / (1 - config.agc_decay), 6)

@@ -43,11 +43,21 @@ class Schedule:
         num_train_epochs: int,
         merge_every_epochs: int,
         max_train_steps: int | None = None,
+        total_train_steps: int | None = None,
         merge_every_steps: int | None = None,
     ) -> "Schedule":
-        """Turns passes over a shard into its steps; what is given in steps of each clone wins."""
+        """Turns passes over a shard into its steps; what is given in steps wins.
+
+        Args:
+            max_train_steps: of each clone.
+            total_train_steps: of all clones together. As with passes, each clone has its share by the steps of a pass
+                over its shard, so that all images are visited equally often. It is rounded up: no clone is left
+                without a step, and a higher number never takes steps from a clone that has taken them already.
+        """
         passes = [-(-size // samples_per_step) for size in shard_sizes]
         total = [max_train_steps or num_train_epochs * steps for steps in passes]
+        if total_train_steps is not None:
+            total = [-(-total_train_steps * steps // sum(passes)) for steps in passes]
         merge = [merge_every_steps or merge_every_epochs * steps for steps in passes]
         return cls(shard_sizes, samples_per_step, tuple(total), tuple(merge))
 

@@ -156,7 +156,7 @@ def _public_config(path: Path, card: ModelCard) -> bytes:
 
 
 def public_flags(values: Mapping[str, Any], public: Collection[Any]) -> dict[str, Any]:
-    """The flags among `values`, in the order of `--help`, that may leave this machine.
+    """The flags among `values`, in the order of `--help-all`, that may leave this machine.
 
     Args:
         public: ids on the Hub; a base pipeline or dataset that is not among them is a folder, and left out.

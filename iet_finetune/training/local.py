@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ class SampleLosses(NamedTuple):
         keep: bool, whether a sample is kept.
         learns: bool, whether it is kept or learns something instead.
         members: int64, indices in the shard.
+        noted: fp32, what the rule wants to know of a sample after the step; NaN if nothing.
     """
 
     loss: Tensor
@@ -42,6 +44,7 @@ class SampleLosses(NamedTuple):
     keep: Tensor
     learns: Tensor
     members: Tensor
+    noted: Tensor
 
 
 class LocalTraining:
@@ -142,8 +145,8 @@ class LocalTraining:
 
     def _record(self, clone: Clone, step: Step, everyone: SampleLosses, broken: Tensor) -> None:
         self.judged = everyone
-        loss, timesteps, keep, _, members = everyone
-        samples = self._samples(loss, timesteps, members)
+        loss, timesteps, keep, _, members, noted = everyone
+        samples = replace(self._samples(loss, timesteps, members), noted=noted)
         clone.ledger.record(members, keep, loss, clone.rule.expected_loss(samples))
         clone.rule.update(samples)
         clone.meter.record(step.number, loss, samples.level(NOISE_LEVELS), keep, broken)
@@ -180,7 +183,10 @@ class LocalTraining:
             # The group averages its gradients; their sum is wanted.
             total = total * self._group.size
         (total if self._scaler is None else self._scaler.scale(total)).backward()
-        return SampleLosses(*(part[:own] for part in (seen.loss, seen.timesteps, keep, learns, seen.members)))
+        # Now that the activations are freed: another network's take their place.
+        noted = rule.note(seen) if own else None
+        noted = torch.full_like(seen.loss, torch.nan) if noted is None else noted
+        return SampleLosses(*(part[:own] for part in (seen.loss, seen.timesteps, keep, learns, seen.members, noted)))
 
     def _add_instead(self, total: Tensor) -> None:
         """Adds the gradient of what skipped samples learn instead, which the number of kept ones must not rescale."""

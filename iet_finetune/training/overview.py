@@ -41,8 +41,8 @@ def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: F
     if family.needs_captions and config.data.default_caption is None:
         yield from _doubts_of_captions(images)
     entry, settings = config.chosen(SKIP_RULES)
-    visits = min(_visits(schedule, shard) for shard in range(len(schedule.shard_sizes)))
-    doubt = entry.load().doubt(settings, family.objective, visits)
+    visits, size = min((_visits(schedule, shard), size) for shard, size in enumerate(schedule.shard_sizes))
+    doubt = entry.load().doubt(settings, family.objective, visits, size)
     if doubt is not None:
         yield doubt
 

@@ -63,7 +63,8 @@ def restore(checkpoint: Checkpoint, config: Config, data: Data, run: Run) -> Non
     if any(done > total for done, total in zip(steps, data.schedule.total_steps, strict=True)):
         raise UserError(
             f"cannot resume from {checkpoint.path}: it is {max(steps)} steps of a clone into the run, and "
-            "`--num_train_epochs` or `--max_train_steps` ask for fewer. Raise them, or choose an older one."
+            "`--num_train_epochs`, `--max_train_steps` or `--total_train_steps` ask for fewer. Raise them, or "
+            "choose an older one."
         )
 
 

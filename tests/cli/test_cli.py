@@ -162,7 +162,7 @@ def test_a_used_up_quota_is_one_line_too(capsys):
 
 @pytest.mark.parametrize("command", [SCRIPT, COMMAND], ids=["script", "command"])
 def test_the_script_and_the_command_take_the_same_flags(command):
-    shown = finish(*command, "--help")
+    shown = finish(*command, "--help-all")
     assert shown.returncode == 0
     assert "--agc_threshold" in shown.stdout
     wrong = finish(*command, "--agc_treshold", "0.5")
@@ -172,7 +172,16 @@ def test_the_script_and_the_command_take_the_same_flags(command):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["train", "--help"], ["train", "--num_shards", "0"], ["push", "--help"], ["push", "nowhere"]]
+    "argv",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--help-all"],
+        ["train", "--help-from", "kohya"],
+        ["train", "--num_shards", "0"],
+        ["push", "--help"],
+        ["push", "nowhere"],
+    ],
 )
 def test_help_and_wrong_flags_are_answered_without_torch(argv):
     code = f"""

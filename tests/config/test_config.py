@@ -18,7 +18,7 @@ SPECS = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(
 ADAPTER = [spec.name for spec in flag_specs(GROUPS["adapter"][1])]
 REFUSED = "use_dora"
 # Flags by the skip rule without which they are refused.
-OF_RULES = {rule: [spec.name for spec in flag_specs(GROUPS[rule][1])] for rule in ("agc", "guard")}
+OF_RULES = {rule: [spec.name for spec in flag_specs(GROUPS[rule][1])] for rule in ("agc", "guard", "calibrated_agc")}
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 
 
@@ -67,6 +67,8 @@ def configs(draw: st.DrawFn) -> Config:
         flags |= dict.fromkeys(("pretrained_model_name_or_path", "revision", "variant"))
     if flags.get("use_8bit_adam") and flags.get("optimizer_across_rounds") == "average":
         flags.pop("use_8bit_adam")
+    if flags.get("max_train_steps") is not None:
+        flags.pop("total_train_steps", None)
     if flags.get("merge_every_epochs") is not None:
         flags.pop("merge_every_steps", None)
     if names & set(ADAPTER):
@@ -147,7 +149,7 @@ def test_every_flag_can_be_given(name):
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
     flags |= {"stop_when": "auto"} if name == "stop_patience" else {}
-    flags |= {"skip_rule": "guard"} if name in OF_RULES["guard"] else {}
+    flags |= next(({"skip_rule": rule} for rule in ("guard", "calibrated_agc") if name in OF_RULES[rule]), {})
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])
     (owner,) = (name for name, (_, group) in GROUPS.items() if spec.name in group.__dataclass_fields__)
@@ -197,6 +199,7 @@ def test_an_outer_optimizer_goes_with_the_mean_of_matrices_only(flags):
 BELOW_ONE = {
     *("max_train_samples", "num_shards", "merge_every_epochs", "merge_every_steps", "train_batch_size"),
     *("rank", "lora_alpha", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps"),
+    "total_train_steps",
     "num_validation_images",
     *("validation_rounds", "validation_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
     *("logging_steps", "max_sequence_length"),
@@ -245,6 +248,7 @@ def test_the_ends_of_a_range_are_in_it(name, value):
     [
         {"train_data_dir": "cats", "dataset_name": "dogs"},
         {"merge_every_epochs": 1, "merge_every_steps": 1},
+        {"max_train_steps": 1, "total_train_steps": 1},
         {"shard_strategy": "stratified"},
         {"shard_by_column": "label"},
     ],
@@ -297,6 +301,48 @@ def test_an_unknown_flag_or_key_names_its_neighbour(tmp_path):
     message = message_of(Config.from_command_line, ["--config", path])
     assert message == f"unknown key `num_shard` in `--config {path}`. Did you mean `num_shards`?"
     assert "`--num_shard`" in message_of(Config.from_flags, num_shard=3)
+
+
+def test_all_unknown_flags_are_named_at_once_also_those_of_other_trainers():
+    expected = (
+        "unknown flags: `--foo`; `--num_shard` (did you mean `--num_shards`?); `--xformers` (it is not needed: "
+        "torch's own attention is used)."
+    )
+    argv = [*SOURCES, "--foo", "1", "--num_shard=3", "--xformers"]
+    assert message_of(Config.from_command_line, argv) == expected
+    assert message_of(Config.from_flags, foo=1, num_shard=3, xformers=True, seed=1) == expected
+
+
+def printed(capsys, *argv: str) -> str:
+    """What a command line that only asks for help prints."""
+    with pytest.raises(SystemExit) as stop:
+        Config.from_command_line(list(argv))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_shows_the_flags_that_matter_most_in_groups_with_one_line_each(capsys, option):
+    shown = printed(capsys, *SOURCES, option)
+    main = [spec for spec in SPECS.values() if spec.brief]
+    assert 12 <= len(main) <= 16
+    listed = [line for line in shown.splitlines() if line.startswith("  --")]
+    assert [line.split()[0] for line in listed[3:]] == [f"--{spec.name}" for spec in main]
+    for spec, line in zip(main, listed[3:], strict=True):
+        assert (spec.help if spec.brief is True else spec.brief) in line
+        assert len(line) <= 119
+    assert "\nIterative ensemble training:\n  --num_shards" in shown
+    assert "`--help-all` shows the others too" in shown
+    assert len(shown.splitlines()) <= 50
+
+
+@pytest.mark.parametrize("option", ["--help-all", "--help_all"])
+def test_help_all_shows_every_flag_with_its_help(capsys, option):
+    text = " ".join(printed(capsys, option).split())
+    for spec in SPECS.values():
+        assert f"--{spec.name} " in text.replace(",", "")
+    # argparse may break a line after a hyphen.
+    assert all(spec.help.replace(" ", "") in text.replace(" ", "") for spec in SPECS.values())
 
 
 def test_secrets_are_never_written_down():
@@ -358,8 +404,10 @@ def test_names_and_defaults_are_those_of_diffusers_text_to_image_script():
 
 
 def test_one_of_two_alternatives_on_the_command_line_unsets_the_other_in_the_file(tmp_path):
-    path = write(tmp_path, merge_every_epochs=3, dataset_name="me/cats")
-    config = Config.from_command_line([*SOURCES, "--config", path, "--merge_every_steps", "10"])
+    path = write(tmp_path, merge_every_epochs=3, dataset_name="me/cats", max_train_steps=7)
+    argv = [*SOURCES, "--config", path, "--merge_every_steps", "10", "--total_train_steps", "9"]
+    config = Config.from_command_line(argv)
+    assert (config.training.max_train_steps, config.training.total_train_steps) == (None, 9)
     assert config.ensemble.merge_every_steps == 10
     assert config.ensemble.merge_every_epochs is None
     assert config.data.dataset_name is None

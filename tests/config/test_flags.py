@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iet_finetune.config.flags import (
-    FlagSpec,
-    build_parser,
-    convert,
-    flag,
-    flag_specs,
-    nearest,
-    parse_arguments,
-)
+from iet_finetune.config.command_line import build_parser, parse_arguments
+from iet_finetune.config.flags import FlagSpec, convert, flag, flag_specs, nearest
 from iet_finetune.config.recipes import read_yaml
 from iet_finetune.errors import UserError, one_line
 
@@ -31,6 +24,7 @@ class Oven:
     hours: float = flag(1.5, "How long.", resume="other")
     minutes: int | None = flag(None, "How long, instead of hours.", resume="other")
     fan: bool = flag(False, "Whether the fan runs.", resume="other")
+    light: bool = flag(True, "Whether it is lit.", resume="other")
     dish: str = flag("bread", "What is in it.", resume="other", scope="public")
     cook: str | None = flag(None, "Who put it there.", resume="other", scope="local")
     heat: str = flag("top", "Where the heat is.", choices=("top", "bottom"), resume="fixed")
@@ -202,6 +196,30 @@ def test_a_negative_number_is_a_value_and_not_a_flag(argv):
     assert parse(*argv) == {"degrees": "-5"}
 
 
+@pytest.mark.parametrize("value", ["true", "True", "yes", "1", "false", "no", "0", "NO"])
+def test_a_switch_may_have_a_value_after_an_equals_sign(value):
+    assert parse(f"--fan={value}") == {"fan": value.lower() in ("true", "yes", "1")}
+
+
+def test_a_value_that_looks_like_a_switch_with_a_value_stays_as_it_is():
+    assert parse("--dish=--fan=true", "--guests", "fan=true") == {"dish": "--fan=true", "guests": ["fan=true"]}
+
+
+def test_all_unknown_flags_are_named_at_once_each_with_its_neighbour():
+    message = message_of(parse, "--degree", "200", "--xyzzy=1", "--fan", "--guets", "Ada", "Bo", "--xyzzy", "2")
+    assert message == (
+        "unknown flags: `--degree` (did you mean `--degrees`?); `--xyzzy`; `--guets` (did you mean `--guests`?)."
+    )
+
+
+def test_flags_of_other_trainers_are_only_spoken_of_in_a_run():
+    argv = ["--network_dim", "8"]
+    parser = build_parser("Bake.", {"Oven": Oven})
+    assert message_of(parse, *argv) == "unknown flag `--network_dim`."
+    said = message_of(lambda: parse_arguments(parser, argv, list(SPECS), others_too=True))
+    assert said == "unknown flag `--network_dim`. It is `--rank` here: together with `--use_lora`."
+
+
 def test_an_unknown_flag_names_its_neighbour():
     assert message_of(parse, "--degree", "200") == "unknown flag `--degree`. Did you mean `--degrees`?"
     assert message_of(parse, "--no_fans") == "unknown flag `--no_fans`. Did you mean `--fan`?"
@@ -213,8 +231,10 @@ def test_an_unknown_flag_names_its_neighbour():
     [
         (["--degrees"], "--degrees"),
         (["--guests"], "--guests"),
-        (["--fan=yes"], "--fan"),
-        (["--fan", "yes"], "'yes'"),
+        (["--fan=maybe"], "`--fan` is a switch: it takes true or false (or yes, no, 1, 0), not 'maybe'."),
+        (["--fan="], "`--fan` is a switch"),
+        (["--no_fan=false"], "--no_fan"),
+        (["--fan", "yes"], "'yes': every value follows a flag, that of a switch after an equals sign"),
         (["bread"], "'bread'"),
         (["-d", "5"], "'-d'"),
     ],
@@ -237,6 +257,8 @@ def test_help_shows_every_flag_with_its_text_and_default():
         assert f"--{spec.name}" in text
         assert spec.help in text
     assert "(default: 180)" in text
+    assert "--fan Whether the fan runs. (default: off)" in text
+    assert "--light, --no_light Whether it is lit. (default: on)" in text
     assert "{top,bottom}" in text
 
 
@@ -282,6 +304,14 @@ def test_a_yaml_file_with_anything_else_is_refused_by_name(tmp_path, text, culpr
     message = message_of(read_yaml, path, list(SPECS))
     assert culprit in message
     assert f"`--config {path}`" in message
+
+
+def test_all_unknown_keys_are_named_at_once(tmp_path):
+    path = write(tmp_path, "degree: 200\nfan: true\nxformers: true\nxyzzy: 1\n")
+    assert message_of(read_yaml, path, list(SPECS)) == (
+        f"unknown keys in `--config {path}`: `degree` (did you mean `degrees`?); `xformers` (it is not needed: "
+        "torch's own attention is used); `xyzzy`."
+    )
 
 
 def test_an_unknown_key_names_its_neighbour(tmp_path):

@@ -71,10 +71,10 @@ def test_a_rule_of_each_kind_can_be_registered():
 def test_its_flags_are_in_help_under_a_title_of_their_own(rule):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
-        Config.from_command_line(["--help"])
+        Config.from_command_line(["--help-all"])
     text = " ".join(shown.getvalue().split())
     assert "Skip rule reference: --reference_share FLOAT Skip below this share. (default: 0.8)" in text
-    assert "--skip_rule {agc,guard,reference}" in text
+    assert "--skip_rule {agc,guard,calibrated_agc,reference}" in text
 
 
 def test_its_flags_are_keys_of_yaml_files_and_come_back(rule, tmp_path):
@@ -132,7 +132,10 @@ def test_a_checkpoint_from_before_a_flag_was_made_with_its_default(rule):
             {"skip_rule": "reference", "agc_decay": 0.5},
             "`--agc_decay 0.5` does nothing with `--skip_rule reference`: leave it out.",
         ),
-        ({"skip_rule": "refrence"}, "`--skip_rule` must be one of agc, guard, reference, not 'refrence'."),
+        (
+            {"skip_rule": "refrence"},
+            "`--skip_rule` must be one of agc, guard, calibrated_agc, reference, not 'refrence'.",
+        ),
     ],
 )
 def test_a_flag_of_a_rule_that_is_not_chosen_is_refused(rule, flags, message):
@@ -160,7 +163,7 @@ def test_a_flag_without_facts_is_refused_where_its_rule_is_registered():
     group = make_dataclass("Group", [("warmth", int, flag(3, "How warm."))], frozen=True)
     with pytest.raises(TypeError, match="the flag `Group.warmth` must declare resume="):
         register_skip_rule("warm", group)(object)
-    assert SKIP_RULES.names() == ("agc", "guard")
+    assert SKIP_RULES.names() == ("agc", "guard", "calibrated_agc")
 
 
 @pytest.mark.parametrize("name", ["agc", "reference"])

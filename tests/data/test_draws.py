@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iet_finetune.data.columnar import Digests
-from iet_finetune.data.draws import draw_held_out, draw_subset
+from iet_finetune.data.draws import _priorities, draw_held_out, draw_subset
 from iet_finetune.errors import UserError
 
 SEEDS = st.integers(0, 2**32) | st.integers(0, 2**130)
@@ -31,6 +31,12 @@ def repeated(draw):
     """Contents, some of which stand several times."""
     distinct = draw(st.lists(CONTENTS, min_size=1, max_size=12, unique=True))
     return draw(st.lists(st.sampled_from(distinct), min_size=1, max_size=30))
+
+
+@given(st.lists(st.tuples(CONTENTS, st.integers(0, 2**32 - 1)), max_size=20), SEEDS, st.integers(1, 2))
+def test_priorities_are_those_of_numpy(pairs, seed, purpose):
+    found = _priorities(of(content for content, _ in pairs), [number for _, number in pairs], seed, purpose)
+    assert list(map(tuple, found.tolist())) == [priority(seed, purpose, content, number) for content, number in pairs]
 
 
 @given(repeated(), SEEDS, st.floats(0, 1, exclude_max=True))

@@ -32,6 +32,13 @@ def test_metadata_may_be_csv_or_parquet(tmp_path, name):
     assert load_all(tmp_path).captions == (("two, too",), ("one",))
 
 
+def test_a_column_of_file_names_may_be_called_as_datasets_calls_it(tmp_path):
+    rows = [{"img_file_name": "b.png", "text": "two"}, {"img_file_name": "a.png", "text": "one"}]
+    write_folder(tmp_path, {"a.png": 1, "b.png": 2}, rows)
+    assert load_all(tmp_path, image_column="img").captions == (("two",), ("one",))
+    assert "has no column `file_name`" in refusal(tmp_path)
+
+
 def test_a_caption_may_be_a_list_of_which_one_is_drawn(tmp_path):
     rows = [{"file_name": "a.png", "text": ["one", "uno"]}, {"file_name": "b.png", "text": ["two"]}]
     images = load_all(write_folder(tmp_path, {"a.png": 1, "b.png": 2}, rows))

@@ -116,7 +116,7 @@ def test_the_program_is_shorter_than_forty_lines():
 
 
 def test_its_flag_is_in_the_help_of_the_program_and_of_no_other(program):
-    (ended,) = run_program(program, 1, ["--help"])
+    (ended,) = run_program(program, 1, ["--help-all"])
     assert ended.code == 0
     assert "--reference_share" in ended.stderr
     assert "reference_share" not in flag_names()

@@ -259,7 +259,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no training images": ({"train_data_dir": None}, ["`--train_data_dir FOLDER` or `--dataset_name NAME`"]),
     "no such training images": ({"train_data_dir": "none"}, ["`--train_data_dir none` is not a folder"]),
     "no such held-out images": ({"holdout_data_dir": "none"}, ["`--holdout_data_dir none` is not a folder"]),
-    "held-out images without captions": ({"holdout_data_dir": "bare"}, ["`--holdout_data_dir bare` has no captions"]),
+    "held-out images without captions": (
+        {"holdout_data_dir": "bare"},
+        ["`--holdout_data_dir bare`: ", " no caption (`", "`--default_caption TEXT`"],
+    ),
     "a number of given images": (
         {"generated_dir": "bare"},
         ["`--num_images 5` does nothing with `--generated_dir`"],

@@ -133,6 +133,15 @@ def used(folder: Path) -> dict[str, Any]:
 
 FLAGS = {
     "an unknown flag": (changed(num_shard=2), ["`--num_shard`", "Did you mean `--num_shards`?"]),
+    "several unknown flags": (
+        changed(num_shard=2, network_dim=8, enable_bucket=True, foo=1),
+        ["`--num_shard` (did you", "`--network_dim` (it is `--rank` here", "`--enable_bucket` (it is not", "`--foo`."],
+    ),
+    "a switch with another value": (changed(**{"use_ema=maybe": True}), ["`--use_ema` is a switch", "'maybe'"]),
+    "steps in two ways": (
+        changed(max_train_steps=2, total_train_steps=6),
+        ["`--max_train_steps` (of each clone) and `--total_train_steps` (of all) cannot both be given"],
+    ),
     "a word without a flag": (changed(train_batch_size=["2", "4"]), ["unexpected argument '4'"]),
     "a wrong type": (changed(num_shards="many"), ["`--num_shards` must be of type int, not 'many'"]),
     "a number that is not finite": (changed(learning_rate="nan"), ["`--learning_rate` must be a finite number"]),
@@ -158,6 +167,10 @@ FLAGS = {
     "outer momentum and exact merging": (lora(outer_momentum=0.9), ["`--outer_momentum 0.9`", "`--lora_merge exact`"]),
     "an unknown merge": (lora(lora_merge="mean"), ["`--lora_merge`", "exact, average, freeze_a", "'mean'"]),
     "an unknown YAML key": (yaml_file("num_shard: 2"), ["`num_shard`", "run.yaml", "Did you mean `num_shards`?"]),
+    "several unknown YAML keys": (
+        yaml_file("num_shard: 2\nlora_rank: 4\nfoo: 1"),
+        ["unknown keys in", "run.yaml", "`num_shard` (did you", "`lora_rank` (it is `--rank` here", "`foo`."],
+    ),
     "a wrong type in YAML": (yaml_file("seed: [1, 2]"), ["`seed` in `--config", "run.yaml", "must be of type int"]),
     "a YAML file that is missing": (changed(config="nowhere.yaml"), ["`--config nowhere.yaml` cannot be read"]),
     "a file that is not YAML": (yaml_file("seed: [1"), ["run.yaml` is not valid YAML"]),

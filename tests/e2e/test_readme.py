@@ -15,6 +15,7 @@ from torch.distributed.run import get_args_parser
 from iet_finetune import Config
 from iet_finetune.cli.doctor_command import doctor_parser
 from iet_finetune.config.config import flag_names
+from iet_finetune.config.foreign import TRAINERS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -116,9 +117,11 @@ def test_a_command_has_only_flags_that_its_launcher_and_the_script_know(command,
 @pytest.mark.parametrize("text", [README, *PAGES.values()], ids=["README", *PAGES])
 def test_every_flag_named_in_a_text_exists(text):
     negated = {f"no_{name}" for name, default in Config().to_flags().items() if isinstance(default, bool)}
+    # The page about other trainers names their flags; tests/config/test_foreign.py looks at what it says of them.
+    foreign = {name for trainer in TRAINERS.values() for name in trainer.flags} if text == PAGES["coming-from"] else ()
     declared = re.findall(r"^ +(\w+): \w+ = flag\(", text, flags=re.MULTILINE)  # by a page's own program
     for name in re.findall(r"`--(\w+)", text):
-        assert name in {*flag_names(), *negated, *OTHER_FLAGS, *declared, "config", "help"}, name
+        assert name in {*flag_names(), *negated, *OTHER_FLAGS, *declared, *foreign, "config", "help"}, name
 
 
 def test_the_defaults_in_the_table_of_flags_are_those_of_the_flags():

@@ -71,7 +71,7 @@ def test_samples_know_their_images_their_noise_level_and_what_another_network_lo
 
 
 def test_a_whole_step_says_that_its_latents_are_gone():
-    with pytest.raises(ValueError, match="only `keep` and `instead`"):
+    with pytest.raises(ValueError, match="only `keep`, `note` and `instead`"):
         samples([1.0], [0]).loss_of(lambda latents: latents)
 
 
@@ -85,5 +85,6 @@ def test_a_rule_need_only_decide():
     rule.update(seen)
     rule.load_state_dict(rule.state_dict())
     assert rule.instead(seen) is None
+    assert rule.note(seen) is None
     assert rule.expected_loss(seen).isnan().all()
     assert not rule.is_off

@@ -1,5 +1,8 @@
 """Steps cover every pass exactly, and rounds cover every step exactly."""
 
+import math
+from fractions import Fraction
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +19,7 @@ def plan(sizes, training, merge_every_epochs=DEFAULT_MERGE_EPOCHS, merge_every_s
         training.train_batch_size * training.gradient_accumulation_steps,
         num_train_epochs=training.num_train_epochs,
         max_train_steps=training.max_train_steps,
+        total_train_steps=training.total_train_steps,
         merge_every_epochs=merge_every_epochs,
         merge_every_steps=merge_every_steps,
     )
@@ -79,6 +83,28 @@ def test_the_clones_merge_every_five_passes_unless_told_otherwise():
     assert schedule.remaining_rounds([10, 7]) == 3
     assert schedule.remaining_rounds([24, 36]) == 0
     assert schedule.round_end(0, 10) == 20
+
+
+@given(sizes, count, st.integers(1, 500))
+def test_steps_of_all_clones_are_shared_out_by_the_steps_of_a_pass(sizes, batch, total):
+    of_each = plan(sizes, TrainingConfig(train_batch_size=batch, total_train_steps=total)).total_steps
+    assert total <= sum(of_each) < total + len(sizes)
+    passes = [math.ceil(size / batch) for size in sizes]
+    for steps, a_pass in zip(of_each, passes, strict=True):
+        assert steps == math.ceil(Fraction(total * a_pass, sum(passes)))
+    # A longer run is one of more steps for every clone, so that it may go on from a checkpoint of the shorter one.
+    longer = plan(sizes, TrainingConfig(train_batch_size=batch, total_train_steps=total + 1)).total_steps
+    assert all(later >= before for before, later in zip(of_each, longer, strict=True))
+
+
+def test_equal_shards_have_equal_parts_of_the_steps_of_all_clones():
+    assert plan((10, 10, 10), TrainingConfig(train_batch_size=5, total_train_steps=100)).total_steps == (34, 34, 34)
+    assert plan((10,), TrainingConfig(train_batch_size=5, total_train_steps=100)).total_steps == (100,)
+
+
+def test_so_many_passes_and_their_steps_of_all_clones_are_the_same_run():
+    passes = plan((10, 11), TrainingConfig(train_batch_size=5, num_train_epochs=12))
+    assert plan((10, 11), TrainingConfig(train_batch_size=5, total_train_steps=sum(passes.total_steps))) == passes
 
 
 def test_a_run_made_longer_after_a_short_last_round_goes_on_to_the_next_multiple():

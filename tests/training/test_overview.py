@@ -133,7 +133,7 @@ def test_fewer_bins_let_agc_act_as_the_warning_says():
 
     config = Config.from_flags(pretrained_model_name_or_path="x", train_data_dir="y", agc_bins=200)
     entry, settings = config.chosen(SKIP_RULES)
-    assert "`--agc_bins 10`" in entry.load().doubt(settings, None, 200)
+    assert "`--agc_bins 10`" in entry.load().doubt(settings, None, 200, 4)
     assert skipped(200, 200) == 0
     assert skipped(10, 200) > 20
 

@@ -105,6 +105,18 @@ def test_a_finished_run_resumed_changes_nothing_and_can_be_made_longer(world, tm
     assert json.loads(lines[-1])["step"] == 36
 
 
+def test_steps_of_all_clones_instead_of_passes_are_the_same_run_and_resume_as_it_does(world, tmp_path):
+    output = tmp_path / "out"
+    same = {"resume_from_checkpoint": "latest", "total_train_steps": 30}
+    run_until(config(world, output, **same), 14)
+    Trainer(config(world, output, **same)).train()
+    assert_same_outcome(output, world / "whole")
+    Trainer(config(world, output, **{**same, "total_train_steps": 32})).train()
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 33
+    with pytest.raises(UserError, match="`--total_train_steps` ask for fewer"):
+        Trainer(config(world, output, **same))
+
+
 def test_an_older_checkpoint_can_be_chosen_and_later_ones_give_way(world, tmp_path):
     output = tmp_path / "out"
     run_until(config(world, output, checkpoints_total_limit=None), 14)

@@ -7,6 +7,7 @@ from .inputs import ModelConfig as ModelConfig
 from .method import DEFAULT_MERGE_EPOCHS as DEFAULT_MERGE_EPOCHS
 from .method import AdapterConfig as AdapterConfig
 from .method import AGCConfig as AGCConfig
+from .method import CalibratedConfig as CalibratedConfig
 from .method import EnsembleConfig as EnsembleConfig
 from .method import GuardConfig as GuardConfig
 from .results import AuditConfig as AuditConfig

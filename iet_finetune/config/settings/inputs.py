@@ -19,6 +19,7 @@ class ModelConfig:
         "Hub id or folder of the diffusers pipeline to fine-tune.",
         scope="named",
         names=("pipeline",),
+        brief=True,
         audit="run",
         audit_help="Hub id or folder of the pipeline that a LoRA file is for.",
     )
@@ -78,6 +79,7 @@ class DataConfig:
         "Folder of images, with captions in metadata.jsonl or .csv, or in a text file beside each.",
         scope="local",
         names=("dataset",),
+        brief="Folder of images, with captions in a table or in text files.",
         audit="run",
     )
     dataset_name: str | None = other(
@@ -86,6 +88,7 @@ class DataConfig:
         scope="named",
         names=("dataset",),
         instead_of="train_data_dir",
+        brief="Instead, a dataset on the Hub, or a folder that `datasets` reads.",
         audit="run",
     )
     dataset_config_name: str | None = other(
@@ -154,6 +157,7 @@ class DataConfig:
     resolution: int = fixed(
         512,
         "Side of the square training images in pixels.",
+        brief=True,
         audit="recorded",
         audit_help="Side of the square images in pixels; by default that of training, else that of the pipeline.",
     )

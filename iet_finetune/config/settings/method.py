@@ -14,10 +14,15 @@ class EnsembleConfig:
     """Iterative ensemble training: how the data is split, and when and how the clones are merged."""
 
     num_shards: int = fixed(
-        4, "K: how many shards the data is split into, each with its own clone. 1 is plain training."
+        4,
+        "K: how many shards the data is split into, each with its own clone. 1 is plain training.",
+        brief="Shards of the data, each with its own clone; 1: plain training.",
     )
     merge_every_epochs: int | None = fixed(
-        None, "Passes of each clone between two merges (5 if neither is given).", smoke=None
+        None,
+        "Passes of each clone between two merges (5 if neither is given).",
+        smoke=None,
+        brief="Passes of each clone over its shard between two merges; 5 if not given.",
     )
     merge_every_steps: int | None = fixed(
         None, "Steps of each clone between two merges, instead of passes.", smoke=1, instead_of="merge_every_epochs"
@@ -67,7 +72,11 @@ class EnsembleConfig:
 class AdapterConfig:
     """Training a LoRA adapter (arXiv 2106.09685) instead of the whole denoiser."""
 
-    use_lora: bool = fixed(False, "Train a LoRA adapter on the frozen denoiser.")
+    use_lora: bool = fixed(
+        False,
+        "Train a LoRA adapter on the frozen denoiser.",
+        brief="Train a LoRA adapter, of rank `--rank`, on the frozen denoiser.",
+    )
     rank: int = fixed(4, "r, the rank of the adapter's matrices.")
     lora_alpha: int | None = fixed(None, "The adapter's update is multiplied by alpha / r; alpha = r if not given.")
     lora_dropout: float = free(0.0, "Dropout before the adapter's matrices.")
@@ -174,3 +183,38 @@ class GuardConfig:
 
 
 SKIP_RULES.entries["guard"] = Entry("guard", "iet_finetune.method.guard:Guard", GuardConfig)
+
+
+@dataclass(frozen=True)
+class CalibratedConfig:
+    """Calibrated AGC: images are skipped whose losses have fallen further below the base model's than others'."""
+
+    calibrated_tau: float = fixed(
+        1.0, "An image is skipped whose loss has fallen so many robust deviations further than its shard's images'."
+    )
+    calibrated_decay: float = fixed(0.8, "d: how slowly an image's mean over its visits forgets.")
+    calibrated_visits: int = fixed(3, "Visits at little noise before an image is judged and judges others.")
+    calibrated_cap: float = fixed(0.25, "Share of a shard's images that may be skipped at once, at most.")
+    calibrated_below: float = fixed(
+        0.3, "Losses are compared, and images skipped, at lower noise levels than this; above it they go on teaching."
+    )
+    calibrated_every: int = fixed(
+        1, "Compare in every so-many-th pass alone; comparing takes a third of the time of a step."
+    )
+
+    def __post_init__(self) -> None:
+        require(self.calibrated_tau > 0, f"`--calibrated_tau` must be above 0, not {self.calibrated_tau}.")
+        require(
+            0 <= self.calibrated_decay < 1, f"`--calibrated_decay` must be in [0, 1), not {self.calibrated_decay}."
+        )
+        at_least_one("calibrated_visits", self.calibrated_visits)
+        require(0 < self.calibrated_cap <= 1, f"`--calibrated_cap` must be in (0, 1], not {self.calibrated_cap}.")
+        require(
+            0 < self.calibrated_below <= 1, f"`--calibrated_below` must be in (0, 1], not {self.calibrated_below}."
+        )
+        at_least_one("calibrated_every", self.calibrated_every)
+
+
+SKIP_RULES.entries["calibrated_agc"] = Entry(
+    "calibrated_agc", "iet_finetune.method.calibrated:CalibratedAGC", CalibratedConfig
+)

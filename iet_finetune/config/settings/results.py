@@ -11,7 +11,10 @@ class ValidationConfig:
     """Images drawn during training, always from the same prompts and seeds."""
 
     validation_prompts: tuple[str, ...] = other(
-        (), "Prompts (or names of classes) drawn before training and after rounds.", scope="public"
+        (),
+        "Prompts (or names of classes) drawn before training and after rounds.",
+        scope="public",
+        brief=True,
     )
     num_validation_images: int = other(4, "Images a prompt.", smoke=1)
     validation_rounds: int = other(
@@ -109,6 +112,7 @@ class CheckpointConfig:
         'Checkpoint folder to go on from, or "latest" (which starts anew if there is none).',
         scope="local",
         per_machine=False,
+        brief='"latest": go on from the last checkpoint, if there is one.',
     )
 
     def __post_init__(self) -> None:

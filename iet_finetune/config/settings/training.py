@@ -16,6 +16,7 @@ class TrainingConfig:
     output_dir: str = other(
         "sd-model-finetuned",
         "Where the pipeline, checkpoints and records are written.",
+        brief="Where the result is written.",
         scope="local",
         audit="given",
         audit_help="Where the audit and its images are written; by default `audit` in the folder of the model.",
@@ -26,16 +27,24 @@ class TrainingConfig:
         audit="recorded",
         audit_help="Seed of the images and of every other draw; by default that of training.",
     )
-    train_batch_size: int = fixed(16, "Images in a micro-batch of one clone.", smoke=2)
+    train_batch_size: int = fixed(16, "Images in a micro-batch of one clone.", smoke=2, brief=True)
     gradient_accumulation_steps: int = fixed(1, "Micro-batches in a step.", smoke=1)
-    num_train_epochs: int = free(100, "Passes over the whole data.")
+    num_train_epochs: int = free(100, "Passes over the whole data.", brief=True)
     max_train_steps: int | None = free(None, "Steps of each clone; overrides `--num_train_epochs`.", smoke=2)
+    total_train_steps: int | None = free(
+        None,
+        "Steps of all clones together, shared out so that all images are visited equally often, and rounded up for "
+        "each clone; instead of `--max_train_steps`.",
+        smoke=None,
+        instead_of="max_train_steps",
+    )
     gradient_checkpointing: bool = free(False, "Recompute activations in the backward pass to save memory.")
     mixed_precision: str | None = free(
         None,
         "Precision of the denoiser's forward pass; Accelerate's setting if not given.",
         choices=("no", "fp16", "bf16"),
         smoke="no",
+        brief="Precision of the forward pass; bf16 on newer GPUs.",
         audit="given",
         audit_help="Precision in which the pipeline runs; by default fp32.",
     )
@@ -52,7 +61,8 @@ class TrainingConfig:
     skip_rule: str = fixed(
         "agc",
         "Which samples of a step give no gradient. agc: those with a low loss, anti-gradient control. guard: those of "
-        "images whose loss has fallen below that of held-out images.",
+        "images whose loss has fallen below that of held-out images. calibrated_agc: those of images whose loss has "
+        "fallen further below the base model's than other images'.",
         choices=SKIP_RULES.names,
     )
     stop_when: str = fixed(
@@ -89,6 +99,7 @@ class TrainingConfig:
         "rounds; the result is in the folder `OUTPUT_DIR-smoke`.",
         names=("pipeline", "dataset"),
         smoke=False,
+        brief="Try it in seconds, on a tiny random model and made-up images.",
     )
     ddp_timeout: int = other(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
 
@@ -99,9 +110,14 @@ class TrainingConfig:
             "gradient_accumulation_steps",
             "num_train_epochs",
             "max_train_steps",
+            "total_train_steps",
             "stop_patience",
         ):
             at_least_one(name, getattr(self, name))
+        require(
+            self.max_train_steps is None or self.total_train_steps is None,
+            "`--max_train_steps` (of each clone) and `--total_train_steps` (of all) cannot both be given: choose one.",
+        )
         require(
             self.stop_when == "auto" or self.stop_patience == TrainingConfig.stop_patience,
             f"`--stop_patience {self.stop_patience}` does nothing without `--stop_when auto`: give both.",
@@ -117,7 +133,7 @@ class TrainingConfig:
 class OptimizerConfig:
     """AdamW, its learning rate, and the moving average of the weights."""
 
-    learning_rate: float = free(1e-4, "Learning rate after warm-up.")
+    learning_rate: float = free(1e-4, "Learning rate after warm-up.", brief=True)
     scale_lr: bool = free(False, "Multiply the learning rate by batch size and accumulation steps.")
     lr_scheduler: str = free("constant", "Learning-rate schedule over a clone's steps.", choices=SCHEDULES)
     lr_warmup_steps: int = free(500, "Steps of a clone over which the learning rate rises from 0.", smoke=0)

@@ -23,24 +23,32 @@ class ImageRow(NamedTuple):
 
     Attributes:
         path: of the image, as it is known.
-        table, named: the path of the table, and how it names the image.
-        where: the line and the table, for errors.
+        table, line, named: the path of the table, the number of the line or row, and how it names the image.
         captions: texts; None if the row has none, or none are asked for.
         label, class_: the values of `--shard_by_column` and `--class_column`; None if not asked for.
     """
 
     path: str
     table: str
+    line: int
     named: str
-    where: str
     captions: tuple[str, ...] | None
     label: Any
     class_: Any
 
     @property
+    def where(self) -> str:
+        """The row in errors."""
+        return _where(self.table, self.line)
+
+    @property
     def words(self) -> str:
         """The row, and what it is of, in errors."""
         return f"{self.where} (`{self.named}`)"
+
+
+def _where(table: str, line: int) -> str:
+    return f"{'row' if table.endswith('.parquet') else 'line'} {line} of `{os.path.basename(table)}`"
 
 
 def table_rows(files: Files, columns: Columns, faults: Faults) -> list[ImageRow]:
@@ -68,29 +76,39 @@ def _rows_of(
     file_column, caption_column = _file_column(path, table, columns), columns.captions_in(table.columns)
     _check_columns(path, table, columns, file_column, None if captions_elsewhere else caption_column)
     numbers = not table.typed and _all_whole_numbers(table.lines, columns.class_)
-    for line in table.lines:
-        where = f"{'row' if path.endswith('.parquet') else 'line'} {line.number} of `{name}`"
-        named = line.values.get(file_column)
+    for number, values in table.lines:
+        named = values.get(file_column)
         if not isinstance(named, str) or not named.strip():
-            faults.add(BAD_ROW, f"{where} names no image file")
+            faults.add(BAD_ROW, f"{_where(path, number)} names no image file")
             continue
         image = finder.find(folder, named.strip())
         if image is None:
-            faults.add(MISSING, f"`{named}` in {where}{finder.alike(named)}")
+            faults.add(MISSING, f"`{named}` in {_where(path, number)}{finder.alike(named)}")
             continue
-        try:
-            captions = None if caption_column is None else captions_of(line.values.get(caption_column))
-        except ValueError as error:
-            faults.add(BAD_ROW, f"{where} (`{named}`) {error} in `--caption_column {caption_column}`")
-            captions = ("",)
-        class_ = line.values.get(columns.class_) if columns.class_ else None
-        label = line.values.get(columns.label) if columns.label else None
-        yield ImageRow(image, path, named.strip(), where, captions, label, int(str(class_)) if numbers else class_)
+        captions = None
+        if caption_column is not None:
+            try:
+                captions = captions_of(values.get(caption_column))
+            except ValueError as error:
+                where = f"{_where(path, number)} (`{named}`)"
+                faults.add(BAD_ROW, f"{where} {error} in `--caption_column {caption_column}`")
+                captions = ("",)
+        class_ = values.get(columns.class_) if columns.class_ else None
+        label = values.get(columns.label) if columns.label else None
+        yield ImageRow(image, path, number, named.strip(), captions, label, int(str(class_)) if numbers else class_)
 
 
 def _asked(columns: Columns) -> set[str]:
     synonyms = CAPTION_COLUMNS if columns.caption == CAPTION_COLUMNS[0] else ()
-    return {columns.image, *FILE_COLUMNS, *columns.named, *synonyms}
+    return {columns.image, *_file_columns(columns), *columns.named, *synonyms}
+
+
+def _file_columns(columns: Columns) -> list[str]:
+    """What a column of file names may be called, the most telling name first.
+
+    `datasets` makes of a column `NAME_file_name` images called NAME.
+    """
+    return [FILE_COLUMNS[0], columns.image, f"{columns.image}_{FILE_COLUMNS[0]}", *FILE_COLUMNS[1:]]
 
 
 def _refusing(path: str, faults: Faults) -> Any:
@@ -101,7 +119,7 @@ def _file_column(path: str, table: TextTable, columns: Columns) -> str:
     """The column of file names; the first of all if no row could be read."""
     if not table.columns:
         return FILE_COLUMNS[0]
-    named = [name for name in (FILE_COLUMNS[0], columns.image, *FILE_COLUMNS[1:]) if name in table.columns]
+    named = [name for name in _file_columns(columns) if name in table.columns]
     if not named:
         raise UserError(
             f"`{path}` has no column `file_name`, which names the images; it has: {', '.join(table.columns)}. "
@@ -115,11 +133,13 @@ def _check_columns(
 ) -> None:
     if not table.columns:
         return
-    # As in `datasets`, the images are a column called `image`.
-    present = ["image", *(name for name in table.columns if name != file_column)]
+    # As in `datasets`, the images are a column called `image`, or what stands before `_file_name`.
+    ending = f"_{FILE_COLUMNS[0]}"
+    images = file_column.removesuffix(ending) if file_column.endswith(ending) else "image"
+    present = [images, *(name for name in table.columns if name != file_column)]
     if columns.image != file_column and columns.image not in present:
         columns.check(present, f"`{path}`")
-    Columns("image", caption_column, columns.label, columns.class_).check(present, f"`{path}`")
+    Columns(images, caption_column, columns.label, columns.class_).check(present, f"`{path}`")
 
 
 def _all_whole_numbers(lines: Iterable[Line], column: str | None) -> bool:
@@ -129,6 +149,9 @@ def _all_whole_numbers(lines: Iterable[Line], column: str | None) -> bool:
 
 def _once(rows: Sequence[ImageRow], faults: Faults) -> Iterator[ImageRow]:
     """Leaves out rows that reach an image by another table or name than its first row, if they say the same."""
+    if len({row.path for row in rows}) == len(rows):
+        yield from rows
+        return
     first: dict[str, tuple[str, str]] = {}
     said: dict[tuple[str, tuple[str, str]], list[Any]] = {}
     for row in rows:
@@ -163,16 +186,19 @@ class _Finder:
 
         Names may differ in their Unicode normalisation, begin with the folder's own name, or have backslashes.
         """
+        kept = self._kept.get(os.path.normpath(os.path.join(folder, name)))
+        return kept if kept is not None else self._find_otherwise(folder, name)
+
+    def _find_otherwise(self, folder: str, name: str) -> str | None:
         own, here = os.path.basename(os.path.abspath(folder)), name.replace("\\", "/")
-        inside = here.removeprefix("./").partition("/")
-        for each in (name, here, inside[2] if inside[0] == own else ""):
+        first, _, inside = here.removeprefix("./").partition("/")
+        for each in (name, here, *([inside] if first == own and inside else [])):
             path = os.path.normpath(os.path.join(folder, each))
-            if each and path in self._kept:
-                return self._kept[path]
-            if each and (path := self._by_normal_form.get(_normal(path), path)) in self._kept:
+            path = self._by_normal_form.get(_normal(path), path)
+            if path in self._kept:
                 return self._kept[path]
             # It may lie outside of the folder that is trained on, or be reached by a link that leads back into it.
-            if each and os.path.isfile(path):
+            if os.path.isfile(path):
                 return self._by_real_path.get(os.path.realpath(path), path)
         return None
 
