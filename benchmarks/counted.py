@@ -25,7 +25,7 @@ from iet_finetune.errors import UserError
 from iet_finetune.families.scratch import read_recipe
 from iet_finetune.method.schedule import Schedule
 from iet_finetune.method.sharding import shard_indices
-from iet_finetune.training.assembly import need_of_run
+from iet_finetune.training.needs import need_of_run
 
 GB = 10**9
 # The denoisers of pretrained pipelines, as their unet/config.json says, where that differs from diffusers' defaults.

@@ -4,8 +4,9 @@
     python benchmarks/same_bits.py record after.json     # in the tree as it is
     python benchmarks/same_bits.py compare before.json after.json
 
-A record holds a hash of every tensor that a run saved, its `metrics.jsonl` line by line, its ledger row by row, and
-the metrics of an audit. Compare records of one machine: bits depend on the kind of CPU and the number of threads.
+A record holds a hash of every tensor that a run saved and of every validation image, its `metrics.jsonl` line by line,
+its ledger row by row, and the metrics of an audit. Compare records of one machine: bits depend on the kind of CPU and
+the number of threads.
 """
 
 import argparse
@@ -39,6 +40,8 @@ ALWAYS = {
 }
 PIXELS = {"caption_dropout": 0, "model_config": "PIXELS", "class_column": "kind", "shard_strategy": "stratified"}
 LORA = {"use_lora": True, "rank": 2}
+HALVES = " in halves"  # what a pipeline's name ends in here if most of it is stored in half precision
+PICTURES = {"validation_prompts": ["thing 3"], "num_validation_images": 1, "validation_inference_steps": 2}
 # Name -> (pipeline or None, ranks, flags); a second dictionary of flags is a second command in the same folder.
 RUNS: dict[str, tuple[str | None, int, list[dict[str, Any]]]] = {
     "full, EMA, min-SNR, flips": (
@@ -81,6 +84,35 @@ RUNS: dict[str, tuple[str | None, int, list[dict[str, Any]]]] = {
     "SD 3, logit-normal": ("StableDiffusion3Pipeline", 1, [{"weighting_scheme": "logit_normal"}]),
     "Flux, LoRA": ("FluxPipeline", 1, [{**LORA, "optimizer_across_rounds": "reset"}]),
     "PixArt": ("PixArtAlphaPipeline", 1, [{"gradient_checkpointing": True}]),
+    "halves: full, uncached": ("StableDiffusionPipeline" + HALVES, 1, [{**PICTURES, "cache_latents": False}]),
+    "halves: SDXL, LoRA, bf16": (
+        "StableDiffusionXLPipeline" + HALVES,
+        1,
+        [{**LORA, **PICTURES, "mixed_precision": "bf16", "lora_export": "fuse"}],
+    ),
+    "halves: SD 3, LoRA, uncached": (
+        "StableDiffusion3Pipeline" + HALVES,
+        1,
+        [{**LORA, **PICTURES, "cache_latents": False, "lora_export": "fuse"}],
+    ),
+    "halves: Flux, LoRA, bf16, 2 ranks, stopped and resumed": (
+        "FluxPipeline" + HALVES,
+        2,
+        [
+            {**LORA, **PICTURES, "mixed_precision": "bf16", "num_train_epochs": 2},
+            {**LORA, **PICTURES, "mixed_precision": "bf16", "num_train_epochs": 3} | LATEST,
+        ],
+    ),
+    "halves: PixArt, LoRA, EMA": (
+        "PixArtAlphaPipeline" + HALVES,
+        1,
+        [{**LORA, **PICTURES, "use_ema": True, "lora_export": "fuse", "save_dtype": "float32"}],
+    ),
+    "halves: PixArt, LoRA, bf16, compared with held-out images": (
+        "PixArtAlphaPipeline" + HALVES,
+        1,
+        [{**LORA, "mixed_precision": "bf16", "stop_when": "auto", "holdout_fraction": 0.4, "lora_export": "fuse"}],
+    ),
     "pixels from scratch, by class": (None, 1, [PIXELS | {"shard_by_column": "kind", "use_ema": True}]),
 }
 AUDITED = "full, EMA, min-SNR, flips"
@@ -94,7 +126,9 @@ def save_inputs(folder: Path) -> None:
     from iet_finetune.families.tiny import save_tiny_pipeline
 
     for kind in {kind for kind, _, _ in RUNS.values() if kind is not None}:
-        save_tiny_pipeline(kind, folder / kind)
+        save_tiny_pipeline(kind.removesuffix(HALVES), folder / kind)
+        if kind.endswith(HALVES):
+            halve(folder / kind)
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     lines = []
@@ -118,6 +152,19 @@ def save_inputs(folder: Path) -> None:
         "num_class_embeds": 2,
     }
     (folder / "network.json").write_text(json.dumps(network), encoding="utf-8")
+
+
+def halve(folder: Path) -> None:
+    """Stores a pipeline's models in half precision, but for some layers of T5, as its makers do."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    halves = {"text_encoder": torch.float16, "transformer": torch.float16}
+    for file in folder.rglob("*.safetensors"):
+        dtype = halves.get(file.parent.name, torch.bfloat16)
+        tensors = load_file(file)
+        stored = {name: tensor if ".wo." in name else tensor.to(dtype) for name, tensor in tensors.items()}
+        save_file(stored, file, metadata={"format": "pt"})
 
 
 def command(ranks: int) -> list[str]:
@@ -163,18 +210,23 @@ def train(name: str, folder: Path) -> Path:
 
 
 def recorded(output: Path) -> dict[str, Any]:
-    """What a run left: tensors by hash, metrics, ledger."""
+    """What a run left: tensors and images by hash, metrics, ledger."""
+    import torch
+    from PIL import Image
     from pyarrow import parquet
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     weights = {}
     for path in sorted(output.rglob("*.safetensors")):
         inside = path.relative_to(output)
-        if not str(inside).startswith(("checkpoint-", "text_encoder", "vae")):
-            for key, array in load_file(path).items():
-                weights[f"{inside}: {key}"] = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        if not str(inside).startswith("checkpoint-"):
+            for key, tensor in load_file(path).items():
+                stored = tensor.flatten().view(torch.uint8).numpy().tobytes()
+                weights[f"{inside}: {key} {tensor.dtype}"] = hashlib.sha256(stored).hexdigest()[:16]
+    pictures = sorted(output.glob("validation/*.png"))
     return {
         "weights": weights,
+        "pictures": {path.name: hashlib.sha256(Image.open(path).tobytes()).hexdigest()[:16] for path in pictures},
         "metrics": [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()],
         "ledger": parquet.read_table(output / "ledger.parquet").to_pylist(),
     }

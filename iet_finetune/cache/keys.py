@@ -86,11 +86,13 @@ def _models(family: Family, names: Sequence[str]) -> dict[str, str]:
 
 
 def _model_digest(model: nn.Module) -> str:
-    """Digest of a model's class, settings and all bits of its weights."""
-    settings = {key: value for key, value in dict(_settings(model)).items() if not key.startswith("_")}
+    """Digest of a model's class, settings and all bits of its weights in fp32, in which it encodes."""
+    # transformers notes the precision in which a model is held.
+    settings = {key: value for key, value in dict(_settings(model)).items() if key != "dtype" and key[0] != "_"}
     # Not cryptographic but as fast as memory: a text encoder may have 20 GB and is hashed at every start.
     digest = xxhash.xxh3_128(f"{type(model).__name__} {json.dumps(settings, default=str, sort_keys=True)}".encode())
     for name, tensor in model.state_dict().items():
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

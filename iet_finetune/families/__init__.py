@@ -10,7 +10,8 @@ from ..config.settings import ModelConfig
 from ..errors import UserError
 from . import loading
 from .base import Conditions, Family, in_chunks
-from .loading import PipelineSource, load_pipeline, move_pipeline, round_pipeline, save_pipeline, source_of
+from .loading import PipelineSource, load_as_stored, load_pipeline, move_pipeline, save_pipeline, source_of
+from .precision import round_pipeline, widen
 from .scratch import build_pipeline, scratch_source
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "family_class",
     "find_pipeline",
     "in_chunks",
+    "load_as_stored",
     "load_family",
     "load_pipeline",
     "move_pipeline",
@@ -28,6 +30,7 @@ __all__ = [
     "round_pipeline",
     "save_pipeline",
     "source_of",
+    "widen",
 ]
 
 # Pipeline class in model_index.json -> module and class of its family, or a class from elsewhere.
@@ -78,10 +81,10 @@ def family_class(source: PipelineSource, model: ModelConfig) -> type[Family]:
 
 
 def load_family(source: PipelineSource, config: Config, pipeline: Any = None) -> Family:
-    """Loads the pipeline, or initializes its weights, and wraps it in its family.
+    """Loads the pipeline as it is stored, or initializes its weights, and wraps it in its family.
 
     Args:
-        pipeline: a pipeline in memory, whose models are moved to the host and converted to fp32; None: load it.
+        pipeline: a pipeline in memory, whose models are moved to the host; None: load it.
 
     Raises:
         UserError: no family supports this pipeline, or it cannot be loaded.
@@ -89,8 +92,7 @@ def load_family(source: PipelineSource, config: Config, pipeline: Any = None) ->
     kind, name = family_class(source, config.model), config.model.model_config
     if pipeline is not None:
         move_pipeline(pipeline, torch.device("cpu"))
-        round_pipeline(pipeline, dict.fromkeys(source.dtypes, torch.float32))
         return kind(pipeline, config)
     if name is None:
-        return kind(load_pipeline(source, config.model), config)
+        return kind(load_as_stored(source, config.model), config)
     return kind(build_pipeline(name, config.data.resolution, config.training.seed), config)

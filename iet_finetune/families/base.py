@@ -4,8 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from ..config.config import Config, all_flags
 from ..config.settings import ValidationConfig
 from ..errors import UserError
 from ..method.objective import NoiseSchedule, Objective
+from .precision import widen, widened
 
 Conditions = dict[str, Tensor]
 
@@ -25,7 +25,8 @@ class Family(ABC):
     """One kind of pipeline. To add one, write a subclass in one file and name it in `families.FAMILIES`.
 
     Args:
-        pipeline: the loaded `DiffusionPipeline`, all its models in fp32.
+        pipeline: the loaded `DiffusionPipeline`, its models as they are stored. What encodes or predicts is
+            put into fp32 before it does.
         config: the run's settings. `--prediction_type` is also written into the saved scheduler.
 
     Attributes:
@@ -91,7 +92,7 @@ class Family(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     def place(self, device: torch.device, encoders: bool = True) -> None:
-        """Freezes everything but the denoiser and moves the objective and, if asked, the encoders to the device.
+        """Freezes everything but the denoiser; puts the objective and, if asked, the encoders in fp32 on the device.
 
         Args:
             encoders: whether images and captions will be encoded on the device.
@@ -99,6 +100,7 @@ class Family(ABC):
         self.freeze()
         for encoder in self._encoders((*self.image_encoders, *self.caption_encoders)) if encoders else ():
             encoder.to(device)
+            widen(encoder)
         self.objective = self.objective.to(device)
 
     def freeze(self) -> None:
@@ -109,18 +111,23 @@ class Family(ABC):
 
     @contextmanager
     def lent(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
-        """Moves these components to the device, and back afterwards."""
-        tensors = [
-            (encoder, next(chain(encoder.parameters(), encoder.buffers()), None)) for encoder in self._encoders(names)
-        ]
-        homes = [(encoder, tensor.device) for encoder, tensor in tensors if tensor is not None]
-        try:
-            for encoder, _ in homes:
-                encoder.to(device)
+        """Moves these components to the device, where they are in fp32; afterwards they are as before."""
+        with ExitStack() as stack:
+            for encoder in self._encoders(names):
+                stack.enter_context(widened(encoder, device))
             yield
-        finally:
-            for encoder, home in homes:
-                encoder.to(home)
+
+    def drop_encoders(self) -> None:
+        """Frees the memory of the encoders, with which nothing can be encoded afterwards; their settings stay."""
+        for encoder in self._encoders((*self.image_encoders, *self.caption_encoders)):
+            nn.Module.to(encoder, "meta")
+
+    @property
+    def beside_denoiser(self) -> list[str]:
+        """The other models of `sampling_pipeline`."""
+        parts = self.pipeline.components.items()
+        models = [name for name, part in parts if isinstance(part, nn.Module) and part is not self.denoiser]
+        return [name for name in models if name != "safety_checker"]
 
     def _encoders(self, names: Sequence[str]) -> list[nn.Module]:
         components = (getattr(self.pipeline, name, None) for name in names)
@@ -244,11 +251,13 @@ def pipeline_fingerprint(pipeline: Any) -> str:
 
 
 def _hash_weights(digest: Any, name: str, module: nn.Module, samples: int = 4096) -> None:
-    # At most `samples` evenly spaced values of each tensor: hashing gigabytes would take too long.
+    # At most `samples` evenly spaced values of each tensor: hashing gigabytes would take too long. They count, not the
+    # precision in which they are held.
     for key, tensor in module.state_dict().items():
         flat = tensor.detach().flatten()
         chosen = flat[:: max(1, flat.numel() // samples)].cpu().contiguous()
-        digest.update(f"{name} {key} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        chosen = chosen.float() if chosen.is_floating_point() else chosen
+        digest.update(f"{name} {key} {tuple(tensor.shape)} {chosen.dtype}".encode())
         digest.update(chosen.view(torch.uint8).numpy().tobytes())
 
 

@@ -4,10 +4,8 @@ import contextlib
 import json
 import logging
 import os
-import zipfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,15 +15,15 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..config.settings import ModelConfig
 from ..errors import UserError, one_line
+from .precision import exceptions, inexact_tensors, mend, round_pipeline
+from .stored import Stored, stored_weights, summary
 
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Keys in which diffusers and transformers record where and how a configuration was loaded.
 _OF_LOADING = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -56,6 +54,7 @@ class PipelineSource:
         classes: component -> [library, class], as in model_index.json.
         dtypes: component -> precision of most of its weights, component/tensor -> precision of an exception.
         absent: missing components that must be passed to `from_pretrained` as None, such as SD 3's T5.
+        stored: component -> what its weights files hold; empty without a folder.
     """
 
     folder: Path | None
@@ -63,6 +62,7 @@ class PipelineSource:
     classes: dict[str, list[str]]
     dtypes: dict[str, torch.dtype]
     absent: tuple[str, ...] = ()
+    stored: dict[str, Stored] = field(default_factory=dict)
 
 
 def find_pipeline(model: ModelConfig) -> PipelineSource:
@@ -81,13 +81,9 @@ def find_pipeline(model: ModelConfig) -> PipelineSource:
         )
     index = _read_index(index_file)
     classes = _components(folder, index)
-    return PipelineSource(
-        folder,
-        str(index["_class_name"]),
-        classes,
-        stored_dtypes(folder, list(classes), model.variant),
-        _absent(index),
-    )
+    stored = stored_weights({name: part_folder(folder, name) for name in classes}, model.variant)
+    dtypes = summary({name: part.dtypes for name, part in stored.items()})
+    return PipelineSource(folder, str(index["_class_name"]), classes, dtypes, _absent(index), stored)
 
 
 def source_of(pipeline: Any) -> PipelineSource:
@@ -109,7 +105,7 @@ def source_of(pipeline: Any) -> PipelineSource:
         for part, module in components.items()
         if isinstance(module, nn.Module)
     }
-    return PipelineSource(None, class_name, classes, _summary(stored), _absent(index | {"_class_name": class_name}))
+    return PipelineSource(None, class_name, classes, summary(stored), _absent(index | {"_class_name": class_name}))
 
 
 def _read_index(file: Path) -> dict[str, Any]:
@@ -178,73 +174,49 @@ def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeli
     Raises:
         UserError: files are missing or damaged.
     """
+    return _load(source, model, {})
+
+
+def load_as_stored(source: PipelineSource, model: ModelConfig) -> DiffusionPipeline:
+    """Loads the pipeline with each model in the precision in which it is stored, wherever that is exact.
+
+    diffusers and transformers then leave weights in safetensors files mapped into memory: a weight is read when it is
+    first used, and the ranks of a machine share what was read.
+
+    Raises:
+        UserError: files are missing or damaged.
+    """
+    dtypes = {name: part.loads_in for name, part in source.stored.items()}
+    pipeline: Any = _load(source, model, dtypes)
+    inexact = {
+        name: names
+        for name, component in pipeline.components.items()
+        if dtypes.get(name, torch.float32) != torch.float32
+        and (names := inexact_tensors(component, dtypes[name], exceptions(source.dtypes, name)))
+    }
+    if inexact:
+        exact: Any = _load(source, model, {**dtypes, **dict.fromkeys(inexact, torch.float32)})
+        for name, names in inexact.items():
+            mend(pipeline.components[name], names, exact.components[name])
+    return pipeline
+
+
+def _load(source: PipelineSource, model: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
+    """Loads the pipeline with these precisions by component, and fp32 for the others."""
     assert source.folder is not None
     try:
         with quiet_loading():
             return DiffusionPipeline.from_pretrained(
-                source.folder, variant=model.variant, dtype=torch.float32, **dict.fromkeys(source.absent)
+                source.folder,
+                variant=model.variant,
+                dtype={"default": torch.float32, **dtypes},
+                **dict.fromkeys(source.absent),
             )
     except Exception as error:
         raise UserError(
             f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` could not be loaded: "
             f"{one_line(error).rstrip('.')}. Get the pipeline anew, or check `--variant`."
         ) from None
-
-
-def stored_dtypes(folder: Path, components: list[str], variant: str | None) -> dict[str, torch.dtype]:
-    """Returns the precision of most stored tensors of each component and, by component/tensor, of the exceptions.
-
-    Components without weights are left out. T5 in fp16, for example, keeps some layers in fp32, which would overflow.
-
-    Raises:
-        UserError: a weights file is damaged; names it.
-    """
-    return _summary({name: _stored_dtypes(part_folder(folder, name), variant) for name in components})
-
-
-def _summary(stored: dict[str, dict[str, torch.dtype]]) -> dict[str, torch.dtype]:
-    """Component -> tensor -> precision, in the form of `PipelineSource.dtypes`."""
-    found: dict[str, torch.dtype] = {}
-    for name, dtypes in stored.items():
-        if dtypes:
-            found[name] = most = Counter(dtypes.values()).most_common(1)[0][0]
-            found |= {f"{name}/{tensor}": dtype for tensor, dtype in dtypes.items() if dtype != most}
-    return found
-
-
-def _stored_dtypes(folder: Path, variant: str | None) -> dict[str, torch.dtype]:
-    if not folder.is_dir():
-        return {}
-    return {name: dtype for file in _weight_files(folder, variant) for name, dtype in _dtypes_in(file).items()}
-
-
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    for suffix in (".safetensors", ".bin"):
-        files = sorted(folder.glob(f"*{suffix}"))
-        chosen = [file for file in files if variant is not None and f".{variant}" in file.name]
-        plain = [file for file in files if file.name.count(".") == 1]
-        if chosen or plain:
-            return chosen or plain
-    return []
-
-
-def _dtypes_in(file: Path) -> dict[str, torch.dtype]:
-    try:
-        return _dtypes_pickled(file) if file.suffix == ".bin" else _dtypes_in_safetensors(file)
-    except Exception as error:  # torch raises all kinds of errors, from EOFError to UnpicklingError
-        raise UserError(f"`{file}` is damaged: {one_line(error).rstrip('.')}. Get the pipeline anew.") from None
-
-
-def _dtypes_pickled(file: Path) -> dict[str, torch.dtype]:
-    # Files from before torch 1.6 are not archives and cannot be mapped.
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
-
-
-def _dtypes_in_safetensors(file: Path) -> dict[str, torch.dtype]:
-    with safe_open(file, framework="pt") as weights:
-        dtypes = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118 - no mapping
-    return {name: _SAFETENSORS_DTYPES[dtype] for name, dtype in dtypes.items() if dtype in _SAFETENSORS_DTYPES}
 
 
 def save_pipeline(
@@ -276,25 +248,6 @@ def move_pipeline(pipeline: Any, device: torch.device) -> None:
     """Moves all models of a pipeline to a device, without diffusers' advice on half precision."""
     with quiet_loading():
         pipeline.to(device)
-
-
-def round_pipeline(pipeline: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """Puts each model of the pipeline into its precision, given as in `PipelineSource.dtypes`."""
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and name in dtypes:
-            start = f"{name}/"
-            others = {key.removeprefix(start): dtype for key, dtype in dtypes.items() if key.startswith(start)}
-            _round(component, dtypes[name], others)
-
-
-def _round(module: nn.Module, dtype: torch.dtype, others: dict[str, torch.dtype]) -> None:
-    """Converts the module to a precision, and the tensors in `others` to theirs."""
-    exact = {name: tensor for name, tensor in module.state_dict().items() if name in others}
-    # The plain method: diffusers' own warns about layers kept in fp32, which are handled below.
-    nn.Module.to(module, dtype)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in exact:
-            tensor.data = exact[name].to(others[name])
 
 
 def _save_tokenizers_as_loaded(pipeline: Any, folder: Path) -> None:

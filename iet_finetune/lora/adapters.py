@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ class Adapter:
     layer's frozen weight, and so adds no per-step cost; the original weight stays on the host from then on.
 
     Args:
-        denoiser: with the adapter that `add_adapter` gave it, still on the host.
+        denoiser: with the adapter that `add_adapter` gave it, still on the host, or on the meta device to count
+            bytes.
 
     Attributes:
         layers: module's name -> layer, in the module's order.
@@ -71,8 +73,9 @@ class Adapter:
         self._denoiser = denoiser
         self.rank = rank
         self.layers = dict(_layers(denoiser))
+        is_empty = any(layer.weight.is_meta for layer in self.layers.values())
         squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
-        self.norm = math.sqrt(math.fsum(squares))
+        self.norm = 0.0 if is_empty else math.sqrt(math.fsum(squares))
         self._original: dict[str, Tensor] = {}
         self.folded: Mapping[str, Matrix] = {}
         self.is_rounded = False
@@ -92,12 +95,16 @@ class Adapter:
         self.folded = remainders
 
     @torch.no_grad()
-    def round_frozen(self, dtype: torch.dtype) -> None:
+    def round_frozen(self, dtype: torch.dtype) -> list[nn.Parameter]:
         """Holds the frozen linear and convolution layers in the precision to which autocast rounds them in every step.
 
         So nothing that is computed changes, at half the memory. What would be lost of the layers with an adapter waits
         on the host; the others can only be read again from where they came.
+
+        Returns:
+            the parameters that are held in it.
         """
+        rounded = []
         adapted = {id(layer.weight): name for name, layer in self.layers.items()}
         factors = {id(weight) for layer in self.layers.values() for weight in (layer.up_weight, layer.down_weight)}
         for module in self._denoiser.modules():
@@ -105,17 +112,19 @@ class Adapter:
                 continue
             for parameter in module.parameters(recurse=False):
                 exact, parameter.data = parameter.data, parameter.data.to(dtype)
-                if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact):
+                rounded.append(parameter)
+                if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact.float()):
                     self._original[adapted[id(parameter)]] = exact.to("cpu", copy=True)
         self.is_rounded = True
+        return rounded
 
     @torch.no_grad()
     def fuse(self, denoiser: nn.Module | None = None) -> None:
         """Weight ← weight as it came + remainder + scaling · B A, rounded once; the adapter stays as it is.
 
         Args:
-            denoiser: a plain model of the same layers to write to; the adapter's own if None, which must not have been
-                rounded.
+            denoiser: a plain model of the same layers to write to, rounding once more if it is in half precision; the
+                adapter's own if None, which must not have been rounded.
         """
         for name, update in self.updates(self.live).items():
             weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
@@ -179,7 +188,7 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
     """Freezes the denoiser and gives it a trainable adapter, A drawn from the seed and B = 0.
 
     Args:
-        denoiser: a diffusers model, on the host in fp32.
+        denoiser: a diffusers model, on the host in any precision; the adapter is in fp32.
         default_layers: of the family, if `--lora_layers` names none.
 
     Raises:
@@ -196,7 +205,7 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
         init_lora_weights="gaussian",
         target_modules=list(layers),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _seen_in_fp32(denoiser):
         torch.manual_seed(adapter_seed(seed))
         if hasattr(denoiser, "add_adapter"):
             denoiser.add_adapter(settings, adapter_name=NAME)
@@ -207,6 +216,20 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
     for layer in adapter.layers.values():
         layer.down_weight.requires_grad_(config.lora_merge != "freeze_a")
     return adapter
+
+
+@contextmanager
+def _seen_in_fp32(module: nn.Module) -> Iterator[None]:
+    """Parameters in half precision seem to be in fp32 inside: peft would round the adapter's to theirs."""
+    held = [(parameter, parameter.data) for parameter in module.parameters() if parameter.is_floating_point()]
+    try:
+        for parameter, data in held:
+            if data.dtype != torch.float32:
+                parameter.data = torch.zeros((), device=data.device).expand(data.shape)  # takes no memory
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
 
 
 def _check_layers(denoiser: Any, layers: Sequence[str]) -> None:

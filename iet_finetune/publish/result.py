@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..config.config import Config
-from ..families import Family, PipelineSource, load_pipeline, save_pipeline
+from ..families import Family, PipelineSource, load_as_stored, round_pipeline, save_pipeline
 from ..files import LORA_NAME
 from ..lora.adapters import Adapter
 from ..lora.export import Export, plan_export
@@ -76,13 +76,15 @@ class Result:
         if self._dtype is not None:
             dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
             dtypes[name] = self._dtype
-        save_pipeline(self._plain_pipeline(), folder, dtypes, self._source.classes)
+        save_pipeline(self._plain_pipeline(dtypes), folder, dtypes, self._source.classes)
 
-    def _plain_pipeline(self) -> Any:
-        """The pipeline with the trained denoiser, without an adapter."""
+    def _plain_pipeline(self, dtypes: dict[str, torch.dtype]) -> Any:
+        """The pipeline with the trained denoiser, without an adapter; `dtypes` are those that it will be saved in."""
         family, adapter = self._family, self._adapter
         if adapter is not None and adapter.is_rounded:
-            pipeline: Any = load_pipeline(self._source, self._config.model)
+            pipeline: Any = load_as_stored(self._source, self._config.model)
+            # A weight that is rounded when it is written need not be held in fp32 before.
+            round_pipeline(pipeline, dtypes)
             adapter.fuse(pipeline.components[family.denoiser_name])
             # What the run wrote into it, such as `--prediction_type`.
             pipeline.register_modules(scheduler=family.pipeline.scheduler)

@@ -21,20 +21,20 @@ from ..ensemble.ensemble import Ensemble
 from ..ensemble.host import HostMemory, check_offload
 from ..ensemble.ledger import ShardLedger
 from ..ensemble.meter import RoundMeter
-from ..ensemble.optimizers import build_optimizer, learning_rate_schedule, state_bytes
-from ..ensemble.trainable import Trainable
+from ..ensemble.optimizers import build_optimizer, learning_rate_schedule
 from ..errors import UserError
 from ..families import family_class, find_pipeline, source_of
-from ..lora.adapters import Adapter
 from ..method.rules import SkipRule
 from .compiling import TOLERANCE
 from .data import Data, compares_with, find_images, read_shards, split
-from .lending import Lender, need_of_rule
+from .lending import Lender
 from .local import LocalTraining
-from .mergers import build_mergers, need_of_mergers
+from .mergers import build_mergers
 from .model import Model, load_model, prepare_model
+from .needs import need_of_run
 from .noising import Noising
 from .overview import overview
+from .room import check_room
 from .stopping import Stopping
 
 
@@ -90,6 +90,9 @@ def assemble(
         found = find_images(config, needs_captions, dataset, heldout_images)
     indices, schedule = split(config, found.images)
     with ranks.first_on_machine():
+        if ranks.local_rank == 0:
+            # For all ranks of the machine, before any of them takes memory.
+            check_room(config, source, placement, ranks, accelerator.device)
         family = load_model(source, config, found.images, pipeline)
     latent_shape = family.latent_shape(config.data.resolution)
     identity = run_identity(config, found.images.fingerprint, family.fingerprint())
@@ -101,6 +104,9 @@ def assemble(
         # Before anything takes time.
         print(*overview(config, found, schedule, family), sep="\n", flush=True)
     shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
+    if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
+        # Only the main rank draws and saves, and held-out images alone are encoded later.
+        family.drop_encoders()
     data = Data(*found, indices, shards, schedule)
     group = ranks.group(placement)
     model = prepare_model(source, family, config, accelerator, group)
@@ -162,28 +168,6 @@ def _build_run(
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
     stopping = Stopping(config.training.stop_patience if config.training.stop_when == "auto" else None)
     return Run(accelerator, ranks, placement, ensemble, local, lender, stopping, rates, need, identity)
-
-
-def need_of_run(
-    config: Config, trainable: Trainable, adapter: Adapter | None, ema: EMA | None, placement: Placement, rank: int
-) -> Need:
-    """Bytes on a rank of what training keeps; of all the tensors only names and sizes count.
-
-    Args:
-        adapter: the LoRA layers, or None if the whole denoiser is trained.
-        ema: the moving average, or None.
-    """
-    size = sum(parameter.nbytes for parameter in trainable.parameters.values())
-    policy = POLICIES[config.ensemble.optimizer_across_rounds]
-    below = adapter.nbytes if adapter is not None and config.merges_exactly else 0
-    needs = [
-        trainable.need(placement),
-        policy.need(state_bytes(size, config.optimizer), placement, rank),
-        need_of_mergers(config, trainable, adapter, ema, placement),
-        *([ema.need(placement)] if ema is not None else []),
-        need_of_rule(config.chosen(SKIP_RULES)[0].load(), size, below),
-    ]
-    return sum(needs, Need())
 
 
 def _host_memory(config: Config, need: Need, device: torch.device, ranks: Ranks) -> HostMemory:

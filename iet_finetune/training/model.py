@@ -12,7 +12,7 @@ from ..data.dataset import TrainingImages
 from ..distributed.groups import Group
 from ..ensemble.trainable import Trainable
 from ..errors import UserError
-from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline
+from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline, widen
 from ..lora.adapters import Adapter, add_adapter
 from .compiling import compile_denoiser
 
@@ -90,12 +90,15 @@ def _prepare_denoiser(
 ) -> Adapter | None:
     # What is cached is not encoded again: the encoders stay on the host.
     family.place(accelerator.device, encoders=not config.data.cache_latents)
-    adapter = None
+    adapter, rounded = None, []
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
         # What is rounded must be read again to be saved.
         if accelerator.mixed_precision in HALF and source.folder is not None:
-            adapter.round_frozen(HALF[accelerator.mixed_precision])
+            rounded = adapter.round_frozen(HALF[accelerator.mixed_precision])
+    # It has come in the precision in which it is stored; what is not rounded computes in fp32.
+    family.denoiser.to(accelerator.device)
+    widen(family.denoiser, but=frozenset(map(id, rounded)))
     if config.training.gradient_checkpointing:
         family.pipeline.components[family.denoiser_name].enable_gradient_checkpointing()
     if config.training.channels_last:

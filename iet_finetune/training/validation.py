@@ -104,9 +104,14 @@ class Validation:
 def sampling(family: Family) -> Iterator[Any]:
     """The pipeline as it stands, on the denoiser's device and without gradients, to draw with."""
     device = next(family.denoiser.parameters()).device
-    # Idle encoders return to the host afterwards. A compiled denoiser would be compiled once more for this.
-    encoders = family.lent((*family.image_encoders, *family.caption_encoders), device)
-    with encoders, evaluating(family.denoiser), torch.no_grad(), uncompiled(), _one_at_a_time(family, device):
+    # Idle models return to the host afterwards. A compiled denoiser would be compiled once more for this.
+    with (
+        family.lent(family.beside_denoiser, device),
+        evaluating(family.denoiser),
+        torch.no_grad(),
+        uncompiled(),
+        _one_at_a_time(family, device),
+    ):
         yield family.sampling_pipeline().to(device)
 
 

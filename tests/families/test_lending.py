@@ -23,7 +23,7 @@ def test_encoders_that_are_lent_are_on_the_device_inside_and_at_home_afterwards(
     journeys.clear()
     with family.lent(family.caption_encoders, CUDA):
         assert journeys == [("text_encoder", "cuda"), ("text_encoder_2", "cuda")]
-    assert journeys[2:] == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
+    assert sorted(journeys[2:]) == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
 
 
 @pytest.mark.parametrize("error", [UserError("unreadable"), KeyboardInterrupt()])
@@ -40,7 +40,7 @@ def test_encoders_go_home_when_there_is_no_room_for_the_next_one():
     journeys = travelling(family, ("text_encoder", "text_encoder_2"), refuses="text_encoder_2")
     with pytest.raises(RuntimeError, match="out of memory"), family.lent(family.caption_encoders, CUDA):
         pytest.fail("it has not all that it needs")
-    assert journeys[2:] == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
+    assert sorted(journeys[2:]) == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]
 
 
 def test_a_component_that_a_pipeline_does_without_is_passed_over():

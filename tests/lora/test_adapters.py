@@ -224,6 +224,29 @@ def test_frozen_matrices_in_half_precision_answer_under_autocast_as_those_in_fp3
     assert held < 0.55 * sum(p.nbytes for p in tiny_sd().unet.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_on_a_base_in_half_precision_is_the_same_as_on_one_in_fp32(dtype):
+    half, whole = tiny_sd().unet.to(dtype), tiny_sd().unet.to(dtype).to(torch.float32)
+    frozen = {name: tensor.data_ptr() for name, tensor in half.named_parameters()}
+    names = [add_adapter(unet, AdapterConfig(use_lora=True, rank=2), ATTENTION, 0) for unet in (half, whole)]
+    assert_equal(factors_of(half, "A"), factors_of(whole, "A"))
+    assert {tensor.dtype for side in "AB" for tensor in factors_of(half, side).values()} == {torch.float32}
+    assert names[0].norm == names[1].norm > 0
+    kept = {
+        name.replace(".base_layer", ""): p.data_ptr() for name, p in half.named_parameters() if not p.requires_grad
+    }
+    assert kept == frozen
+    # Rounding to bf16 loses bits of fp16, which wait on the host, and none of bf16.
+    for adapter in names:
+        adapter.round_frozen(torch.bfloat16)
+    assert_equal(base_weights(half), base_weights(whole))
+    assert bool(names[0]._original) == bool(names[1]._original) == (dtype == torch.float16)
+    remainders = some_remainders(names[0], 4)
+    for adapter in names:
+        adapter.fold_remainders(remainders)
+    assert_equal(base_weights(half), base_weights(whole))
+
+
 def test_what_was_rounded_is_fused_into_a_model_that_was_not():
     unet, adapter, trainable = adapted_unet(rank=2, lora_layers=ALL_LAYERS)
     adapter.round_frozen(torch.bfloat16)

@@ -1,0 +1,132 @@
+"""What the weights files of a pipeline's components hold: precision and size, read from their headers."""
+
+import math
+import zipfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..errors import UserError, one_line
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Of numbers that are not integers; torch.float64 and those of 8 bits are loaded in fp32.
+_OTHER_FLOATS = ("F64", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The weights of a component on disk.
+
+    Attributes:
+        dtypes: tensor -> precision, of those in fp32, fp16 or bf16.
+        numbers: how many numbers all tensors have.
+        nbytes: bytes of all tensors.
+        is_mapped: whether the files are mapped into memory when they are loaded in their own precision, so that the
+            ranks of a machine share them, and the system may drop them and read them again.
+        has_others: whether there are floating-point tensors in another precision.
+    """
+
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    numbers: int = 0
+    nbytes: int = 0
+    is_mapped: bool = True
+    has_others: bool = False
+
+    @property
+    def loads_in(self) -> torch.dtype:
+        """The precision that holds most of the tensors exactly."""
+        return torch.float32 if self.has_others or not self.dtypes else most_common(self.dtypes)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of memory that a rank takes to load it, at most; a mapped file takes none of the rank's own."""
+        if self.has_others or len(set(self.dtypes.values())) > 1:
+            return 4 * self.numbers
+        return 0 if self.is_mapped else self.nbytes
+
+    def __add__(self, other: "Stored") -> "Stored":
+        return Stored(
+            {**self.dtypes, **other.dtypes},
+            self.numbers + other.numbers,
+            self.nbytes + other.nbytes,
+            self.is_mapped and other.is_mapped,
+            self.has_others or other.has_others,
+        )
+
+
+def most_common(dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The precision of most tensors."""
+    return Counter(dtypes.values()).most_common(1)[0][0]
+
+
+def stored_weights(folders: dict[str, Path], variant: str | None) -> dict[str, Stored]:
+    """Returns what is stored of each component that has weights, from its folder.
+
+    Raises:
+        UserError: a weights file is damaged; names it.
+    """
+    found = {}
+    for name, folder in folders.items():
+        files = _weight_files(folder, variant) if folder.is_dir() else []
+        if files:
+            found[name] = sum((_stored_in(file) for file in files), Stored())
+    return found
+
+
+def summary(dtypes_by_part: dict[str, dict[str, torch.dtype]]) -> dict[str, torch.dtype]:
+    """Component -> precision of most tensors, component/tensor -> that of an exception.
+
+    Components without weights are left out. T5 in fp16, for example, keeps some layers in fp32, which would overflow.
+    """
+    found: dict[str, torch.dtype] = {}
+    for name, dtypes in dtypes_by_part.items():
+        if dtypes:
+            found[name] = most = most_common(dtypes)
+            found |= {f"{name}/{tensor}": dtype for tensor, dtype in dtypes.items() if dtype != most}
+    return found
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    for suffix in (".safetensors", ".bin"):
+        files = sorted(folder.glob(f"*{suffix}"))
+        chosen = [file for file in files if variant is not None and f".{variant}" in file.name]
+        plain = [file for file in files if file.name.count(".") == 1]
+        if chosen or plain:
+            return chosen or plain
+    return []
+
+
+def _stored_in(file: Path) -> Stored:
+    try:
+        return _stored_pickled(file) if file.suffix == ".bin" else _stored_in_safetensors(file)
+    except Exception as error:  # torch raises all kinds of errors, from EOFError to UnpicklingError
+        raise UserError(f"`{file}` is damaged: {one_line(error).rstrip('.')}. Get the pipeline anew.") from None
+
+
+def _stored_pickled(file: Path) -> Stored:
+    # Files from before torch 1.6 are not archives and cannot be mapped.
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    floats = {name: tensor.dtype for name, tensor in tensors.items() if tensor.is_floating_point()}
+    return Stored(
+        floats,
+        sum(tensor.numel() for tensor in tensors.values()),
+        sum(tensor.nbytes for tensor in tensors.values()),
+        is_mapped=False,
+        has_others=not set(floats.values()) <= set(_SAFETENSORS_DTYPES.values()),
+    )
+
+
+def _stored_in_safetensors(file: Path) -> Stored:
+    with safe_open(file, framework="pt") as weights:
+        slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
+        dtypes = {name: part.get_dtype() for name, part in slices.items()}
+        numbers = sum(math.prod(part.get_shape()) for part in slices.values())
+    return Stored(
+        {name: _SAFETENSORS_DTYPES[dtype] for name, dtype in dtypes.items() if dtype in _SAFETENSORS_DTYPES},
+        numbers,
+        file.stat().st_size,
+        has_others=any(dtype in _OTHER_FLOATS for dtype in dtypes.values()),
+    )

@@ -1,0 +1,35 @@
+"""The memory that training keeps on a rank, all parts together."""
+
+from ..config.config import Config
+from ..config.registry import SKIP_RULES
+from ..distributed.groups import Placement
+from ..ensemble.across_rounds import POLICIES
+from ..ensemble.budget import Need
+from ..ensemble.ema import EMA
+from ..ensemble.optimizers import state_bytes
+from ..ensemble.trainable import Trainable
+from ..lora.adapters import Adapter
+from .lending import need_of_rule
+from .mergers import need_of_mergers
+
+
+def need_of_run(
+    config: Config, trainable: Trainable, adapter: Adapter | None, ema: EMA | None, placement: Placement, rank: int
+) -> Need:
+    """Bytes on a rank of what training keeps; of all the tensors only names and sizes count.
+
+    Args:
+        adapter: the LoRA layers, or None if the whole denoiser is trained.
+        ema: the moving average, or None.
+    """
+    size = sum(parameter.nbytes for parameter in trainable.parameters.values())
+    policy = POLICIES[config.ensemble.optimizer_across_rounds]
+    below = adapter.nbytes if adapter is not None and config.merges_exactly else 0
+    needs = [
+        trainable.need(placement),
+        policy.need(state_bytes(size, config.optimizer), placement, rank),
+        need_of_mergers(config, trainable, adapter, ema, placement),
+        *([ema.need(placement)] if ema is not None else []),
+        need_of_rule(config.chosen(SKIP_RULES)[0].load(), size, below),
+    ]
+    return sum(needs, Need())
