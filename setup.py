@@ -51,8 +51,15 @@ TEST = [
 ]
 DEV = [*TEST, "mypy>=1.18", "ruff>=0.14", "types-PyYAML", "types-tqdm"]
 
-# What the report and the model card are made from.
-TEMPLATES = ("audit/report/*.jinja", "audit/report/*.yaml", "publish/*.jinja")
+# What pages and the model card are made from.
+TEMPLATES = (
+    "pages/*.jinja",
+    "data/*.jinja",
+    "audit/report/*.jinja",
+    "audit/report/*.yaml",
+    "publish/*.jinja",
+    "training/*.jinja",
+)
 
 setup(
     name="iet_finetune",

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # One folder a process, and so one for each worker of pytest-xdist.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="iet_finetune-tests-"))
@@ -64,6 +65,15 @@ def fresh_accelerator_of_module() -> None:
 def fresh_accelerator(fresh_accelerator_of_module: None) -> None:
     """For every test."""
     _forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser, in which pages are opened."""
+    from browser import running_browser
+
+    with running_browser() as running:
+        yield running
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "iet_finetune"
 WINGS = (
     ("errors", "files", "environment"),
     ("config",),
+    ("pages",),
     ("method",),
     ("distributed",),
     ("data",),

@@ -10,11 +10,11 @@ from urllib.parse import unquote
 import yaml
 from huggingface_hub import ModelCard
 
-from ..audit.report.report import LOCAL_BEGINS, LOCAL_ENDS
 from ..config.config import all_flags
 from ..config.flags import FlagSpec
 from ..errors import UserError, one_line
 from ..files import LORA_NAME
+from ..pages.page import LOCAL_BEGINS, LOCAL_ENDS
 
 Files = dict[str, Path | bytes]
 

@@ -1,18 +1,12 @@
-"""The report of an audit as one self-contained HTML page: images inline, no scripts, nothing fetched."""
+"""The report of an audit as one self-contained HTML page."""
 
-import base64
-import io
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 from PIL import Image
 
-from ...files import written_beside
+from ...pages.page import embedded, render, write_page
 from . import report_parts as parts
 from .catalogue import describe
 from .record import AuditRecord, ClosestPair
@@ -22,10 +16,7 @@ if TYPE_CHECKING:
     from .comparison import Comparison, Difference, Row
 
 NAME = "report.html"
-# Names of local files and folders stand between these two, so that a push can remove them.
-LOCAL_BEGINS, LOCAL_ENDS = "<!-- local begins -->", "<!-- local ends -->"
-# Sides in pixels: larger images than the first are scaled down; up to the second, pixels are shown as they are.
-LARGEST, SMALL = 256, 96
+HERE = Path(__file__).parent
 # Pairs that are shown at once; the others are folded.
 FIRST_PAIRS = 12
 _TONES = {BAD: "Memorization", GOOD: "None found", OPEN: "Not clear", PLAIN: "Note"}
@@ -45,17 +36,14 @@ def write_report(
         images_of: returns the generated and the training image of a pair.
         command: the line that repeats the audit.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     cards = [_card(number, pair, images_of) for number, pair in enumerate(pairs, 1)]
-    with written_beside(folder / NAME) as partial:
-        # JSON may hold a lone surrogate, which UTF-8 cannot: it becomes a question mark.
-        partial.write_text(report_page(audit, cards, command), encoding="utf-8", errors="replace")
-    return folder / NAME
+    return write_page(folder / NAME, report_page(audit, cards, command))
 
 
 def report_page(audit: AuditRecord, cards: Sequence[Mapping[str, Any]] = (), command: str | None = None) -> str:
     """The page of an audit, with the pairs that are shown in it."""
-    return _template("report.html.jinja").render(
+    return render(
+        HERE / "report.html.jinja",
         name=audit.model or "a local model",
         facts=parts.facts(audit),
         verdict=verdict(audit),
@@ -77,7 +65,8 @@ def report_page(audit: AuditRecord, cards: Sequence[Mapping[str, Any]] = (), com
 def comparison_page(comparison: "Comparison") -> str:
     """The page for audits side by side."""
     rows = [_compared_row(row) for row in comparison.rows]
-    return _template("compare.html.jinja").render(
+    return render(
+        HERE / "compare.html.jinja",
         labels=comparison.labels,
         warnings=[parts.sentence(warning) for warning in comparison.warnings],
         groups=parts.by_group(rows),
@@ -131,49 +120,3 @@ def _card(number: int, pair: ClosestPair, images_of: ImagesOf) -> dict[str, Any]
         "facts": parts.pair_facts(pair),
         "files": parts.pair_files(pair),
     }
-
-
-def embedded(image: Image.Image) -> dict[str, Any]:
-    """An image for the page: a data URI, its size, and whether the page enlarges it pixel by pixel.
-
-    Small ones are kept exactly (PNG); others are fitted into 256 pixels (JPEG).
-    """
-    image, stream = image.convert("RGB"), io.BytesIO()
-    small = max(image.size) <= SMALL
-    if small:
-        image.save(stream, "PNG", optimize=True)
-    else:
-        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        image.save(stream, "JPEG", quality=88)
-    kind, content = "png" if small else "jpeg", base64.b64encode(stream.getvalue()).decode("ascii")
-    return {
-        "uri": f"data:image/{kind};base64,{content}",
-        "width": image.width,
-        "height": image.height,
-        "small": small,
-    }
-
-
-@cache
-def _environment() -> Environment:
-    # Everything in an audit is untrusted text, captions above all, and is escaped.
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["words"] = _words
-    environment.globals |= {"local_begins": Markup(LOCAL_BEGINS), "local_ends": Markup(LOCAL_ENDS)}
-    return environment
-
-
-def _words(text: str) -> Markup:
-    """Escaped text: backticks mark code, and no line breaks before a `%`."""
-    tight = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", str(escape(text)))
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", tight))
-
-
-def _template(name: str) -> Any:
-    return _environment().get_template(name)

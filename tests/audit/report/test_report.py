@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from audit_samples import HOSTILE, even, sample_audit, sample_images, sample_json, sample_pairs
+from browser import CONTRASTS, SCREENS, Opened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,16 +27,12 @@ from iet_finetune.audit.report.comparison import Comparison
 from iet_finetune.audit.report.record import AuditRecord
 from iet_finetune.audit.report.report import (
     FIRST_PAIRS,
-    LARGEST,
-    LOCAL_BEGINS,
-    LOCAL_ENDS,
-    embedded,
     report_page,
     write_report,
 )
+from iet_finetune.pages.page import LARGEST, LOCAL_BEGINS, LOCAL_ENDS, embedded
 
 COMMAND = "iet-finetune audit --model emoji-sd-iet --train_data_dir emoji --holdout_data_dir emoji-heldout"
-CHROMIUM = shutil.which("chromium")
 
 
 class Page(HTMLParser):
@@ -291,19 +287,6 @@ def test_a_mark_puts_value_interval_and_baseline_in_their_places():
 
 # The same in a real browser.
 
-SCREENS = {"desktop": (1280, 900), "phone": (390, 844), "small-phone": (360, 640)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium to open the report in: apt install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is missing")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
-
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
@@ -326,28 +309,6 @@ def three_audits(folder: Path) -> Comparison:
     return compare(files)
 
 
-class Opened:
-    """A page open in the browser, with what it said and asked for."""
-
-    def __init__(self, browser, path: Path, size: tuple[int, int], scheme: str) -> None:
-        width, height = size
-        self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
-        self.page = self.context.new_page()
-        self.said: list[str] = []
-        self.requests: list[str] = []
-        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        self.page.on("dialog", lambda dialog: (self.said.append("dialog"), dialog.dismiss()))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.context.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("name", ["report", "compare"])
@@ -365,32 +326,6 @@ def test_a_page_is_whole_quiet_and_no_wider_than_the_screen(browser, pages, tmp_
         assert opened.said == []
         assert [url for url in opened.requests if not url.startswith(("file:", "data:"))] == []
         assert len([url for url in opened.requests if url.startswith("file:")]) == 1
-
-
-# WCAG 2: relative luminance, and a contrast of at least 4.5 between text and what it stands on.
-CONTRASTS = """() => {
-  const light = colour => {
-    const part = colour.match(/[\\d.]+/g).slice(0, 3).map(Number).map(each => each / 255)
-      .map(each => each <= 0.03928 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * part[0] + 0.7152 * part[1] + 0.0722 * part[2];
-  };
-  const ground = each => {
-    for (; each; each = each.parentElement) {
-      const colour = getComputedStyle(each).backgroundColor;
-      if (colour !== 'rgba(0, 0, 0, 0)' && colour !== 'transparent') return colour;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  const found = [];
-  for (const each of document.querySelectorAll('main :not(title, desc)')) {
-    if (![...each.childNodes].some(node => node.nodeType === 3 && node.data.trim())) continue;
-    const style = getComputedStyle(each);
-    const colour = each instanceof SVGElement ? style.fill : style.color;
-    const [a, b] = [light(colour), light(ground(each))].sort((x, y) => y - x);
-    found.push([(a + 0.05) / (b + 0.05), each.tagName + ': ' + each.textContent.trim().slice(0, 40)]);
-  }
-  return found;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
