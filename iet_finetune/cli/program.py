@@ -77,6 +77,17 @@ def audit(argv: list[str]) -> None:
     show(audit_command(argv))
 
 
+def data(argv: list[str]) -> None:
+    """Look at the images that the arguments name, and print what was found.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .data_command import data_command
+
+    show(data_command(argv))
+
+
 def doctor(argv: list[str]) -> None:
     """Check this machine, and print what was found.
 
@@ -104,6 +115,11 @@ COMMANDS = {
         "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
         lambda argv: train(argv, f"{PROGRAM} train"),
         HOW_TO_GO_ON,
+    ),
+    "data": Command(
+        "look at a set of images before training: faults, copies, captions, crops",
+        data,
+        "the same command starts anew",
     ),
     "audit": Command(
         "measure how much a pipeline repeats its training images, and how good its images are",
@@ -167,7 +183,8 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     """Call `function` and return the exit code: 0, 2 after an error of the user, 130 after Ctrl-C or SIGTERM.
 
     An error that the user can mend (`UserError`, a full disk, a device out of memory), Ctrl-C and SIGTERM end in one
-    line on stderr. Any other exception is a bug of ours and keeps its traceback. Of several ranks one says it.
+    line on stderr. Any other exception is a bug of ours and keeps its traceback. Of several ranks one says it. After
+    an interrupt it says `after_interrupt`, or what the `KeyboardInterrupt` itself knows better.
     """
     try:
         with _interrupted_by_sigterm():
@@ -179,8 +196,9 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
             sys.stdout.flush()
             os._exit(code)
         return code
-    except KeyboardInterrupt:
-        return _stop(f"interrupted; {after_interrupt}.", 130, os.environ.get("RANK", "0") == "0")
+    except KeyboardInterrupt as interrupt:
+        helps = interrupt.args[0] if interrupt.args else after_interrupt
+        return _stop(f"interrupted; {helps}.", 130, os.environ.get("RANK", "0") == "0")
     except Exception as error:
         if (full := disk_full(error)) is not None:
             return _stop(f"error: {full}; free some and try again ({after_interrupt}).", 2)

@@ -71,10 +71,7 @@ def without_copies(
     Raises:
         UserError: an image cannot be read.
     """
-    side = min(SIDE, resolution)
-    made_from: dict[str, object] = {"copies": which, "side": side, "method": METHOD, "Pillow": PIL.__version__}
-    made_from |= {"decoding": DECODING, "max_pixels": images.max_pixels}
-    representative, exact = _remembered(images, made_from, cache_dir, lambda: _first_of_each(images, which, side))
+    representative, exact = find_copies(images, which, resolution, cache_dir)
     kept = np.flatnonzero(representative == np.arange(len(images)))
     left_out = np.flatnonzero(representative != np.arange(len(images)))
     groups: dict[int, list[int]] = defaultdict(list)
@@ -93,8 +90,21 @@ def without_copies(
     return replace(images.subset(kept), captions=captions), about
 
 
+def find_copies(
+    images: TrainingImages, which: str, resolution: int, cache_dir: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first image of the group of copies that each belongs to; arguments and errors as of `without_copies`.
+
+    Returns:
+        (N,) int64 indices, and (N,) bool, whether an earlier image has the same pixels, as they are or mirrored.
+    """
+    side = min(SIDE, resolution)
+    made_from: dict[str, object] = {"copies": which, "side": side, "method": METHOD, "Pillow": PIL.__version__}
+    made_from |= {"decoding": DECODING, "max_pixels": images.max_pixels}
+    return _remembered(images, made_from, cache_dir, lambda: _first_of_each(images, which, side))
+
+
 def _first_of_each(images: TrainingImages, which: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) int64 the first image of the group of each, and (N,) bool whether an earlier one has its pixels."""
     digests, small = _read(images, side if which == "near" else None)
     seen: dict[tuple[bytes, int | None], int] = {}
     classes = (None,) * len(images) if images.classes is None else tuple(images.classes)
@@ -116,7 +126,9 @@ def _read(images: TrainingImages, side: int | None) -> tuple[list[bytes], np.nda
     def read(index: int) -> bytes:
         image = images.load(index)
         if small is not None:
-            small[index] = np.asarray(image.resize(small.shape[1:3], PIL.Image.Resampling.BOX))
+            # Blown up by boxes, a small image would not lie on its own crop.
+            filter_ = PIL.Image.Resampling.BOX if min(image.size) >= small.shape[1] else PIL.Image.Resampling.BICUBIC
+            small[index] = np.asarray(image.resize(small.shape[1:3], filter_))
         pixels = np.asarray(image)
         both = (pixels, np.ascontiguousarray(pixels[:, ::-1]))
         size = repr(pixels.shape).encode()

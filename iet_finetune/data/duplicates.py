@@ -12,7 +12,7 @@ from torch import Tensor
 from .alignment import NOTHING, Placement, align, left
 
 # Changes whenever other images may be found: what was kept of an earlier search is then searched anew.
-METHOD = 2
+METHOD = 3
 # Near copies: hashes that differ in so many of 64 bits at most ...
 MOST_BITS = 4
 # ... pixels in [0, 1] whose difference has at most this root mean square ...
