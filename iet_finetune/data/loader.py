@@ -1,5 +1,6 @@
 """The micro-batches of a shard: images, captions and random draws of each visit, prefetched."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any, NamedTuple
@@ -218,6 +219,7 @@ def micro_batches(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_parent,
         # Without its own generator, the loader would draw a number from torch's global one.
         generator=torch.Generator(),
     )
@@ -225,3 +227,8 @@ def micro_batches(
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def _leave_interrupts_to_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to workers too, which must live until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

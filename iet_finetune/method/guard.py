@@ -140,6 +140,10 @@ class Guard(SkipRule):
             return {}
         return {"guard_score": self._after.score, "rests": self._after.score > self.config.guard_tau}
 
+    def suspicion(self) -> Tensor | None:
+        """`guard_score`, once there has been a look."""
+        return None if self._after is None or self._after.reference is None else self._after.score
+
     def state_dict(self) -> dict[str, Any]:
         """What has been seen, which all clones share."""
         known = {name: asdict(seen) for name, seen in self._known().items() if seen is not None}

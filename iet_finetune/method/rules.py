@@ -207,6 +207,13 @@ class SkipRule(ABC):
         """What all shards share of each training image, (N,) by name: further columns of the ledger."""
         return {}
 
+    def suspicion(self) -> Tensor | None:
+        """(N,) how much points to each training image being memorized, the higher the more; 0 where nothing does.
+
+        None if the rule does not know: the ledger then says whose loss is low.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """The clone's own state, as tensors and plain values; a checkpoint holds it."""
         return {}

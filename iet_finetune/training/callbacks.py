@@ -107,6 +107,14 @@ class CheckpointFacts:
     folder: Path
 
 
+@dataclass(frozen=True)
+class ImagesFacts:
+    """The validation images of a round are drawn; round 0 is the pipeline before training."""
+
+    round: int
+    file: Path
+
+
 class Callback:
     """Is called while a run goes on: `Trainer(config, callbacks=[...])`. Override the methods you need.
 
@@ -130,6 +138,9 @@ class Callback:
 
     def on_checkpoint(self, facts: CheckpointFacts) -> None:
         """A checkpoint is written."""
+
+    def on_images(self, facts: ImagesFacts) -> None:
+        """Validation images are drawn; on the main rank alone."""
 
     def on_run_end(self, facts: RunFacts) -> None:
         """All is trained, saved and, if asked for, audited and pushed; not called for a run that fails."""

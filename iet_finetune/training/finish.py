@@ -14,6 +14,7 @@ from ..publish.result import Result
 from .assembly import Run
 from .data import Data
 from .model import Model
+from .overview import doubt_of_rule
 from .reporting import METRICS
 from .tracking import read_lines
 
@@ -39,7 +40,9 @@ def finish(config: Config, data: Data, model: Model, run: Run, sample_grid: Path
     write_ledger(output / LEDGER, data.images, data.heldout, data.left_out, data.indices, ledgers, about)
     skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
     write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
-    _print_summary(output, skip_rates, sample_grid, result)
+    if not run.ensemble.clones[0].rule.is_off:
+        print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
+    _print_summary(output, sample_grid, result)
     if config.audit.audit:
         _audit(output, model, run)
     if config.hub.push_to_hub:
@@ -78,8 +81,14 @@ def _card_facts(
     )
 
 
-def _print_summary(output: Path, skip_rates: tuple[float, ...], sample_grid: Path | None, result: Result) -> None:
-    print(f"skipped by round: {' '.join(f'{rate:.1%}' for rate in skip_rates)}")
+def _skipped(rates: tuple[float, ...], doubt: str | None) -> str:
+    """What the skip rule did; `doubt` is why it could hardly act, if that is so."""
+    if any(rates):
+        return f"skipped by round: {' '.join(f'{rate:.1%}' for rate in rates)}"
+    return "nothing was skipped in any round" + (f": {doubt}" if doubt else "")
+
+
+def _print_summary(output: Path, sample_grid: Path | None, result: Result) -> None:
     if sample_grid is not None:
         print(f"before and after: {sample_grid}")
     if result.words is not None:

@@ -24,13 +24,15 @@ from ..method.schedule import Step, Wave
 from ..publish import outputs
 from ..publish.hub import check_push
 from .assembly import assemble
-from .callbacks import Callback, CheckpointFacts, RoundFacts
+from .callbacks import Callback, CheckpointFacts, ImagesFacts, RoundFacts
 from .device_memory import out_of_memory_explained
 from .finish import finish
+from .interrupts import Interrupts, how_to_go_on
 from .model import hand_back
-from .overview import doubts, write_unreadable
+from .overview import doubt_of_rule, doubts, write_unreadable
 from .reporting import Reporter, round_metrics, run_facts, step_facts
 from .resuming import after_a_break, drawn_with, manifest_facts, open_checkpoint, restore, space_needed
+from .run_page import RunPage
 from .starting import start_accelerator
 from .tracking import Trackers
 from .validation import Validation, merged_pipeline
@@ -78,16 +80,22 @@ class Trainer:
         accelerator = start_accelerator(config)
         self.ranks = Ranks.join(config.training.ddp_timeout)
         self._lock: FolderLock | None = None
+        self._interrupts = Interrupts(is_alone=self.ranks.size == 1)
         # Where the pipeline came from, if it is the caller's.
         self._home = getattr(pipeline, "device", None)
         try:
             with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 self._prepare(accelerator, resume, objects)
+        except KeyboardInterrupt:
+            self._release()
+            raise KeyboardInterrupt(how_to_go_on(self.output)) from None
         except BaseException:
             self._release()
             raise
-        self._callbacks: tuple[Callback, ...] = (self.reporter, *callbacks)
+        doubt = doubt_of_rule(config, self.data.schedule, self.model.family)
+        page = RunPage(config, self.data, self.run, doubt)
+        self._callbacks: tuple[Callback, ...] = (self.reporter, page, *callbacks)
         self._wants_losses = any(callback.wants_losses for callback in callbacks)
 
     def train(self) -> Path:
@@ -99,6 +107,8 @@ class Trainer:
                 self.finish()
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
                 self.ranks.leave()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how_to_go_on(self._started_in / self.output)) from None
         finally:
             self.reporter.close()
             self._release()
@@ -116,7 +126,7 @@ class Trainer:
         The ranks take the shards in waves, one each or one a group; between a wave's ends none waits for another.
         """
         self._call("on_run_begin", run_facts(self.data, self.run, self.output, self._total_rounds))
-        self.validation.draw(0, self.ensemble.step)
+        self._draw(0)
         if not self.ensemble.in_midst_of_round:
             self.draw()
         for _ in self.rounds():
@@ -125,11 +135,14 @@ class Trainer:
                 clone = self.ensemble.checkout(shards)
                 self.train_locally(clone, wave := self._wave(shards))
                 self.ensemble.collect(shards)
-                if wave.length in wave.checkpoints(self._checkpoint_every) and self.ensemble.in_midst_of_round:
+                due = wave.length in wave.checkpoints(self._checkpoint_every)
+                if (due or self._interrupts.asked) and self.ensemble.in_midst_of_round:
                     self.save_checkpoint(self.ensemble.step)
+                    self._interrupts.end_if_asked()
             drift = self.ensemble.merge()
             self.end_round(drift)
             self.save_checkpoint(self.ensemble.step)
+            self._interrupts.end_if_asked()
             self.draw()
         self.keep_best()
 
@@ -162,21 +175,26 @@ class Trainer:
         due = [taken for taken in wave.checkpoints(self._checkpoint_every) if taken < wave.length]
         taken, stop = 0, self.data.schedule.round_end(clone.shard, clone.began) if clone is not None else 0
         before = clone.meter.read() if clone is not None else RoundSums.nothing()
-        for step in self._steps(clone, stop):
-            assert clone is not None
-            self.ranks.check()
-            taken += 1
-            logs = clone.step % self.config.logging.logging_steps == 0 or clone.step == stop
-            sums = clone.meter.read() if logs or taken in due else None
-            since = sums.combined(before, -1) if logs and sums is not None else None
-            images = (wave.total(taken) - wave.total(taken - 1)) * (step.stop - step.start)
-            facts = step_facts(self.data, self.run, clone, wave.total(taken), images, since, self._wants_losses)
-            self._call("on_step_end", facts)
-            if sums is not None:
-                before = sums if logs else before
-                self.stop_if_broken(clone, sums)
-            if taken in due:
-                self.save_checkpoint(wave.total(taken))
+        with self._interrupts.noted():
+            for step in self._steps(clone, stop):
+                assert clone is not None
+                self.ranks.check()
+                taken += 1
+                logs = clone.step % self.config.logging.logging_steps == 0 or clone.step == stop
+                sums = clone.meter.read() if logs or taken in due else None
+                since = sums.combined(before, -1) if logs and sums is not None else None
+                images = (wave.total(taken) - wave.total(taken - 1)) * (step.stop - step.start)
+                facts = step_facts(self.data, self.run, clone, wave.total(taken), images, since, self._wants_losses)
+                self._call("on_step_end", facts)
+                if sums is not None and logs:
+                    before = sums
+                stops = self._interrupts.asked and taken < wave.length
+                if sums is not None or stops:
+                    self.stop_if_broken(clone, sums or clone.meter.read())
+                if stops or taken in due:
+                    self.save_checkpoint(wave.total(taken))
+                if stops:
+                    self._interrupts.end_if_asked()
         if clone is not None:
             self.run.local.park(clone)
         for later in (place for place in due if place > taken):
@@ -223,7 +241,12 @@ class Trainer:
         """Draws the validation images of the merged denoiser, if this round is to have some."""
         if self.validation.is_due(self.ensemble.round):
             self.ensemble.load_result()
-            self.validation.draw(self.ensemble.round, self.ensemble.step)
+            self._draw(self.ensemble.round)
+
+    def _draw(self, round_: int) -> None:
+        file = self.validation.draw(round_, self.ensemble.step)
+        if file is not None:
+            self._call("on_images", ImagesFacts(round_, file))
 
     def stop_if_broken(self, clone: Clone, sums: RoundSums) -> None:
         """Ends a run whose loss or gradient was not finite, with good weights saved.

@@ -45,18 +45,22 @@ class Validation:
     def _is_missing(self, round_: int) -> bool:
         return self._is_main and bool(self._prompts) and not self._file(round_).exists()
 
-    def draw(self, round_: int, step: int) -> None:
+    def draw(self, round_: int, step: int) -> Path | None:
         """Draws the images of a round, unless they are there; round 0 is the pipeline before training.
 
         Args:
             step: steps of all clones together, for the trackers.
+
+        Returns:
+            their file, if they were drawn.
         """
         if not self._is_missing(round_):
-            return
+            return None
         rows = self._images()
         save_image(grid(rows, self._prompts), self._file(round_))
         labelled = [(image, prompt) for row, prompt in zip(rows, self._prompts, strict=True) for image in row]
         self._trackers.log_images("validation", [i for i, _ in labelled], [p for _, p in labelled], step)
+        return self._file(round_)
 
     def _images(self) -> list[list[Image.Image]]:
         """`num_validation_images` images of each prompt. Image i starts from the noise of seed + i.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -190,6 +191,8 @@ def repeatable(output: Path) -> dict[str, bytes]:
     """The files of a run by path, without those that hold times; the output folder's own name is taken out."""
     files = {name: data for name, data in contents(output).items() if not name.startswith("logs/")}
     del files["timings.jsonl"]
+    page = files["run.html"].decode().replace(str(output), "OUTPUT")
+    files["run.html"] = re.sub(rf"(of |<h1>){re.escape(output.name)}(?=</)", r"\1OUTPUT", page).encode()
     # Read and written again: in a file, a long path with blanks is folded over two lines.
     config = yaml.safe_load(files["training_config.yaml"])
     assert config["output_dir"] == str(output)

@@ -162,7 +162,8 @@ def test_an_interrupt_ends_in_one_line_that_says_how_to_go_on(story, which):
     assert stop.code == 130
     assert stop.stdout.startswith("images: 12, ")
     said = [line for line in stop.stderr.splitlines() if not line.startswith(("round ", *HARMLESS))]
-    assert said == ["iet-finetune: interrupted; `--resume_from_checkpoint latest` goes on from the last checkpoint."]
+    go_on = f"`--resume_from_checkpoint latest` goes on from checkpoint-{stop.step}"
+    assert said == [f"iet-finetune: interrupted; {go_on}."]
 
 
 def test_a_run_of_adapters_that_is_killed_ends_in_the_same_files_bit_for_bit(world, tmp_path):

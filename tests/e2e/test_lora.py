@@ -168,6 +168,7 @@ def test_a_run_that_saved_a_lora_file_left_no_pipeline(outputs):
         "ledger.parquet",
         "metrics.jsonl",
         LORA,
+        "run.html",
         "timings.jsonl",
         "training_config.yaml",
         "validation",

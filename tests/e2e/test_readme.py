@@ -13,6 +13,7 @@ from tiny import save_images, save_tiny_sd, tiny_sd
 from torch.distributed.run import get_args_parser
 
 from iet_finetune import Config
+from iet_finetune.cli.data_command import data_parser
 from iet_finetune.cli.doctor_command import doctor_parser
 from iet_finetune.config.config import flag_names
 from iet_finetune.config.foreign import TRAINERS
@@ -22,10 +23,10 @@ README = (ROOT / "README.md").read_text()
 PAGES = {page.stem: page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))}
 # What parses the words between a launcher's name and the script's.
 LAUNCHERS = {"accelerate launch": launch_command_parser(), "torchrun": get_args_parser()}
-# Of launchers, and of a command that has flags of its own.
+# Of launchers, and of commands that have flags of their own.
 OTHER_FLAGS = {
     flag.removeprefix("--")
-    for parser in (*LAUNCHERS.values(), doctor_parser())
+    for parser in (*LAUNCHERS.values(), data_parser(), doctor_parser())
     for flag in parser._option_string_actions
 }
 

@@ -174,6 +174,13 @@ def test_the_card_claims_no_part_of_the_method_that_was_off(tmp_path: Path):
     assert "Samples skipped" not in text
 
 
+def test_a_rule_that_skipped_nothing_is_said_to_have_changed_nothing(tmp_path: Path):
+    text = write_model_card(tmp_path, facts(skip_rates=(0.0, 0.0))).read_text()
+    assert "Nothing was skipped in any round: the rule changed nothing.\n\n## " in text
+    assert "| round | skipped |" not in text
+    assert "changed nothing" not in write_model_card(tmp_path, facts(skip_rates=(0.0, 0.1))).read_text()
+
+
 def test_an_unconditional_pipeline_is_called_without_a_prompt(tmp_path: Path):
     card = ModelCard.load(write_model_card(tmp_path, facts(pipeline_class="DDPMPipeline")))
     assert card.data.pipeline_tag == "unconditional-image-generation"

@@ -113,6 +113,7 @@ def fill_run(output: Path, data: Path) -> None:
     secret |= {
         "metrics.jsonl": b"{}",
         "timings.jsonl": b"{}",
+        "run.html": b"training images",
         "audit/report.html": b"report",
         "unet/old.bin": b"pickle",
     }

@@ -92,7 +92,7 @@ class Family:
     def __init__(self, device: str) -> None:
         self.pipeline = tiny_sd()
         self.denoiser = torch.nn.Linear(1, 1, device=device)
-        self.image_encoders = self.caption_encoders = ()
+        self.beside_denoiser: list[str] = []
 
     def lent(self, names, device):
         return torch.no_grad()

@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM while a clone trains: the step under way is finished first; the second one ends it at once."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from ..ensemble.checkpoint import CheckpointStore
+
+
+class Interrupts:
+    """Notes that the run is asked to stop.
+
+    Several ranks would have to agree on a step: with them, and wherever somebody else handles these signals, they do
+    what they always did.
+
+    Args:
+        is_alone: whether there is but one rank.
+
+    Attributes:
+        asked: whether the run is to stop after the step under way.
+    """
+
+    def __init__(self, is_alone: bool) -> None:
+        self._is_alone = is_alone
+        self.asked = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, the first signal is noted alone, and the next one raises `KeyboardInterrupt` as it did before."""
+        if not self._is_alone or threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may set handlers
+            return
+        usual = signal.default_int_handler
+        numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is usual]
+        for number in numbers:
+            signal.signal(number, self._note)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                signal.signal(number, usual)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def end_if_asked(self) -> None:
+        """Raises `KeyboardInterrupt` if the run is to stop; what it has learned is in a checkpoint by now."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def how_to_go_on(output: Path) -> str:
+    """What helps after an interruption, in words."""
+    if not (saved := CheckpointStore(output).all()):
+        return "there is no checkpoint yet: the same command with `--resume_from_checkpoint latest` starts anew"
+    return f"`--resume_from_checkpoint latest` goes on from {saved[-1].name}"
