@@ -10,7 +10,8 @@ from ...pages.page import embedded, render, write_page
 from . import report_parts as parts
 from .catalogue import describe
 from .record import AuditRecord, ClosestPair
-from .verdict import BAD, GOOD, OPEN, PLAIN, verdict
+from .tones import BAD, GOOD, OPEN, PLAIN
+from .verdict import verdict
 
 if TYPE_CHECKING:
     from .comparison import Comparison, Difference, Row

@@ -16,6 +16,10 @@ def as_text(audit: AuditRecord, folder: Path) -> str:
     lines = [*textwrap.wrap(words.headline, WIDTH), ""]
     for sentence in words.sentences:
         lines += textwrap.wrap(sentence.text, WIDTH, initial_indent="- ", subsequent_indent="  ")
+    if words.advice:
+        lines += ["", "What now:"]
+    for text in words.advice:
+        lines += textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
     lines += ["", *_table(audit)]
     if missing := audit.not_measured:
         lines += ["", *textwrap.wrap(f"Not measured: {', '.join(in_order(missing))}.", WIDTH, subsequent_indent="  ")]

@@ -1,18 +1,16 @@
 """The metrics of an audit in plain sentences, as strong as their intervals allow and no stronger."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..measures.metrics import Metric, rate
+from .advice import advice
 from .catalogue import describe, times
 from .comparison import difference
 from .record import AuditRecord
+from .tones import BAD, GOOD, OPEN, PLAIN, RARE
 
 GUARANTEE = "This measures; it does not prove that nothing is memorized: only differential privacy gives a guarantee."
-
-# Copies that are rarer than this may be missed without calling a model clean: 73 images without one show it.
-_RARE = 0.05
-BAD, GOOD, OPEN, PLAIN = "bad", "good", "open", "plain"
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,13 @@ class Verdict:
         headline: one sentence.
         tone: of the headline, as of a `Sentence`.
         sentences: in the order of the report.
+        advice: what to do next, a sentence or two each; none where there is nothing to say.
     """
 
     headline: str
     tone: str
     sentences: tuple[Sentence, ...]
+    advice: tuple[str, ...] = ()
 
 
 def verdict(audit: AuditRecord) -> Verdict:
@@ -56,12 +56,33 @@ def verdict(audit: AuditRecord) -> Verdict:
         *_prompts(audit),
         *_quality(audit),
     ]
-    headline, tone = _headline(found)
-    return Verdict(headline, tone, (*found, *_caution(audit), Sentence(PLAIN, GUARANTEE, "guarantee")))
-
-
-def _headline(found: list[Sentence]) -> tuple[str, str]:
     tones = {each.about: each.tone for each in found}
+    headline, tone = _headline(tones)
+    sentences = (*_in_short(audit, tones), *found, *_caution(audit), Sentence(PLAIN, GUARANTEE, "guarantee"))
+    return Verdict(headline, tone, sentences, tuple(advice(audit, tones)))
+
+
+def _in_short(audit: AuditRecord, tones: Mapping[str, str]) -> Iterator[Sentence]:
+    """What was tried and what came of it, for readers who know no metric."""
+    copies, extracted = audit.metrics.get("f_mem"), audit.metrics.get("extracted")
+    if copies is None:
+        return
+    (count, total), tone = _counts(copies), tones["copies"]
+    tries = f"in {total:,} {'try' if total == 1 else 'tries'}"
+    if BAD in (tone, tones.get("extraction")):
+        pictures, among = _counts(extracted) if extracted is not None else (0, 0)
+        some = f"{pictures:,} of the {among:,} training images" if pictures else "copies of training images"
+        yield Sentence(BAD, f"Whoever has nothing but the model gets {some} out of it, {tries}.", "in short")
+    elif not count:
+        more = "" if tone == GOOD else "; that is too few tries to say more"
+        text = f"Whoever has nothing but the model got none of the training images out of it {tries}{more}."
+        yield Sentence(tone, text, "in short")
+    else:
+        text = f"What came out of the model {tries} may be training images, or look like them by chance."
+        yield Sentence(tone, text, "in short")
+
+
+def _headline(tones: Mapping[str, str]) -> tuple[str, str]:
     if BAD in (tones["copies"], tones.get("extraction")):
         return "The model repeats training images.", BAD
     if tones.get("similarity") == BAD:
@@ -89,7 +110,7 @@ def _copies(audit: AuditRecord) -> Sentence:
             f"None of {total:,} generated {_noun(total, 'image')} is nearly a copy of a training image; with 95 % "
             f"confidence fewer than {entry.show(metric.high)} are."
         )
-        return Sentence(GOOD if metric.high <= _RARE else OPEN, text, "copies")
+        return Sentence(GOOD if metric.high <= RARE else OPEN, text, "copies")
     text = (
         f"{_of(count, total, 'generated image')} {'is nearly a copy' if count == 1 else 'are nearly copies'} of "
         f"training images ({entry.show(metric.value)}, 95 % interval "

@@ -1,10 +1,13 @@
 """The verdict says what the metrics show, and no more than their intervals allow."""
 
+import re
+
 import pytest
 from audit_samples import even, sample_audit, share
 
 from iet_finetune.audit.report.record import AuditRecord
-from iet_finetune.audit.report.verdict import BAD, GOOD, GUARANTEE, OPEN, PLAIN, Sentence, verdict
+from iet_finetune.audit.report.tones import BAD, GOOD, OPEN, PLAIN, RARE, enough_without_copy
+from iet_finetune.audit.report.verdict import GUARANTEE, Sentence, verdict
 
 DATA = {"heldout_images": 300, "generated_images": 1000}
 
@@ -221,3 +224,80 @@ def test_every_verdict_ends_with_what_a_measurement_cannot_give(audit):
 
 def test_an_empty_audit_still_gets_a_verdict():
     assert verdict(AuditRecord()).headline == "Memorization was not measured."
+
+
+# In short, for readers who know no metric, and what to do next.
+
+
+def test_what_was_got_out_is_told_first_in_plain_words():
+    copied = verdict(sample_audit()).sentences[0]
+    pictures = sample_audit().metrics["extracted"]
+    assert copied == Sentence(
+        BAD,
+        f"Whoever has nothing but the model gets {pictures.count} of the {pictures.total} training images out of it, "
+        "in 1,000 tries.",
+        "in short",
+    )
+    uncounted = sentence(bare(metrics={"f_mem": share(23, 1000, 0.0)}), "in short")
+    assert "gets copies of training images out of it, in 1,000 tries" in uncounted.text
+    clean = sentence(bare(metrics={"f_mem": share(0, 1000, 0.0)}), "in short")
+    assert clean.tone == GOOD
+    assert clean.text == "Whoever has nothing but the model got none of the training images out of it in 1,000 tries."
+    few = sentence(bare(metrics={"f_mem": share(0, 1, 0.0)}), "in short")
+    assert few.tone == OPEN
+    assert few.text.endswith("in 1 try; that is too few tries to say more.")
+    chance = sentence(bare(metrics={"f_mem": share(23, 1000, 0.0233)}), "in short")
+    assert chance.tone == OPEN
+    assert "or look like them by chance" in chance.text
+    assert "in short" not in [each.about for each in verdict(AuditRecord()).sentences]
+
+
+def test_against_copies_it_advises_fewer_passes_and_rest_and_one_of_each_where_repeated_ones_are_extracted():
+    words = " ".join(verdict(sample_audit()).advice)
+    assert all(flag in words for flag in ("--dedup near", "--stop_when auto", "--skip_rule guard", "private_photos"))
+    alone = verdict(bare(metrics={"f_mem": share(23, 1000, 0.0)})).advice
+    assert "--dedup" not in " ".join(alone)
+    assert "--stop_when auto" in alone[0]
+
+
+def test_against_a_leak_it_advises_fewer_passes_more_images_and_a_lower_rank():
+    leaks = bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.7, 0.03, 0.5)})
+    assert [each.split(":")[0] for each in verdict(leaks).advice] == [
+        "Train for fewer passes",
+        "More training images help, too, and in a LoRA a lower `--rank`.",
+    ]
+
+
+def test_where_it_cannot_tell_it_says_what_would():
+    few = verdict(bare(metrics={"f_mem": share(0, 20, 0.0)})).advice
+    assert few == ("Draw more images, `--num_images 73`: if none of them is a copy, fewer than one in twenty are.",)
+    alone = verdict(bare(metrics={"f_mem": share(0, 1000, 0.0)}, data={"generated_images": 1000})).advice
+    assert len(alone) == 1
+    assert alone[0].startswith("Hold images out")
+    vague = verdict(bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.5, 0.15, 0.5)})).advice
+    assert vague == ("Give more than 300 held-out images: the attack by losses is then told from guessing.",)
+
+
+def test_where_nothing_was_found_there_is_nothing_to_do():
+    assert verdict(bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.51, 0.03, 0.5)})).advice == ()
+
+
+def test_so_many_images_without_a_copy_are_enough_and_one_fewer_is_not():
+    from iet_finetune.audit.measures.metrics import rate
+
+    enough = enough_without_copy()
+    assert rate(0, enough).high <= RARE < rate(0, enough - 1).high
+
+
+def test_advice_is_on_the_page_and_in_the_terminal_and_names_only_flags_that_exist(tmp_path):
+    from iet_finetune.audit.report.report import report_page
+    from iet_finetune.audit.report.summary import as_text
+    from iet_finetune.config.config import flag_names
+
+    text = as_text(sample_audit(), tmp_path)
+    assert "\nWhat now:\n- Repeated images are memorized first" in text
+    assert "<h2>What now</h2>" in report_page(sample_audit())
+    assert "What now" not in report_page(AuditRecord())
+    audits = (sample_audit(), bare(metrics={"f_mem": share(0, 20, 0.0)}, data={}))
+    for name in re.findall(r"`--(\w+)", " ".join(line for audit in audits for line in verdict(audit).advice)):
+        assert name in {*flag_names(), "config"}, name
