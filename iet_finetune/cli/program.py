@@ -44,6 +44,17 @@ def train(argv: list[str], prog: str | None = None) -> None:
     Trainer(config).train()
 
 
+def fit(argv: list[str]) -> None:
+    """Fine-tune on the images that the arguments name with settings chosen for them, and audit the result.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .fit_command import fit_command
+
+    fit_command(argv)
+
+
 def push(argv: list[str]) -> None:
     """Upload the finished pipeline that the arguments name, and print where it is now.
 
@@ -111,6 +122,7 @@ def recipes(argv: list[str]) -> None:
 
 
 COMMANDS = {
+    "fit": Command("fine-tune on your own images, with settings chosen for them, and audit", fit, HOW_TO_GO_ON),
     "train": Command(
         "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
         lambda argv: train(argv, f"{PROGRAM} train"),

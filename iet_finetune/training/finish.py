@@ -3,10 +3,13 @@
 import shlex
 from pathlib import Path
 
+import torch
+
 from ..config.config import Config
 from ..ensemble.ledger import LEDGER, write_ledger
 from ..environment import environment
 from ..errors import UserError
+from ..families import move_pipeline
 from ..publish import outputs
 from ..publish.card import CardFacts, base_license, write_model_card
 from ..publish.hub import push
@@ -98,7 +101,7 @@ def _print_summary(output: Path, sample_grid: Path | None, result: Result) -> No
 
 def _audit(output: Path, model: Model, run: Run) -> None:
     """Measures what was saved, loaded as a user loads it, and puts the metrics into the card."""
-    model.family.pipeline.to("cpu")
+    move_pipeline(model.family.pipeline, torch.device("cpu"))
     run.ensemble.release()
     run.lender.release()
     # Packages that only an audit needs are imported where there is one.

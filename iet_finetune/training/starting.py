@@ -1,11 +1,12 @@
 """Starts Accelerate: the device, precision, process group and trackers of this rank."""
 
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from ..config.config import Config
 from ..errors import UserError, one_line
@@ -64,3 +65,17 @@ def disable_cudnn_attention() -> None:
     (https://github.com/pytorch/pytorch/issues/196678).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+class Device(NamedTuple):
+    """Where a run of one process would train: bytes of the GPU, None without one; and whether it computes in bf16."""
+
+    memory: int | None
+    has_bf16: bool
+
+
+def first_device() -> Device:
+    """The device that Accelerate would choose for a single process."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return Device(None, True)
+    return Device(torch.cuda.get_device_properties(0).total_memory, torch.cuda.is_bf16_supported())

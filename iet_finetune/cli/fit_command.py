@@ -1,0 +1,146 @@
+"""The command `fit`: fine-tunes on somebody's own images with settings that it chooses, and audits the result."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..audit.flags import check_extra
+from ..config.command_line import build_parser, parse_arguments
+from ..config.config import Config, flag_groups, flag_names
+from ..config.fitting import Choice, Circumstances, choose
+from ..config.folders import check_folders
+from ..errors import UserError, show
+from .parsing import PROGRAM
+
+if TYPE_CHECKING:
+    from ..data.survey import Survey
+
+# Flags of `train` under shorter names.
+SHORT = {"base": "pretrained_model_name_or_path", "output": "output_dir"}
+# Sides of what a pipeline draws where its denoiser does not say.
+USUAL_SIDE, SIDE_OF_OLDER = 1024, 512
+PROMPTS = 4
+
+
+def fit_command(argv: list[str]) -> None:
+    """Runs `iet-finetune fit` with the arguments after that word.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    given = _read(argv)
+    first = Config.layered(given)
+    _check(first)
+    check_folders(first)
+    from ..training.starting import first_device
+
+    found = _look(first, given, first_device())
+    made = [each for each in choose(found) if each.flag not in given]
+    config = Config.layered(given, {each.flag: each.value for each in made})
+    check_folders(config)
+    show("\n".join(["settings, chosen for these images:", *map(_line, made)]))
+    from ..training.trainer import Trainer
+
+    output = Trainer(config).train()
+    show(f"the same without choosing: {PROGRAM} train --config {output / 'training_config.yaml'} --output_dir ANOTHER")
+
+
+def _read(argv: list[str]) -> dict[str, Any]:
+    """The given flags by their names in a run."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--train_data_dir", *argv]
+    for short, flag in SHORT.items():
+        argv = [f"--{flag}{word[2 + len(short) :]}" if _is(word, short) else word for word in argv]
+    given = parse_arguments(fit_parser(), argv, [*flag_names(), *SHORT], others_too=True)
+    if "config" in given:
+        raise UserError(f"`--config` goes with `{PROGRAM} train`: `fit` chooses by itself, and flags override it.")
+    return given
+
+
+def _is(word: str, flag: str) -> bool:
+    return word == f"--{flag}" or word.startswith(f"--{flag}=")
+
+
+def fit_parser() -> Any:
+    """The parser of its arguments."""
+    return build_parser(
+        "Fine-tune on your own images with settings chosen for them, and measure what the result remembers: "
+        f"`{PROGRAM} fit my_photos --base HUB_ID --output my_model`. Every flag of `{PROGRAM} train` may be given "
+        "instead.",
+        flag_groups(),
+        f"{PROGRAM} fit",
+    )
+
+
+def _check(config: Config) -> None:
+    if config.data.train_data_dir is None and config.data.dataset_name is None:
+        raise UserError(f"no images: name their folder, as in `{PROGRAM} fit my_photos --base HUB_ID`.")
+    if config.model.pretrained_model_name_or_path is None:
+        raise UserError("`--base` is missing: give the Hub id or folder of the pipeline to fine-tune.")
+
+
+def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
+    """What there is: images, base model and device."""
+    import diffusers
+
+    from ..data.survey import survey
+    from ..families import family_class, find_pipeline
+
+    source = find_pipeline(config.model)
+    kind = family_class(source, config.model)
+    show("looking at the images ...")
+    images = survey(config.data, seed=config.training.seed, cache_dir=config.model.cache_dir)
+    if kind.needs_captions and not images.has_captions:
+        raise UserError(
+            "these images have no captions, and the base model is one with prompts: give all of them one with "
+            '`--default_caption "a photo of sks dog"`, or see docs/data.md.'
+        )
+    sizes = images.images.sizes
+    return Circumstances(
+        images=len(images.images) - images.copies,
+        side=int(sorted(sizes.min(axis=1).tolist())[len(sizes) // 2]) if sizes is not None else USUAL_SIDE,
+        own_side=own_side(source.folder, kind.denoiser_name, source.class_name),
+        adapters=given.get("use_lora", hasattr(getattr(diffusers, source.class_name, None), "load_lora_weights")),
+        prompts=_prompts(images) if kind.needs_captions else (),
+        device_memory=device.memory,
+        has_bf16=device.has_bf16,
+        can_audit=_can_audit(),
+    )
+
+
+def own_side(folder: Path | None, denoiser: str, class_name: str) -> int:
+    """Pixels of a side of the images that a pipeline draws, as its files say."""
+    usual = SIDE_OF_OLDER if class_name == "StableDiffusionPipeline" else USUAL_SIDE
+    if folder is None:
+        return usual
+    side = _read_json(folder / denoiser / "config.json").get("sample_size")
+    levels = _read_json(folder / "vae" / "config.json").get("block_out_channels")
+    return side * 2 ** (len(levels) - 1 if levels else 0) if isinstance(side, int) else usual
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _prompts(found: "Survey") -> tuple[str, ...]:
+    """Different captions, from all over the set."""
+    texts = list(dict.fromkeys(captions[0] for captions in found.images.captions if captions[0].strip()))
+    return tuple(texts[:: max(1, len(texts) // PROMPTS)][:PROMPTS])
+
+
+def _can_audit() -> bool:
+    try:
+        check_extra()
+    except UserError:
+        return False
+    return True
+
+
+def _line(choice: Choice) -> str:
+    value = choice.value
+    shown = " ".join(f'"{each}"' for each in value) if isinstance(value, list) else str(value).lower()
+    return f"  --{choice.flag} {shown}: {choice.reason}"

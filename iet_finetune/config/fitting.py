@@ -1,0 +1,142 @@
+"""`iet-finetune fit`: the settings for somebody's own images, each chosen by a rule that is given with its reason.
+
+docs/fit.md has the rules as a table, with the evidence that they rest on.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Fewer held-out images say too little of when to stop; the guard needs as many.
+LEAST_HELDOUT = 8
+# Of a small set not more than this is spared for them.
+MOST_HELDOUT_SHARE = 0.3
+HELDOUT_SHARE = 0.1
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What the rules look at.
+
+    Attributes:
+        images: how many distinct ones there are.
+        side: pixels of the median image's shorter side.
+        own_side: of the images that the base model draws.
+        adapters: whether LoRA adapters are trained, not the whole denoiser.
+        prompts: some captions of the images; none for a model without prompts.
+        device_memory: bytes of the GPU; None without one.
+        has_bf16: whether the GPU computes in bf16.
+        can_audit: whether the packages of the audit are there.
+    """
+
+    images: int
+    side: int
+    own_side: int
+    adapters: bool
+    prompts: tuple[str, ...] = ()
+    device_memory: int | None = None
+    has_bf16: bool = True
+    can_audit: bool = True
+
+
+class Choice(NamedTuple):
+    """A flag's value, and why."""
+
+    flag: str
+    value: Any
+    reason: str
+
+
+def choose(found: Circumstances) -> list[Choice]:
+    """The settings that fit the circumstances, in the order in which they are told."""
+    return [
+        *_against_memorization(found),
+        *_how_long(found),
+        *_what_is_trained(found),
+        *_what_fits(found),
+        *_what_is_seen(found),
+    ]
+
+
+def held_out_share(images: int) -> float | None:
+    """Which share to hold out so that there are `LEAST_HELDOUT`; None of a set that is too small for it."""
+    # Shares are rounded to whole images, and to two digits here.
+    share = max(HELDOUT_SHARE, -(-100 * LEAST_HELDOUT // images) / 100) if images else 1.0
+    return share if share <= MOST_HELDOUT_SHARE else None
+
+
+def _against_memorization(found: Circumstances) -> Iterator[Choice]:
+    yield Choice("dedup", "near", "repeated images are memorized first")
+    yield Choice("num_shards", 1, "at the same quality, splitting such sets did not lower what is memorized")
+    share = held_out_share(found.images)
+    if share is None:
+        yield Choice("holdout_fraction", 0.0, f"of {found.images} images none can be spared")
+        yield Choice("agc_bins", _bins(found.images), "so few images visit each noise level seldom")
+        yield Choice("agc_bias_correction", True, "so that the method acts from the first rounds on")
+        return
+    yield Choice("holdout_fraction", share, "to see when it is enough, and for the audit to compare with")
+    yield Choice("skip_rule", "guard", "images rest whose loss falls further than that of held-out ones")
+
+
+def _bins(images: int) -> int:
+    """So few noise levels that each is visited some forty times in forty passes, ten at most."""
+    return max(2, min(10, images // 2))
+
+
+def _how_long(found: Circumstances) -> Iterator[Choice]:
+    if held_out_share(found.images) is None:
+        yield Choice("num_train_epochs", 60, "a rule of thumb: with no held-out images nothing says when it is enough")
+        yield Choice("merge_every_epochs", 10, "a look at the validation images after every tenth pass")
+        return
+    passes = max(10, min(200, 60_000 // found.images))
+    yield Choice("stop_when", "auto", "stops when held-out images are learned no better, and keeps the best round")
+    yield Choice("num_train_epochs", passes, "at most")
+    yield Choice("merge_every_epochs", 4 if passes >= 40 else 1, "held-out images are looked at so often")
+
+
+def _what_is_trained(found: Circumstances) -> Iterator[Choice]:
+    if found.adapters:
+        rank = 4 if found.images < 100 else 8 if found.images < 1000 else 16
+        yield Choice("use_lora", True, "takes little memory, and can less easily hold single images")
+        yield Choice("rank", rank, "the fewer images, the lower")
+    yield Choice("learning_rate", 1e-4 if found.adapters else 1e-5, "usual for " + _kind(found))
+    yield Choice("lr_scheduler", "constant_with_warmup", "as the run may end early")
+    yield Choice("lr_warmup_steps", 50, "short")
+    yield Choice("use_ema", True, "the moving average draws better than the last step")
+    if found.prompts:
+        yield Choice("caption_dropout", 0.1, "so that guidance goes on working")
+
+
+def _kind(found: Circumstances) -> str:
+    return "adapters" if found.adapters else "a whole denoiser"
+
+
+def _what_fits(found: Circumstances) -> Iterator[Choice]:
+    resolution = found.own_side
+    if found.side * 2 <= found.own_side:
+        resolution = max(64, found.own_side // 2)
+    small = resolution < found.own_side
+    yield Choice("resolution", resolution, "half of what the base draws: images are small" if small else "as the base")
+    memory = found.device_memory
+    if memory is None:
+        yield Choice("train_batch_size", 4, "usual")
+        return
+    batch = 4 if memory >= 15 * GB else 2 if memory >= 10 * GB else 1
+    yield Choice("train_batch_size", batch, f"for {memory / GB:.0f} GB on the GPU")
+    if batch < 4:
+        yield Choice("gradient_accumulation_steps", 4 // batch, "so that a step has four images")
+    yield Choice("mixed_precision", "bf16" if found.has_bf16 else "fp16", "half the memory, and faster")
+    if memory < 30 * GB:
+        yield Choice("gradient_checkpointing", True, "saves memory, and costs a fifth of the speed")
+
+
+def _what_is_seen(found: Circumstances) -> Iterator[Choice]:
+    if found.prompts:
+        yield Choice("validation_prompts", list(found.prompts), "captions of yours")
+        yield Choice("num_validation_images", 2, "of each")
+    yield Choice("checkpoints_total_limit", 2, "a checkpoint can be as large as the model")
+    if found.can_audit:
+        yield Choice("audit", True, "to measure what the result remembers")
+    else:
+        yield Choice("audit", False, "its packages are missing: pip install 'iet_finetune[audit]'")
