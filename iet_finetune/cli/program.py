@@ -1,6 +1,7 @@
 """The console command `iet-finetune`: its subcommands, and how a run ends for the person at the terminal."""
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from .parsing import PROGRAM
 # Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended. It
 # is longer where the ranks could not settle yet which of them that is.
 PATIENCE, LONG_PATIENCE = 2, 10
+# Of transformers, which imports its modules when they are first used.
+_IMPORTER = "transformers.utils.import_utils"
 HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
 
 
@@ -198,6 +201,7 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     line on stderr. Any other exception is a bug of ours and keeps its traceback. Of several ranks one says it. After
     an interrupt it says `after_interrupt`, or what the `KeyboardInterrupt` itself knows better.
     """
+    logging.getLogger(_IMPORTER).addFilter(_is_no_advice)
     try:
         with _interrupted_by_sigterm():
             function()
@@ -218,6 +222,11 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
             return _stop(f"error: {full}; lower batch size or resolution, or free the device ({after_interrupt}).", 2)
         raise
     return 0
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """False for transformers' advice to install torchvision, which nothing here needs."""
+    return "requires torchvision" not in record.getMessage()
 
 
 @contextlib.contextmanager

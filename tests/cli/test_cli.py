@@ -1,6 +1,7 @@
 """The console command: how it answers, and how a run ends for the person at the terminal."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -97,6 +98,13 @@ def test_an_error_of_the_user_is_one_line_even_with_a_line_break_in_a_file_name(
 def test_an_interrupt_says_how_to_go_on(capsys):
     assert cli.run(raises(KeyboardInterrupt())) == 130
     assert "`--resume_from_checkpoint latest` goes on" in the_error(capsys)
+
+
+def test_transformers_advice_to_install_torchvision_is_not_shown_but_its_other_warnings_are(caplog):
+    log = logging.getLogger("transformers.utils.import_utils")
+    assert cli.run(lambda: log.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")) == 0
+    assert cli.run(lambda: log.warning("something else")) == 0
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
 def test_a_bug_keeps_its_traceback():
