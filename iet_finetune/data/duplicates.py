@@ -30,8 +30,11 @@ STANDS_OUT = 8.0
 # small and a little smooth: this share of its variance, and of the mean of a part, and in pixels as above.
 MOST_UNEXPLAINED, MOST_LEFT_IN_A_PART = 0.02, 0.04
 LEAST_GAIN, MOST_GAIN, MOST_BIAS = 0.6, 1.6, 0.15
-# Tried are the most alike in the 8 x 8 grid of grey values, so many and so alike, at half the size first.
-TRIED, LEAST_ALIKE, COARSE, COARSE_UNEXPLAINED = 32, 0.6, SIDE // 2, 0.15
+# Tried are the most alike in the 8 x 8 grid of grey values, so many and so alike, and in a large set fewer, so that
+# there are not more pairs than this: half a millisecond each.
+TRIED, LEAST_ALIKE, MOST_PAIRS, LEAST_TRIED = 32, 0.6, 150_000, 3
+# At half the size first, and then before they are laid on each other precisely: most different ones leave more.
+COARSE, COARSE_UNEXPLAINED, ROUGHLY_UNEXPLAINED = SIDE // 2, 0.08, 0.06
 # Moved by less than a pixel, smaller images than this are other images.
 LEAST_SIDE = 12
 # Pairs that are laid on each other together.
@@ -235,7 +238,7 @@ def _joined_when_laid_on(
                 joined[one] = first
         # Whoever has joined makes room among the most alike: the others may find further ones.
         alone = leading[joined[leading] == leading]
-        if len(alone) == len(leading):
+        if len(alone) == len(leading) or len(tried) >= MOST_PAIRS:
             break
         leading = alone
     leaders = joined[leaders]
@@ -252,6 +255,7 @@ def _most_alike(small: np.ndarray, leading: np.ndarray) -> np.ndarray:
     """
     plain, mirrored = (_coarse_pattern(each) for each in (small[leading], small[leading][:, :, ::-1]))
     pairs = [np.zeros((0, 3), np.int64)]
+    tried = max(LEAST_TRIED, min(TRIED, MOST_PAIRS // max(1, len(leading))))
     rows = max(1, CHUNK // (8 * max(1, len(leading))))
     for start in range(0, len(leading), rows):
         here = slice(start, start + rows)
@@ -259,7 +263,7 @@ def _most_alike(small: np.ndarray, leading: np.ndarray) -> np.ndarray:
         alike = torch.stack([plain[here] @ earlier.T, mirrored[here] @ earlier.T], dim=1)
         later = torch.arange(len(earlier)) >= torch.arange(start, start + len(alike))[:, None]
         alike.masked_fill_(later[:, None], -1.0)
-        best = alike.flatten(1).topk(min(TRIED, 2 * len(earlier)), dim=1)
+        best = alike.flatten(1).topk(min(tried, 2 * len(earlier)), dim=1)
         row, rank = torch.nonzero(best.values >= LEAST_ALIKE, as_tuple=True)
         side, other = np.divmod(best.indices[row, rank].numpy(), len(earlier))
         pairs.append(np.stack((leading[row.numpy() + start], side, leading[other]), axis=1))
@@ -286,12 +290,14 @@ def _explained_together(images: np.ndarray, small: np.ndarray, pairs: np.ndarray
     ours, others = _in_pairs(small, pairs)
     coarse = [F.avg_pool2d(each.mean(dim=1, keepdim=True), SIDE // COARSE) for each in (ours, others)]
     placed = align(coarse[0], coarse[1], Placement.identity(len(pairs)), steps=8)
+    grey = [each.mean(dim=1, keepdim=True) for each in (ours, others)]
     rows = torch.nonzero(left(coarse[0], coarse[1], placed).share <= COARSE_UNEXPLAINED)[:, 0]
+    roughly = left(grey[0][rows], grey[1][rows], placed.at(rows)).share if len(rows) else rows
+    rows = rows[roughly <= ROUGHLY_UNEXPLAINED]
     if len(rows) == 0:
         return np.zeros((0, 2), np.int64)
     ours, others = ours[rows], others[rows]
-    grey = [each.mean(dim=1, keepdim=True) for each in (ours, others)]
-    placed = align(grey[0], grey[1], placed.at(rows), steps=4)
+    placed = align(grey[0][rows], grey[1][rows], placed.at(rows), steps=4)
     over = left(ours, others, placed)
     close = (over.share <= MOST_UNEXPLAINED) & (over.part <= MOST_LEFT_IN_A_PART) & (over.bias.abs() <= MOST_BIAS)
     close &= (over.gain >= LEAST_GAIN) & (over.gain <= MOST_GAIN)
