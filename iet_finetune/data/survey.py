@@ -127,10 +127,10 @@ def _doubts(found: Survey) -> Iterator[str]:
 
 
 def write_survey(path: Path, name: str, found: Survey) -> Path:
-    """Writes the page; `name` is its title. Images whose files are gone meanwhile are left out.
+    """Writes the page; `name` is its title.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or an image has changed since it was looked at.
     """
     page = render(
         TEMPLATE,
