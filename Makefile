@@ -9,6 +9,9 @@ CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3)
 # Further arguments of pytest and others, such as ARGS="tests/method/test_agc.py -k bank", or of benchmarks/paper.py.
 ARGS ?=
 
+# Images of containers often set it; each start of Python would then compile torch and diffusers anew, for 20 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-lora demo-unconditional demo-audit test bench bench-memorization bench-speed gpu-check paper lint \
 	format clean

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measured_run import peak_resident, read_status
 from running import MB, describe_machine, finish, print_table
 
 from iet_finetune.lora.factors import as_matrix
 from iet_finetune.lora.low_rank import Merged, merge_layer
 from iet_finetune.lora.spectra import LowRank, Matrix, dense
+from iet_finetune.planning.peaks import peak_resident, read_status
 
 # Transformer blocks by their width: two on the way down and three on the way up at each, and one in the middle.
 BLOCKS = {320: 5, 640: 5, 1280: 6}

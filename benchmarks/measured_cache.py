@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measured_run import peak_resident, read_status, sampled_peaks
+from measured_run import sampled_peaks
 
 from iet_finetune import Config
 from iet_finetune.cache.caching import encode_data
@@ -18,6 +18,7 @@ from iet_finetune.data.loader import stacked
 from iet_finetune.data.transforms import ImageTransform
 from iet_finetune.distributed.groups import Ranks
 from iet_finetune.families import find_pipeline, load_family
+from iet_finetune.planning.peaks import peak_resident, read_status
 
 SAMPLES = 1000
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measured_run import read_status, sampled_peaks
+from measured_run import sampled_peaks
 
 from iet_finetune.config.settings import ModelConfig
 from iet_finetune.families import find_pipeline, load_as_stored, load_pipeline
+from iet_finetune.planning.peaks import read_status
 
 LOADERS: dict[str, Any] = {"in fp32": load_pipeline, "as stored": load_as_stored}
 

@@ -1,10 +1,9 @@
-"""Trains as the flags say in this process and writes the memory that it took: measured_run.py REPORT FLAGS..."""
+"""Trains as the flags say in this process; writes the memory and time that it took: measured_run.py REPORT FLAGS..."""
 
 import json
-import re
-import resource
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +11,11 @@ from pathlib import Path
 import torch
 
 from iet_finetune import Config, Trainer
+from iet_finetune.planning.peaks import peak_resident, read_status
 
-STATUS = Path("/proc/self/status")
 # Of the process's resident memory: its own, pages of mapped files, and shared, as pinned memory is.
 PARTS = ("RssAnon", "RssFile", "RssShmem")
 INTERVAL = 0.02
-
-
-def read_status() -> dict[str, int]:
-    """Bytes by name of what Linux tells of this process's memory; {} on another system."""
-    if not STATUS.exists():
-        return {}
-    return {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB$", STATUS.read_text(), re.M)}
-
-
-def peak_resident() -> int:
-    """The most bytes of memory that this process has had."""
-    # Not the resource's number where there is another: it counts what the parent had when it started this process.
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return read_status().get("VmHWM", used)
 
 
 @contextmanager
@@ -55,12 +40,16 @@ def sampled_peaks(peaks: dict[str, int]) -> Iterator[None]:
 
 
 def main(report: Path, flags: list[str]) -> None:
-    """Train, then write the peaks in bytes."""
+    """Train, then write the peaks in bytes, and the seconds."""
     peaks: dict[str, int] = {}
+    began = time.perf_counter()
     with sampled_peaks(peaks):
         Trainer(Config.from_command_line(flags)).train()
+    seconds = time.perf_counter() - began
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    report.write_text(json.dumps({"resident": peak_resident(), "device": device, **peaks}), encoding="utf-8")
+    report.write_text(
+        json.dumps({"resident": peak_resident(), "device": device, "seconds": seconds, **peaks}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

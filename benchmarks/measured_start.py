@@ -1,7 +1,6 @@
 """Does what a run does with its images until the first step, and writes how long: measured_start.py REPORT FLAGS..."""
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from iet_finetune.planning.peaks import peak_resident
 
 LATENT = (4, 2, 2)
 # Parts of `load_images` that have a column of their own.
@@ -37,11 +38,6 @@ class Clock:
                 self.seconds[stage] += time.process_time() - began - within
 
         return timed
-
-
-def peak_resident() -> int:
-    """The most bytes of memory that this process has had; `measured_run` has it too, and imports everything."""
-    return int(re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[0]) * 1024
 
 
 def images_ready(clock: Clock, config: Any) -> str:

@@ -61,10 +61,21 @@ def test_the_memory_of_real_runs_is_measured_and_compared(tmp_path):
 
 
 @linux
+@pytest.mark.slow
+def test_plans_are_held_against_the_runs_and_their_memory_comes_true(tmp_path):
+    flags = ["--runs", "demo", "six clones", "--passes", "1", "--channels", "32", "64"]
+    found, printed = run_benchmark("planned", tmp_path, *flags)
+    assert [row["run"] for row in found["rows"]] == ["demo", "six clones"]
+    assert [check["holds"] for check in found["checks"] if ": memory is" in check["text"]] == [True, True]
+    assert [line[0] for line in table_of(printed)[2:]] == ["demo", "six clones"]
+
+
+@linux
 def test_a_peak_that_has_passed_is_seen(programs):
     code = """
 import json, time, torch
-from measured_run import peak_resident, sampled_peaks
+from iet_finetune.planning.peaks import peak_resident
+from measured_run import sampled_peaks
 peaks = {}
 def look():
     return {"resident": peak_resident(), **peaks}

@@ -25,6 +25,7 @@ WINGS = (
     ("lora", "audit"),
     ("publish",),
     ("training",),
+    ("planning",),
     ("doctor",),
     ("cli",),
 )

@@ -39,6 +39,11 @@ def fit_command(argv: list[str]) -> None:
     config = Config.layered(given, {each.flag: each.value for each in made})
     check_folders(config)
     show("\n".join(["settings, chosen for these images:", *map(_line, made)]))
+    if config.training.dry_run:
+        from .plan_command import show_plan
+
+        show_plan(config)
+        return
     from ..training.trainer import Trainer
 
     output = Trainer(config).train()

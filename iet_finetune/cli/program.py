@@ -42,9 +42,25 @@ def train(argv: list[str], prog: str | None = None) -> None:
     """
     config = Config.from_command_line(argv, prog)
     check_folders(config)
+    if config.training.dry_run:
+        from .plan_command import show_plan
+
+        show_plan(config)
+        return
     from ..training.trainer import Trainer
 
     Trainer(config).train()
+
+
+def plan(argv: list[str]) -> None:
+    """Print what the run would do, need and take that the flags in `argv` describe.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .plan_command import plan_command
+
+    plan_command(argv)
 
 
 def fit(argv: list[str]) -> None:
@@ -130,6 +146,11 @@ COMMANDS = {
         "fine-tune a pipeline on a set of images; takes the flags of train_iet_agc.py",
         lambda argv: train(argv, f"{PROGRAM} train"),
         HOW_TO_GO_ON,
+    ),
+    "plan": Command(
+        "say what a run would do, how much memory, disk and time it takes; takes the flags of train",
+        plan,
+        "the same command starts anew",
     ),
     "data": Command(
         "look at a set of images before training: faults, copies, captions, crops",

@@ -68,6 +68,12 @@ class Schedule:
         rounds = zip(self.shard_sizes, self.round_steps, passes, strict=True)
         return sum(size * steps // a_pass for size, steps, a_pass in rounds)
 
+    def visits(self, shard: int) -> int:
+        """How many samples a clone sees in the whole run."""
+        size, steps = self.shard_sizes[shard], self.total_steps[shard]
+        passes, rest = divmod(steps, -(-size // self.samples_per_step))
+        return passes * size + min(rest * self.samples_per_step, size)
+
     def round_end(self, shard: int, began: int) -> int:
         """Where a clone's round ends that began at its step `began`; the last round may be shorter.
 

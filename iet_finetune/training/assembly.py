@@ -70,6 +70,7 @@ def assemble(
     pipeline: Any = None,
     dataset: Any = None,
     heldout_images: Any = None,
+    entering: Callable[[str], None] = lambda phase: None,
 ) -> tuple[Data, Model, Run]:
     """Builds them in the order in which mistakes are cheapest: the pipeline's index, then data, then weights.
 
@@ -78,10 +79,12 @@ def assemble(
     Args:
         pipeline, dataset, heldout_images: a loaded pipeline and a `datasets.Dataset` each, or None where the flags
             name them.
+        entering: is told of each phase; see `Callback.on_phase`.
 
     Raises:
         UserError: whatever the user can mend.
     """
+    entering("reading")
     _check_same_everywhere(ranks, common_flags(config))
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
     with ranks.first_on_machine():
@@ -89,6 +92,7 @@ def assemble(
         needs_captions = family_class(source, config.model).needs_captions
         found = find_images(config, needs_captions, dataset, heldout_images)
     indices, schedule = split(config, found.images)
+    entering("loading")
     with ranks.first_on_machine():
         if ranks.local_rank == 0:
             # For all ranks of the machine, before any of them takes memory.
@@ -103,10 +107,12 @@ def assemble(
     if ranks.is_main:
         # Before anything takes time.
         print(*overview(config, found, schedule, family), sep="\n", flush=True)
+    entering("encoding")
     shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
     if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
         # Only the main rank draws and saves, and held-out images alone are encoded later.
         family.drop_encoders()
+    entering("preparing")
     data = Data(*found, indices, shards, schedule)
     group = ranks.group(placement)
     model = prepare_model(source, family, config, accelerator, group)

@@ -1,6 +1,7 @@
 """What is left to do when all rounds are done: save, write the records, audit, push."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,16 +23,25 @@ from .reporting import METRICS
 from .tracking import read_lines
 
 
-def finish(config: Config, data: Data, model: Model, run: Run, sample_grid: Path | None) -> None:
+def finish(
+    config: Config,
+    data: Data,
+    model: Model,
+    run: Run,
+    sample_grid: Path | None,
+    entering: Callable[[str], None],
+) -> None:
     """Saves the pipeline, the ledger and the model card; audits and pushes them if asked to. For rank 0 alone.
 
     Args:
         run: its ensemble holds the state of all clones.
         sample_grid: the validation images of the first and last round side by side, or None.
+        entering: is told of each phase; see `Callback.on_phase`.
 
     Raises:
         UserError: no space left, or the audit or the push failed; the pipeline is saved nevertheless.
     """
+    entering("saving")
     output = config.output_path
     run.ensemble.load_result()
     by_class = data.images.classes is not None
@@ -47,6 +57,7 @@ def finish(config: Config, data: Data, model: Model, run: Run, sample_grid: Path
         print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
     _print_summary(output, sample_grid, result)
     if config.audit.audit:
+        entering("auditing")
         _audit(output, model, run)
     if config.hub.push_to_hub:
         print(f"pushed to {push(output, config.hub)}")

@@ -49,7 +49,7 @@ def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: F
 def doubt_of_rule(config: Config, schedule: Schedule, family: Family) -> str | None:
     """Why the skip rule can hardly act in this run; None if it can."""
     entry, settings = config.chosen(SKIP_RULES)
-    visits, size = min((_visits(schedule, shard), size) for shard, size in enumerate(schedule.shard_sizes))
+    visits, size = min((schedule.visits(shard), size) for shard, size in enumerate(schedule.shard_sizes))
     rule: type[SkipRule] = entry.load()
     return rule.doubt(settings, family.objective, visits, size)
 
@@ -79,14 +79,7 @@ def _captions(images: TrainingImages, family: Family) -> str:
 def _steps(schedule: Schedule) -> str:
     clones, total = len(schedule.shard_sizes), sum(schedule.total_steps)
     rounds = max(-(-steps // each) for steps, each in zip(schedule.total_steps, schedule.round_steps, strict=True))
-    visits = [_visits(schedule, shard) / size for shard, size in enumerate(schedule.shard_sizes)]
+    visits = [schedule.visits(shard) / size for shard, size in enumerate(schedule.shard_sizes)]
     often = f"{min(visits):.3g}" if max(visits) - min(visits) < 0.5 else f"{min(visits):.3g} to {max(visits):.3g}"
     each = f"{schedule.total_steps[0]} of each of {clones} clones, " if clones > 1 else ""
     return f"{total} ({each}{rounds} round{'s' * (rounds > 1)}); each image is visited {often} times"
-
-
-def _visits(schedule: Schedule, shard: int) -> int:
-    """How many samples a clone sees in the whole run."""
-    size, steps = schedule.shard_sizes[shard], schedule.total_steps[shard]
-    passes, rest = divmod(steps, -(-size // schedule.samples_per_step))
-    return passes * size + min(rest * schedule.samples_per_step, size)

@@ -69,6 +69,8 @@ class Trainer:
     ) -> None:
         objects = {"pipeline": pipeline, "dataset": dataset, "heldout_images": heldout_images}
         config.check_sources(**{name: value is not None for name, value in objects.items()})
+        if config.training.dry_run:
+            raise UserError("`--dry_run` is for the commands: `iet_finetune.planning.plan.make_plan` makes a plan.")
         if config.training.smoke:
             self._smoke = tempfile.TemporaryDirectory(prefix="iet_finetune-smoke-")
             config = shrink(config, Path(self._smoke.name))
@@ -83,6 +85,7 @@ class Trainer:
         self._interrupts = Interrupts(is_alone=self.ranks.size == 1)
         # Where the pipeline came from, if it is the caller's.
         self._home = getattr(pipeline, "device", None)
+        self._callbacks: tuple[Callback, ...] = tuple(callbacks)
         try:
             with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
@@ -95,7 +98,7 @@ class Trainer:
             raise
         doubt = doubt_of_rule(config, self.data.schedule, self.model.family)
         page = RunPage(config, self.data, self.run, doubt)
-        self._callbacks: tuple[Callback, ...] = (self.reporter, page, *callbacks)
+        self._callbacks = (self.reporter, page, *callbacks)
         self._wants_losses = any(callback.wants_losses for callback in callbacks)
 
     def train(self) -> Path:
@@ -130,10 +133,13 @@ class Trainer:
         if not self.ensemble.in_midst_of_round:
             self.draw()
         for _ in self.rounds():
+            self._enter("looking")
             self.run.lender.begin_round([clone.rule for clone in self.ensemble.clones], self.ensemble.round)
             for shards in self.ensemble.pending_waves:
+                self._enter("training")
                 clone = self.ensemble.checkout(shards)
                 self.train_locally(clone, wave := self._wave(shards))
+                self._enter("merging")
                 self.ensemble.collect(shards)
                 due = wave.length in wave.checkpoints(self._checkpoint_every)
                 if (due or self._interrupts.asked) and self.ensemble.in_midst_of_round:
@@ -141,6 +147,7 @@ class Trainer:
                     self._interrupts.end_if_asked()
             drift = self.ensemble.merge()
             self.end_round(drift)
+            self._enter("saving")
             self.save_checkpoint(self.ensemble.step)
             self._interrupts.end_if_asked()
             self.draw()
@@ -210,6 +217,7 @@ class Trainer:
     def end_round(self, drift: float) -> None:
         """Records the round that has just been merged; the clones' meters start again. Every rank takes part."""
         metrics = round_metrics(self.run, drift)
+        self._enter("looking")
         heldout_loss = self.run.stopping.look(
             self.run.lender,
             self.model.family.objective,
@@ -244,6 +252,9 @@ class Trainer:
             self._draw(self.ensemble.round)
 
     def _draw(self, round_: int) -> None:
+        if not self.validation.is_missing(round_):
+            return
+        self._enter("drawing")
         file = self.validation.draw(round_, self.ensemble.step)
         if file is not None:
             self._call("on_images", ImagesFacts(round_, file))
@@ -300,7 +311,7 @@ class Trainer:
             if self.ranks.size > 1:
                 # The clones of the other ranks as they are in the checkpoint after the round that is saved.
                 self.ensemble.load_clones(self.store.open(self.store.path(self.ensemble.step)))
-            finish(self.config, self.data, self.model, self.run, self.validation.before_after())
+            finish(self.config, self.data, self.model, self.run, self.validation.before_after(), self._enter)
             if self._home is not None:
                 hand_back(self.model, self.run.accelerator, self._home)
         self.ranks.barrier()
@@ -312,7 +323,9 @@ class Trainer:
             check_audit(self.config)
         self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
         checkpoint = open_checkpoint(self.store, self.ranks, resume)
-        self.data, self.model, self.run = assemble(self.config, accelerator, self.ranks, **objects)
+        self.data, self.model, self.run = assemble(
+            self.config, accelerator, self.ranks, **objects, entering=self._enter
+        )
         self.ensemble = self.run.ensemble
         if checkpoint is not None:
             restore(checkpoint, self.config, self.data, self.run)
@@ -346,6 +359,9 @@ class Trainer:
         write_unreadable(self.output, self.data.images)
         for line in doubts(self.config, self.data.images, self.data.schedule, self.model.family):
             warn(line)
+
+    def _enter(self, phase: str) -> None:
+        self._call("on_phase", phase)
 
     def _call(self, event: str, facts: object) -> None:
         for callback in self._callbacks:

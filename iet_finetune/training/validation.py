@@ -40,9 +40,10 @@ class Validation:
     def is_due(self, round_: int) -> bool:
         """Whether a round is to have images and has none yet."""
         every = self._config.validation.validation_rounds
-        return (round_ % every == 0 or round_ == self._last_round) and self._is_missing(round_)
+        return (round_ % every == 0 or round_ == self._last_round) and self.is_missing(round_)
 
-    def _is_missing(self, round_: int) -> bool:
+    def is_missing(self, round_: int) -> bool:
+        """Whether there are images to be drawn of a round that has none."""
         return self._is_main and bool(self._prompts) and not self._file(round_).exists()
 
     def draw(self, round_: int, step: int) -> Path | None:
@@ -54,7 +55,7 @@ class Validation:
         Returns:
             their file, if they were drawn.
         """
-        if not self._is_missing(round_):
+        if not self.is_missing(round_):
             return None
         rows = self._images()
         save_image(grid(rows, self._prompts), self._file(round_))

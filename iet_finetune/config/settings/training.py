@@ -101,6 +101,12 @@ class TrainingConfig:
         smoke=False,
         brief="Try it in seconds, on a tiny random model and made-up images.",
     )
+    dry_run: bool = other(
+        False,
+        "Say what would run, and how much memory, disk and time it takes, measured with a few steps, and end; "
+        "`iet-finetune plan` does the same.",
+        smoke=False,
+    )
     ddp_timeout: int = other(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
 
     def __post_init__(self) -> None:

@@ -1,0 +1,1 @@
+"""What a run would do, need and take, before it is begun."""
