@@ -1,10 +1,9 @@
 """What a trained adapter is saved as: a LoRA file of its rank or a higher one, or a whole pipeline."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from .adapters import AdaptedLayer, Adapter
 from .factors import as_weights
@@ -13,8 +12,8 @@ from .low_rank import combine, compress
 from .spectra import LowRank, Matrix, energy
 from .splitting import split
 
-# Without `--lora_export` a LoRA file may have up to so many times the rank that was trained.
-MOST_TIMES_RANK = 4
+# Without `--lora_export` the update is cut to the rank that was trained if that loses no more of its energy.
+MOST_LOST = 0.01
 # A share of the energy below which what is lost is rounding.
 NOTHING = 1e-12
 
@@ -25,10 +24,14 @@ class Export(NamedTuple):
     Attributes:
         layers: of the LoRA file, by component and module; None if a whole pipeline is saved.
         words: what that is and what it lost, for the card and the terminal.
+        cut: whether something was lost.
+        higher: whether the file has a higher rank than was trained.
     """
 
     layers: dict[str, LoraLayer] | None
     words: str
+    cut: bool = False
+    higher: bool = False
 
 
 def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch.dtype = torch.float32) -> Export:
@@ -36,27 +39,46 @@ def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch
 
     Args:
         component: of the pipeline, such as "unet".
-        form: "truncate", "full_rank" or "fuse"; None chooses full_rank if no layer needs more than 4 r, else fuse.
+        form: "truncate", "full_rank" or "fuse"; None chooses truncate where that loses 1 % of the energy at most, else
+            full_rank.
         dtype: of the LoRA file.
     """
-    if form == "fuse" or (form is None and not _is_within(adapter, MOST_TIMES_RANK * adapter.rank)):
+    if form == "fuse":
         return Export(None, "a whole pipeline, the adapter's update added to its weights")
-    make = _truncated if form == "truncate" else _exact
-    made = {name: make(adapter, name) for name in adapter.layers}
-    lost, whole = (sum(energies) for energies in zip(*(layer.energies for layer in made.values()), strict=True))
+    made, lost, would_lose = {}, 0.0, 0.0
+    if form != "full_rank":
+        made = {name: _truncated(adapter, name) for name in adapter.layers}
+        lost = would_lose = _share_lost(made.values())
+    if form == "full_rank" or (form is None and lost > MOST_LOST):
+        made = {name: _exact(adapter, name) for name in adapter.layers}
+        lost = _share_lost(made.values())
     layers = {
         f"{component}.{name}": LoraLayer(layer.lora.up.to(dtype), layer.lora.down.to(dtype), layer.lora.scaling)
         for name, layer in made.items()
     }
-    words = _words(adapter.rank, max(layer.rank for layer in layers.values()), lost, whole)
+    saved = max(layer.rank for layer in layers.values())
+    words = _words(adapter.rank, saved, lost, would_lose)
     rounded = "" if dtype == torch.float32 else f", rounded to {str(dtype).removeprefix('torch.')}"
-    return Export(layers, words + rounded)
+    return Export(layers, words + rounded, cut=lost > NOTHING, higher=saved > adapter.rank)
 
 
-def _words(trained: int, saved: int, lost: float, whole: float) -> str:
-    if lost > NOTHING * whole:
-        return f"a LoRA file of rank {saved}, which lost {100 * lost / whole:.3g} % of the update's energy"
-    return f"a LoRA file of rank {saved}" + (f", exact: more than the {trained} trained" if saved > trained else "")
+def _share_lost(made: "Iterable[_Made]") -> float:
+    lost, whole = (sum(energies) for energies in zip(*(layer.energies for layer in made), strict=True))
+    return lost / whole if whole else 0.0
+
+
+def _words(trained: int, saved: int, lost: float, would_lose: float) -> str:
+    """What a file is; `would_lose` is what it would lose if it were cut to the rank that was trained, if known."""
+    if lost > NOTHING:
+        return f"a LoRA file of rank {saved}, which lost {100 * lost:.3g} % of the update's energy"
+    if saved <= trained:
+        return f"a LoRA file of rank {saved}"
+    if would_lose:
+        return (
+            f"a LoRA file of rank {saved}, exact: cut to the {trained} trained it would lose "
+            f"{100 * would_lose:.3g} % of the update's energy"
+        )
+    return f"a LoRA file of rank {saved}, exact: more than the {trained} trained"
 
 
 class _Made(NamedTuple):
@@ -99,15 +121,3 @@ def _total(adapter: Adapter, name: str) -> Matrix:
 
 def _as_layer(update: LowRank, layer: AdaptedLayer) -> LoraLayer:
     return LoraLayer(*as_weights(update, layer.up_weight.detach().cpu(), layer.down_weight.detach().cpu()), 1.0)
-
-
-def _is_within(adapter: Adapter, most: int) -> bool:
-    """Whether no layer's exact update has a higher rank."""
-    return all(_rank_is_within(_total(adapter, name), most) for name in adapter.folded)
-
-
-def _rank_is_within(matrix: Matrix, most: int) -> bool:
-    if not isinstance(matrix, Tensor):
-        return matrix.rank <= most
-    # What is dense has a rank above half the smaller side.
-    return min(matrix.shape) < 2 * most and compress(matrix).rank <= most

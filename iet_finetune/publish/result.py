@@ -1,6 +1,7 @@
 """A run's result: a pipeline or a LoRA file in the requested precision, and the line that loads it."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ class Result:
     def words(self) -> str | None:
         """How the adapter was exported; None if the whole denoiser was trained."""
         return self._export.words if self._export is not None else None
+
+    def other_forms(self, folder: Path) -> str | None:
+        """How to get another form of the adapter in `folder`; None where there is nothing to gain."""
+        if self._export is None or self._adapter is None or self._export.layers is None:
+            return None
+        if self._export.higher:
+            rank, name = self._adapter.rank, shlex.quote(str(folder))
+            other = shlex.quote(f"{folder}-rank-{rank}")
+            return f"a smaller file, cut to rank {rank}: iet-finetune merge {name} --rank {rank} --output {other}"
+        if self._export.cut:
+            return "all of it, in a file of higher rank: train with `--lora_export full_rank`"
+        return None
 
     def save(self, folder: Path) -> None:
         """Creates the folder and writes the pipeline or LoRA file into it; call it once."""

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..families import family_class, find_pipeline, source_of
 from ..method.rules import SkipRule
 from .compiling import TOLERANCE
-from .data import Data, compares_with, find_images, read_shards, split
+from .data import LEAST_HELDOUT, Data, compares_with, find_images, read_shards, split
 from .lending import Lender
 from .local import LocalTraining
 from .mergers import build_mergers
@@ -172,7 +172,8 @@ def _build_run(
     local = LocalTraining(family, trainable, optimizer, ema, config, device, group, noising, accelerator.scaler)
     lender = Lender(data, model, mergers, noising, ranks, rule.borrows, batch)
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
-    stopping = Stopping(config.training.stop_patience if config.training.stop_when == "auto" else None)
+    patience = config.training.stop_patience if config.training.stop_when == "auto" else None
+    stopping = Stopping(patience, watches=len(data.watched) >= LEAST_HELDOUT)
     return Run(accelerator, ranks, placement, ensemble, local, lender, stopping, rates, need, identity)
 
 

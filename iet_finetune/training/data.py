@@ -82,7 +82,7 @@ def find_images(config: Config, needs_captions: bool, dataset: Any = None, heldo
         table_name="dataset",
     )
     watched = heldout
-    if compares_with(config):
+    if compares_with(config) or config.audit.holdout_data_dir is not None:
         watched = load_heldout(config, images, needs_captions, heldout_images) or heldout
     elif heldout_images is not None:
         raise UserError("`heldout_images`: neither `--skip_rule` nor `--stop_when` compares with them.")

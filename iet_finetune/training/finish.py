@@ -55,6 +55,8 @@ def finish(
     write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
     if not run.ensemble.clones[0].rule.is_off:
         print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
+    if (regret := run.stopping.regret()) is not None:
+        print(regret)
     _print_summary(output, sample_grid, result)
     if config.audit.audit:
         entering("auditing")
@@ -107,6 +109,8 @@ def _print_summary(output: Path, sample_grid: Path | None, result: Result) -> No
         print(f"before and after: {sample_grid}")
     if result.words is not None:
         print(f"saved as {result.words}")
+        if (other := result.other_forms(output)) is not None:
+            print(other)
     print(f"load it with: {result.how_to_load(output)}", flush=True)
 
 

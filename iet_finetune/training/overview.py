@@ -11,6 +11,7 @@ from ..families import Family
 from ..method.rules import SkipRule
 from ..method.schedule import Schedule
 from .data import Found
+from .tracking import tensorboard_command
 
 UNREADABLE = "unreadable_images.txt"
 
@@ -32,6 +33,8 @@ def overview(config: Config, found: Found, schedule: Schedule, family: Family) -
         yield f"crops: {cut}"
     yield f"steps: {_steps(schedule)}"
     yield f"output: {config.output_path} (open run.html there to see how it goes)"
+    if (command := tensorboard_command(config)) is not None:
+        yield f"curves: {command}"
 
 
 def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: Family) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """`run.html`: how a run goes, rewritten after every round, to be looked at while it trains."""
 
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from .reporting import METRICS
 from .run_charts import charts, tiles
 from .run_words import how_it_goes, in_words
 from .suspects import Suspect, suspects
-from .tracking import read_lines
+from .tracking import read_lines, tensorboard_command
 from .validation import FOLDER
 
 NAME = "run.html"
@@ -85,7 +84,7 @@ class RunPage(Callback):
             rounds=self._drawn(),
             suspects=[(each, self._thumbnail(each.image), self._caption(each.image)) for each in self._suspects],
             names=self._data.images.names,
-            tensorboard=self._tensorboard(),
+            tensorboard=tensorboard_command(self._config),
         )
         write_page(self._path, page)
 
@@ -105,19 +104,18 @@ class RunPage(Callback):
         return f"Round {facts.round} of {facts.total_rounds} is done"
 
     def _sentences(self, lines: Sequence[Part], over: bool) -> Iterator[str]:
-        watches = self._config.training.stop_when == "auto"
+        stops = self._config.training.stop_when == "auto"
         if over:
             best = self._run.stopping.best
             if best is not None:
                 yield f"What is saved is round {best.round}, after which the held-out loss was lowest."
         elif (seconds := self._seconds_left()) is not None:
-            yield f"About {in_words(seconds)} are left{', or less if it stops by itself' if watches else ''}."
+            yield f"About {in_words(seconds)} are left{', or less if it stops by itself' if stops else ''}."
         if lines:
             yield from how_it_goes(
                 lines,
                 self._facts.total_rounds,
-                watches=watches,
-                has_heldout=len(self._data.watched) > 0,
+                watches=self._run.stopping.watches,
                 doubt=self._doubt,
             )
 
@@ -159,9 +157,3 @@ class RunPage(Callback):
     def _caption(self, image: int) -> str:
         captions = self._data.images.captions[image]
         return captions[0] if captions else ""
-
-    def _tensorboard(self) -> str | None:
-        settings = self._config.logging
-        if settings.report_to not in ("tensorboard", "all"):
-            return None
-        return f"tensorboard --logdir {shlex.quote(str(self._path.parent / settings.logging_dir))}"

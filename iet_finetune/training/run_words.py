@@ -8,19 +8,16 @@ Line = Mapping[str, Any]
 _AMOUNTS = (("little", range(3)), ("a middle amount of", range(3, 7)), ("much", range(7, 10)))
 
 
-def how_it_goes(
-    lines: Sequence[Line], total_rounds: int, *, watches: bool, has_heldout: bool, doubt: str | None
-) -> Iterator[str]:
+def how_it_goes(lines: Sequence[Line], total_rounds: int, *, watches: bool, doubt: str | None) -> Iterator[str]:
     """Sentences on losses and skipping so far.
 
     Args:
         lines: one at least, in the order of the rounds.
-        watches: whether the held-out loss ends the run (`--stop_when auto`).
-        has_heldout: whether there are held-out images.
+        watches: whether held-out images are looked at.
         doubt: why the skip rule can hardly act, if that is so.
     """
     yield _about_training(lines)
-    yield _about_heldout(lines, total_rounds, watches, has_heldout)
+    yield _about_heldout(lines, total_rounds, watches)
     yield _about_skipping(lines, doubt)
 
 
@@ -34,13 +31,15 @@ def _about_training(lines: Sequence[Line]) -> str:
     return f"The training loss is {last:.4f}, {compared} in the first round."
 
 
-def _about_heldout(lines: Sequence[Line], total_rounds: int, watches: bool, has_heldout: bool) -> str:
+def _about_heldout(lines: Sequence[Line], total_rounds: int, watches: bool) -> str:
     looks = [(line["heldout_loss"], line["round"]) for line in lines if line.get("heldout_loss") is not None]
     if not looks:
         if watches:
             return "The held-out images have not been looked at yet."
-        how = "`--stop_when auto`" if has_heldout else "`--holdout_fraction 0.1 --stop_when auto`"
-        return f"Nothing says when it is enough: {how} would watch images that are not trained on, and stop in time."
+        return (
+            "Nothing says when it is enough: `--holdout_fraction 0.1 --stop_when auto` would watch images that are "
+            "not trained on, and stop in time."
+        )
     (_, best), latest = min(looks), looks[-1][1]
     if best == latest:
         more = " More rounds may help." if latest >= total_rounds else ""

@@ -1,4 +1,4 @@
-"""`--stop_when auto`: ends a run whose held-out loss falls no more, and keeps its best round."""
+"""The held-out loss by round; with `--stop_when auto` it ends a run whose loss falls no more, and chooses the round."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -41,17 +41,24 @@ class Stopping:
     same. Where looking after every round would take more than a twentieth of the time, some rounds are left out.
 
     Args:
-        patience: looks in a row without a lower loss; None never stops and looks at nothing.
+        patience: looks in a row without a lower loss; None never stops, and keeps the last round.
+        watches: whether there are held-out images to look at.
 
     Attributes:
         looks: so far.
     """
 
     patience: int | None
+    watches: bool = True
     looks: list[Look] = field(default_factory=list)
 
     @property
     def best(self) -> Look | None:
+        """The look whose round is to be kept; None before the first look, and where the last round is kept."""
+        return self.lowest if self.patience is not None else None
+
+    @property
+    def lowest(self) -> Look | None:
         """The look with the lowest loss, the first of several; None before the first look."""
         return min(self.looks, key=lambda look: look.loss, default=None)
 
@@ -66,7 +73,7 @@ class Stopping:
         """
         heldout = min(len(lender.heldout_hashes), MOST_HELDOUT)
         every = math.ceil(heldout * LEVELS / max(1.0, BUDGET * _VISIT * lender.visits))
-        if self.patience is None or not (last or round_ % every == 0):
+        if not self.watches or not (last or round_ % every == 0):
             return None
         middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS
         timesteps = objective.nearest(middles)[0].tolist()
@@ -84,6 +91,16 @@ class Stopping:
         if any(rule.is_done for rule in rules):
             return "most images rest"
         return None
+
+    def regret(self) -> str | None:
+        """What was missed by going on to the end, in words; None if nothing was."""
+        lowest = self.lowest
+        if self.patience is not None or lowest is None or lowest is self.looks[-1]:
+            return None
+        return (
+            f"the held-out loss was lowest after round {lowest.round} of {self.looks[-1].round}, and the last one is "
+            "saved: `--stop_when auto` keeps the best"
+        )
 
     def forget(self, is_lost: Callable[[Look], bool]) -> None:
         """Forgets the best looks whose weights are there no more."""

@@ -1,6 +1,7 @@
 """Where the numbers of a run go: files of JSON lines, the progress bar, and trackers."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..config.config import Config
 from ..files import written_beside
 
 
@@ -70,6 +72,14 @@ class Progress:
     def close(self) -> None:
         """Ends the bar where it is."""
         self._bar.close()
+
+
+def tensorboard_command(config: Config) -> str | None:
+    """What shows the curves of a run in a browser; None where TensorBoard does not get them."""
+    settings = config.logging
+    if settings.report_to not in ("tensorboard", "all"):
+        return None
+    return f"tensorboard --logdir {shlex.quote(str(config.output_path / settings.logging_dir))}"
 
 
 class Trackers:

@@ -336,7 +336,8 @@ class Trainer:
         if self.ranks.is_main:
             self._prepare_folder(checkpoint)
         self.ranks.barrier()
-        trackers = Trackers(accelerator, self.config.logging.tracker_project_name, self.config.to_flags())
+        project = self.config.logging.tracker_project_name or self.output.absolute().name
+        trackers = Trackers(accelerator, project, self.config.to_flags())
         self.reporter = Reporter(self.output, self.ranks.is_main, trackers)
         drawn_alike = checkpoint is not None and checkpoint.manifest["pictures"] == drawn_with(self.config.validation)
         self.validation = Validation(

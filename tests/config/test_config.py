@@ -397,7 +397,6 @@ def test_names_and_defaults_are_those_of_diffusers_text_to_image_script():
         "noise_offset": 0,
         "push_to_hub": False,
         "hub_model_id": None,
-        "tracker_project_name": "text2image-fine-tune",
     }
     ours = Config().to_flags()
     assert {name: ours[name] for name in theirs} == theirs

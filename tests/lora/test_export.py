@@ -7,7 +7,7 @@ from loras import EVERYTHING, adapted_unet, answer_of, assert_same_answers, with
 from tiny import tiny_sd
 from torch import Tensor
 
-from iet_finetune.lora.export import MOST_TIMES_RANK, plan_export
+from iet_finetune.lora.export import MOST_LOST, plan_export
 from iet_finetune.lora.file import write_lora
 from iet_finetune.lora.reading import read_lora
 from iet_finetune.lora.spectra import LowRank
@@ -134,28 +134,32 @@ def test_where_the_rank_suffices_nothing_is_said_to_be_lost(form, dense):
     assert energy(difference(dense_of(export), before)) < 1e-12 * energy(before)
 
 
-@pytest.mark.parametrize(("over", "fused"), [(0, False), (1, True)])
-def test_by_default_a_file_has_up_to_four_times_the_rank_and_beyond_that_all_is_fused(over, fused):
-    _, adapter = trained([1, MOST_TIMES_RANK - 1 + over, 2], rank=1)
-    export = plan_export(adapter, "unet", None)
-    assert (export.layers is None) == fused
-    if fused:
-        assert export == plan_export(adapter, "unet", "fuse")
-        assert export.words == "a whole pipeline, the adapter's update added to its weights"
-    else:
-        assert max(layer.rank for layer in export.layers.values()) == MOST_TIMES_RANK
-        assert export.words == "a LoRA file of rank 4, exact: more than the 1 trained"
+@pytest.mark.parametrize(("share", "cut"), [(0.9, True), (1.1, False)])
+def test_by_default_a_file_is_cut_where_that_loses_little_and_else_has_the_rank_that_it_needs(share, cut):
+    _, adapter, trainable = adapted_unet(rank=2, lora_layers="down_blocks.0.attentions.0.proj_in")
+    trainable.load(drawn(trainable.tensors, 1))
+    (name,) = adapter.layers
+    update = adapter.layers[name].update(adapter.live).dense()
+    left, values, right = torch.linalg.svd(update)
+    # Another direction, with that share of what may be lost of the energy of all.
+    lost = share * MOST_LOST
+    third = (lost / (1 - lost) * values.square().sum()).sqrt()
+    adapter.fold_remainders({name: LowRank(third * left[:, 2:3], right[2:3])})
+    export, before = plan_export(adapter, "unet", None), dense_updates(adapter)
+    assert (export.cut, export.higher) == (cut, not cut)
+    assert max(layer.rank for layer in export.layers.values()) == (2 if cut else 3)
+    share_lost = energy(difference(dense_of(export), before)) / energy(before)
+    assert share_lost == pytest.approx(lost, rel=1e-3) if cut else share_lost < 1e-12
+    begins = "a LoRA file of rank 2, which lost 0.9 %" if cut else "a LoRA file of rank 3, exact: cut to the 2 trained"
+    assert export.words.startswith(begins)
 
 
-@pytest.mark.parametrize(("rank", "fused"), [(3, True), (4, False)])
-def test_by_default_a_dense_remainder_goes_into_a_file_where_the_layer_is_as_small_as_that(rank, fused):
-    _, adapter, trainable = adapted_unet(rank=rank, lora_layers="down_blocks.0.attentions.0.proj_in")
+def test_by_default_a_dense_remainder_goes_into_a_file_too():
+    _, adapter, trainable = adapted_unet(rank=3, lora_layers="down_blocks.0.attentions.0.proj_in")
     trainable.load(drawn(trainable.tensors, 1))
     (name,) = adapter.layers
     adapter.fold_remainders({name: torch.randn(16, 16, generator=torch.Generator().manual_seed(2))})
-    export = plan_export(adapter, "unet", None)
-    assert (export.layers is None) == fused
-    assert export.words.startswith("a whole pipeline" if fused else "a LoRA file of rank 16, exact")
+    assert plan_export(adapter, "unet", None).words.startswith("a LoRA file of rank 16, exact: cut to the 3 trained")
 
 
 def test_fused_weights_are_those_of_the_live_denoiser():

@@ -43,7 +43,7 @@ def plan(world):
 
 def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan):
     told = [line.partition(":")[0] for line in plan.lines]
-    assert told[:-1] == ["images", "captions", "steps", "output", "memory", "disk", "time"]
+    assert told[:-1] == ["images", "captions", "steps", "output", "curves", "memory", "disk", "time"]
     assert told[-1].startswith("measured here with 8 steps of 2 clones")
     assert "training" in plan.seconds
     assert set(plan.host) >= {

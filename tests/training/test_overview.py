@@ -49,6 +49,7 @@ def test_a_run_says_what_it_has_and_what_it_will_do(tmp_path):
         f"crops: 12% of the pixels are cut off to make 32 x 32 of them, 50% of `{folder}/1.png`",
         "steps: 24 (12 of each of 2 clones, 3 rounds); each image is visited 6 times",
         "output: there (open run.html there to see how it goes)",
+        "curves: tensorboard --logdir there/logs",
     ]
     assert warnings == []
 

@@ -185,8 +185,8 @@ def line(number: int, loss: float = 1.0, skip: float = 0.0, heldout: float | Non
     return found if heldout is None else {**found, "heldout_loss": heldout}
 
 
-def said(lines, total=10, watches=False, has_heldout=False, doubt=None) -> list[str]:
-    return list(how_it_goes(lines, total, watches=watches, has_heldout=has_heldout, doubt=doubt))
+def said(lines, total=10, watches=False, doubt=None) -> list[str]:
+    return list(how_it_goes(lines, total, watches=watches, doubt=doubt))
 
 
 def test_losses_are_told_in_words():
@@ -202,7 +202,6 @@ def test_the_held_out_loss_says_when_it_is_enough():
     assert "at its lowest" in said(rising[:2])[1]
     assert "More rounds may help" in said(rising[:2], total=2)[1]
     assert "More rounds" not in said(rising[:2])[1]
-    assert "`--stop_when auto`" in said([line(1)], has_heldout=True)[1]
     assert "`--holdout_fraction 0.1 --stop_when auto`" in said([line(1)])[1]
     assert "not been looked at yet" in said([line(1)], watches=True)[1]
 

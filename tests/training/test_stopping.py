@@ -1,6 +1,7 @@
 """`--stop_when auto` ends a run when held-out images are learned no better, and keeps its best round."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,20 @@ def test_it_stops_after_so_many_looks_without_a_lower_loss():
     again.forget(lambda look: look.round == 4)
     assert again.best.round == 5
     assert again.reason([Rule]) == "most images rest"
+
+
+def test_without_it_the_loss_is_told_the_last_round_saved_and_not_one_bit_of_it_changed(world, tmp_path, capsys):
+    settings = {"stop_when": "end", "stop_patience": 3, "num_train_epochs": 20}
+    output = Trainer(config(world, tmp_path / "watched", **settings)).train()
+    said = capsys.readouterr().out
+    assert len(heldout_losses(output)) == 10
+    assert re.search(
+        r"lowest after round \d of 10, and the last one is saved: `--stop_when auto` keeps the best", said
+    )
+    blind = Trainer(config(world, tmp_path / "blind", **settings, holdout_data_dir=None)).train()
+    assert "keeps the best" not in capsys.readouterr().out
+    assert heldout_losses(blind) == {}
+    assert_equal(weights(output), weights(blind))
 
 
 def test_too_few_held_out_images_are_refused(world, tmp_path):

@@ -96,7 +96,8 @@ class AdapterConfig:
     lora_export: str | None = other(
         None,
         "What is saved if the update needs more than rank r. truncate: the best LoRA file of rank r. full_rank: an "
-        "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: full_rank up to rank 4 r, else fuse.",
+        "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: truncate if that loses 1 % of the "
+        "update's energy at most, else full_rank.",
         choices=("truncate", "full_rank", "fuse"),
     )
 

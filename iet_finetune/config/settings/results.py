@@ -134,7 +134,9 @@ class LoggingConfig:
         choices=("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "all", "none"),
         smoke="none",
     )
-    tracker_project_name: str = other("text2image-fine-tune", "Project name for the tracker.", scope="public")
+    tracker_project_name: str | None = other(
+        None, "Project name for the tracker; the name of `--output_dir` if not given.", scope="public"
+    )
 
     def __post_init__(self) -> None:
         at_least_one("logging_steps", self.logging_steps)
