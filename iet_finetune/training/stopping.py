@@ -1,4 +1,4 @@
-"""The held-out loss by round; with `--stop_when auto` it ends a run whose loss falls no more, and chooses the round."""
+"""The held-out loss by round; with `--stop_when auto` a run ends where it falls no more, and keeps its best round."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
