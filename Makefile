@@ -26,21 +26,24 @@ LAUNCH = $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --m
 	--num_cpu_threads_per_process "$${OMP_NUM_THREADS:-$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}" \
 	train_iet_agc.py --resume_from_checkpoint latest
 
-demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/; resumes an interrupted run.
+demo: $(INSTALLED) ## Fine-tune a small pipeline on the emoji in demo/ by our recipe; resumes an interrupted run.
 	$(LAUNCH) --config configs/demo.yaml
 
-demo-lora: $(INSTALLED) ## The same with LoRA adapters of rank 4.
+demo-lora: $(INSTALLED) ## Fine-tune it by the paper's method, with LoRA adapters of rank 4.
 	$(LAUNCH) --config configs/demo_lora.yaml
 
 # Images from the captions of the 300 emoji, against 60 emoji that no model here has seen.
 AUDIT = $(BIN)/iet-finetune audit --holdout_data_dir demo/data/heldout --num_images 320 --num_inference_steps 25 \
 	--sampling_guidance_scale 3
-demo-audit: demo ## Compare copies after plain fine-tuning and IET-AGC; takes 20 minutes.
+demo-audit: demo ## Compare copies after plain fine-tuning, IET-AGC and our recipe; takes half an hour.
 	$(LAUNCH) --config configs/demo_plain.yaml
+	$(LAUNCH) --config configs/demo_iet_agc.yaml
 	$(AUDIT) --model demo/pipeline --train_data_dir demo/data/finetune --output_dir outputs/demo-base/audit
 	$(AUDIT) --model outputs/demo-plain
+	$(AUDIT) --model outputs/demo-iet-agc
 	$(AUDIT) --model outputs/demo
-	$(BIN)/iet-finetune audit --compare outputs/demo-base outputs/demo-plain outputs/demo --output_dir outputs/demo-compared
+	$(BIN)/iet-finetune audit --compare outputs/demo-base outputs/demo-plain outputs/demo-iet-agc outputs/demo \
+		--output_dir outputs/demo-compared
 
 # One rank per core, four at most, each with one thread and its own shard: on a CPU faster than threads.
 # Without an interface name gloo looks for a network, which not every machine has.

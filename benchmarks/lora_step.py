@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     print(machine, flush=True)
     seconds: dict[str, list[float]] = {"full": [], "LoRA": []}
     with tempfile.TemporaryDirectory() as folder:
-        recipes = {"full": "demo", "LoRA": "demo_lora"}
+        recipes = {"full": "demo_iet_agc", "LoRA": "demo_lora"}
         runs = {name: assembled(Path(folder), recipe, args.batch) for name, recipe in recipes.items()}
         running = {name: steps_of(data, run, args.steps + WARM_UP) for name, (data, _, run) in runs.items()}
         for steps in running.values():

@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def demo(world: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Of the demo, all weights."""
-    return {"config": ROOT / "configs/demo.yaml", "num_train_epochs": args.passes}
+    return {"config": ROOT / "configs/demo_iet_agc.yaml", "num_train_epochs": args.passes}
 
 
 def demo_lora(world: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -80,14 +80,14 @@ def commands_of(target: str, *variables: str) -> str:
     return subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_three_models_are_audited_in_the_same_way_and_then_compared(tmp_path):
+def test_the_four_models_are_audited_in_the_same_way_and_then_compared(tmp_path):
     printed = commands_of("demo-audit").splitlines()
     lines = [line.split("audit ", 1)[1] for line in printed if "iet-finetune audit " in line]
     *audits, compare = [line.split() for line in lines]
     models = {line[line.index("--model") + 1] for line in audits}
-    assert models == {"demo/pipeline", "outputs/demo-plain", "outputs/demo"}
+    assert models == {"demo/pipeline", "outputs/demo-plain", "outputs/demo-iet-agc", "outputs/demo"}
     assert len({tuple(line[: line.index("--model")]) for line in audits}) == 1
-    assert compare[1:4] == ["outputs/demo-base", "outputs/demo-plain", "outputs/demo"]
+    assert compare[1:5] == ["outputs/demo-base", "outputs/demo-plain", "outputs/demo-iet-agc", "outputs/demo"]
     base = next(line for line in audits if "demo/pipeline" in line)
     assert base[base.index("--output_dir") + 1] == "outputs/demo-base/audit"
     few = {"num_images": 3, "num_inference_steps": 2, "membership_images": 8, "features": save_mosaic(tmp_path)}
@@ -151,8 +151,9 @@ def test_the_garments_are_made_from_the_files_of_the_package(tmp_path):
         assert np.array_equal(np.asarray(made.load(number))[..., 0], images[number])
 
 
-def test_the_recipes_of_both_demos_differ_only_in_what_lora_needs():
-    whole, adapters = (yaml.safe_load((ROOT / "configs" / f"{n}.yaml").read_text()) for n in ("demo", "demo_lora"))
+def test_the_recipes_with_adapters_and_without_differ_only_in_what_lora_needs():
+    names = ("demo_iet_agc", "demo_lora")
+    whole, adapters = (yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names)
     differ = {name for name in whole | adapters if whole.get(name) != adapters.get(name)}
     assert differ == {"output_dir", "use_lora", "rank", "lora_layers", "lora_export", "learning_rate"}
 
