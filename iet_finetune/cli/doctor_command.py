@@ -9,7 +9,7 @@ from .parsing import CommandParser
 
 
 def doctor_command(argv: list[str], show: Callable[[str], None]) -> str:
-    """Runs `iet-finetune doctor --gpu`; returns a last line.
+    """Runs `iet-finetune doctor`; returns a last line.
 
     Args:
         show: is given each line of the table when a check is done.
@@ -19,7 +19,13 @@ def doctor_command(argv: list[str], show: Callable[[str], None]) -> str:
     """
     args = doctor_parser().parse_args(argv)
     if not args.gpu:
-        raise UserError("`doctor` needs to be told what to check: `--gpu`.")
+        if given := [name for name in ("only", "json") if getattr(args, name) is not None]:
+            raise UserError(f"`--{given[0]}` goes with `--gpu`: give both.")
+        from ..doctor.machine import about_machine
+
+        for line in about_machine():
+            show(line)
+        return "`iet-finetune doctor --gpu` tries what runs and what fits."
     from ..doctor import leave_driver_asleep
 
     leave_driver_asleep()
@@ -46,8 +52,14 @@ def doctor_command(argv: list[str], show: Callable[[str], None]) -> str:
 
 def doctor_parser() -> CommandParser:
     """The parser of its arguments."""
-    parser = CommandParser("doctor", description="Check this machine; needs neither data nor a network.")
-    parser.add_argument("--gpu", action="store_true", help="whether the GPU is used as it should be, and what fits")
+    parser = CommandParser(
+        "doctor",
+        description="Look at this machine: versions, devices, the Hub, how runs are launched, what is missing for "
+        "what. It needs neither data nor a network.",
+    )
+    parser.add_argument(
+        "--gpu", action="store_true", help="try whether the GPU is used as it should be, and what fits on it"
+    )
     parser.add_argument("--only", nargs="+", metavar="CHECK", help="these checks alone; a wrong name lists them")
     parser.add_argument("--json", metavar="FILE", help="file for everything that was found")
     return parser

@@ -21,7 +21,8 @@ def overview(config: Config, found: Found, schedule: Schedule, family: Family) -
     images = found.images
     distinct = len(images) - images.num_duplicates
     count = count_in_words(len(images), distinct, "distinct")
-    yield f"images: {count}, {sizes_in_words(images)}; {len(found.heldout)} held out"
+    others = "" if found.watched is found.heldout else f", {len(found.watched)} others to compare with"
+    yield f"images: {count}, {sizes_in_words(images)}; {len(found.heldout)} held out{others}"
     yield from images.notes
     if images.unreadable:
         yield f"left out {len(images.unreadable)} images that cannot be read, listed in {UNREADABLE}"

@@ -53,7 +53,6 @@ def test_command_prints_a_table_and_writes_all_of_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "`doctor` needs to be told what to check: `--gpu`"),
         (["--gpu", "--only", "card", "crad"], "`--only crad`: the checks are card, attention, cudnn_attention, steps"),
         (["--gpu", "--jsn", "x"], "unrecognized arguments: --jsn x"),
         (
