@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 from ..measures.metrics import Metric, rate
 from .advice import advice
 from .catalogue import describe, times
-from .comparison import difference
+from .comparison import Difference, difference
 from .record import AuditRecord
 from .tones import BAD, GOOD, OPEN, PLAIN, RARE
 
@@ -47,19 +48,54 @@ class Verdict:
 
 def verdict(audit: AuditRecord) -> Verdict:
     """What an audit found, in words."""
-    copies = _copies(audit)
+    tried = _attacks(audit)
+    bar = _Bar(tried)
+    copies = _copies(audit, bar)
     found = [
         copies,
-        *_extraction(audit, copies.tone),
-        *_similarity(audit),
-        *_membership(audit),
-        *_prompts(audit),
+        *_extraction(audit, copies.tone, bar),
+        *_similarity(audit, bar),
+        *_membership(audit, bar),
+        *_prompts(audit, bar),
         *_quality(audit),
     ]
     tones = {each.about: each.tone for each in found}
     headline, tone = _headline(tones)
-    sentences = (*_in_short(audit, tones), *found, *_caution(audit), Sentence(PLAIN, GUARANTEE, "guarantee"))
+    sentences = (*_in_short(audit, tones), *found, *_many(tried), *_caution(audit))
+    sentences += (Sentence(PLAIN, GUARANTEE, "guarantee"),)
     return Verdict(headline, tone, sentences, tuple(advice(audit, tones)))
+
+
+class _Bar:
+    """How far from chance a finding must be so that of several attacks that find nothing one in twenty seems to.
+
+    Bonferroni's correction for so many attacks: the intervals, of 95 % each, are widened as those of normal errors.
+    """
+
+    def __init__(self, attacks: int) -> None:
+        normal = NormalDist()
+        self._wider = normal.inv_cdf(1 - 0.025 / max(attacks, 1)) / normal.inv_cdf(0.975)
+
+    def low(self, found: Metric | Difference) -> float:
+        """The lower end of the widened interval."""
+        return found.value - self._wider * (found.value - found.low)
+
+
+def _attacks(audit: AuditRecord) -> int:
+    """How many findings could each call the model one that memorizes, by chance."""
+    metrics = audit.metrics
+    copies, membership = metrics.get("f_mem"), {"mia_ref_auc", "mia_auc"} & metrics.keys()
+    close = [metrics.get(f"similarity_p95_{features.slug}") for features in audit.features]
+    compared = [each for each in close if each is not None and each.of_baseline is not None]
+    by_repeats = sum("extracted" in row.metrics for row in audit.by_repeats) > 1
+    found = bool(copies is not None and copies.count)
+    return found + by_repeats + len(compared) + bool(membership) + ("prompt_memorization_auc" in metrics)
+
+
+def _many(tried: int) -> Iterator[Sentence]:
+    if tried > 1:
+        text = f"{tried} attacks were tried; each counts as a find only where chance would not explain that, either."
+        yield Sentence(PLAIN, text, "attacks")
 
 
 def _in_short(audit: AuditRecord, tones: Mapping[str, str]) -> Iterator[Sentence]:
@@ -99,7 +135,7 @@ def _headline(tones: Mapping[str, str]) -> tuple[str, str]:
     return "Memorization was not measured.", OPEN
 
 
-def _copies(audit: AuditRecord) -> Sentence:
+def _copies(audit: AuditRecord, bar: _Bar) -> Sentence:
     metric = audit.metrics.get("f_mem")
     if metric is None:
         reason = audit.not_measured.get("f_mem", "no reason is given")
@@ -116,19 +152,19 @@ def _copies(audit: AuditRecord) -> Sentence:
         f"training images ({entry.show(metric.value)}, 95 % interval "
         f"{entry.interval(metric.low, metric.high)})"
     )
-    return _against_heldout(text, metric, audit)
+    return _against_heldout(text, metric, audit, bar)
 
 
-def _against_heldout(text: str, metric: Metric, audit: AuditRecord) -> Sentence:
+def _against_heldout(text: str, metric: Metric, audit: AuditRecord, bar: _Bar) -> Sentence:
     """Compares with the held-out images, however few."""
     if metric.baseline is None:
         more = ". Without held-out images nobody knows how many of these are chance."
-        return Sentence(BAD if metric.low > 0.01 else OPEN, text + more, "copies")
+        return Sentence(BAD if bar.low(metric) > 0.01 else OPEN, text + more, "copies")
     heldout = audit.data.heldout_images or 0
     text += f"; held-out images score {describe('f_mem').show(metric.baseline)}."
     if heldout:
         apart = difference(rate(round(metric.baseline * heldout), heldout), metric)
-        if apart.low > 0:
+        if bar.low(apart) > 0:
             return Sentence(BAD, f"{text} That is more than chance explains.", "copies")
         if apart.high < 0:
             return Sentence(GOOD, f"{text} That is less than unseen images score by chance.", "copies")
@@ -136,7 +172,7 @@ def _against_heldout(text: str, metric: Metric, audit: AuditRecord) -> Sentence:
     return Sentence(OPEN, f"{text} Against the score{few}, it cannot be told from chance.", "copies")
 
 
-def _extraction(audit: AuditRecord, copies: str) -> Iterator[Sentence]:
+def _extraction(audit: AuditRecord, copies: str, bar: _Bar) -> Iterator[Sentence]:
     """How many training images are extracted; `copies` is the tone of the finding about the generated ones."""
     metric = audit.metrics.get("extracted")
     if metric is None:
@@ -145,7 +181,7 @@ def _extraction(audit: AuditRecord, copies: str) -> Iterator[Sentence]:
     classes = [(row.repeats, row.metrics["extracted"]) for row in audit.by_repeats if "extracted" in row.metrics]
     if not count:
         yield Sentence(GOOD, f"None of {total:,} distinct training images was extracted.", "extraction")
-    elif len(classes) > 1 and difference(classes[0][1], classes[-1][1]).low > 0:
+    elif len(classes) > 1 and bar.low(difference(classes[0][1], classes[-1][1])) > 0:
         yield Sentence(BAD, f"Repeated images suffer most: {_repeated(classes)}.", "extraction")
     else:
         text = f"{_of(count, total, 'distinct training image')} can be extracted."
@@ -168,7 +204,7 @@ def _repeated(classes: list[tuple[str, Metric]]) -> str:
     )
 
 
-def _similarity(audit: AuditRecord) -> Iterator[Sentence]:
+def _similarity(audit: AuditRecord, bar: _Bar) -> Iterator[Sentence]:
     for features in audit.features:
         metric = audit.metrics.get(name := f"similarity_p95_{features.slug}")
         if metric is None:
@@ -181,7 +217,7 @@ def _similarity(audit: AuditRecord) -> Iterator[Sentence]:
             continue
         text += f"; for held-out images that is {entry.show(metric.of_baseline.value)}. "
         apart = difference(metric.of_baseline, metric)
-        if apart.low > 0:
+        if bar.low(apart) > 0:
             yield Sentence(BAD, f"{text}Generated images come closer.", "similarity")
         elif apart.value > 0:
             yield Sentence(OPEN, f"{text}That generated images come closer may be chance.", "similarity_open")
@@ -189,29 +225,31 @@ def _similarity(audit: AuditRecord) -> Iterator[Sentence]:
             yield Sentence(GOOD, f"{text}Generated images come no closer than that.", "similarity_none")
 
 
-def _membership(audit: AuditRecord) -> Iterator[Sentence]:
+def _membership(audit: AuditRecord, bar: _Bar) -> Iterator[Sentence]:
     name = next((name for name in ("mia_ref_auc", "mia_auc") if name in audit.metrics), None)
     if name is not None:
         attack = "compared with a reference model" if name == "mia_ref_auc" else "by its loss alone"
         text = f"Shown a training image and a held-out one, an attack on the model ({attack}) picks the right one "
-        yield _pairs(text, audit.metrics[name], "membership", "image")
+        yield _pairs(text, audit.metrics[name], "membership", "image", bar)
 
 
-def _prompts(audit: AuditRecord) -> Iterator[Sentence]:
+def _prompts(audit: AuditRecord, bar: _Bar) -> Iterator[Sentence]:
     metric = audit.metrics.get("prompt_memorization_auc")
     if metric is not None:
         text = "Shown a training caption and a held-out one, the model's reaction gives the training caption away "
-        yield _pairs(text, metric, "prompts", "caption")
+        yield _pairs(text, metric, "prompts", "caption", bar)
 
 
-def _pairs(text: str, metric: Metric, about: str, noun: str) -> Sentence:
+def _pairs(text: str, metric: Metric, about: str, noun: str, bar: _Bar) -> Sentence:
     """An AUC in words: how often the right one of two is chosen."""
     text += (
         f"in {100 * metric.value:.0f} % of cases (95 % interval {100 * metric.low:.0f} to "
         f"{100 * metric.high:.0f}; guessing gives 50). "
     )
-    if metric.low > 0.5:
+    if bar.low(metric) > 0.5:
         return Sentence(BAD, f"{text}{_strength(metric.value)}", about)
+    if metric.low > 0.5:
+        return Sentence(OPEN, f"{text}Of so many attacks one may find as much by chance.", about)
     if metric.high < 0.5:
         # What was trained on does not score lower for that: the held-out ones are easier, or of another kind.
         return Sentence(OPEN, f"{text}The two sets of {noun}s differ in other ways, which may hide a leak.", about)

@@ -23,6 +23,22 @@ def sentence(audit, about) -> Sentence:
     return found
 
 
+def test_what_one_attack_may_find_several_may_not_as_one_of_them_does_so_by_chance():
+    slight = {"mia_auc": even(0.53, 0.027, 0.5)}
+    alone = verdict(bare(metrics=slight))
+    assert [each.tone for each in alone.sentences if each.about == "membership"] == [BAD]
+    assert not [each for each in alone.sentences if each.about == "attacks"]
+    # Three in all: 2.5 % / 3 lie beyond 2.39 standard errors, and .53 is 2.18 of them above chance.
+    more = {"prompt_memorization_auc": even(0.5, 0.03, 0.5), "f_mem": share(3, 1000, 0.003)}
+    audit = bare(metrics=slight | more)
+    assert sentence(audit, "membership").tone == OPEN
+    assert sentence(audit, "membership").text.endswith("Of so many attacks one may find as much by chance.")
+    assert sentence(audit, "attacks").text.startswith("3 attacks were tried;")
+    # With two, beyond 2.24; this one is 2.27 above chance.
+    clearer = bare(metrics={"mia_auc": even(0.5313, 0.027, 0.5), "prompt_memorization_auc": even(0.5, 0.03, 0.5)})
+    assert sentence(clearer, "membership").tone == BAD
+
+
 def test_copies_are_counted_with_their_interval_and_the_score_of_held_out_images():
     found = sentence(sample_audit(), "copies")
     assert found == Sentence(
