@@ -14,15 +14,21 @@ from ..config.places import expanded
 from ..errors import UserError, one_line
 
 
+# What `--quick` sets unless it is given: some five times fewer images to draw, in half the steps.
+QUICK = {"num_images": "200", "num_inference_steps": "25", "membership_images": "200"}
+
+
 def audit_command(argv: list[str]) -> str:
     """Runs `iet-finetune audit` with the arguments after that word; returns the text to print at the end.
 
     Raises:
         UserError: the input is wrong; says how to fix it.
     """
-    given = parse_arguments(_parser(), argv, ["config", "model", "compare", *FLAGS])
+    given = parse_arguments(_parser(), argv, ["config", "model", "compare", "quick", *FLAGS])
     if "compare" in given:
         return _compare(given)
+    if given.pop("quick", False):
+        given = {name: value for name, value in QUICK.items() if _is_drawn(name, given)} | given
     check_extra()
     from ..audit.request import read_request
 
@@ -32,6 +38,11 @@ def audit_command(argv: list[str]) -> str:
     from ..publish.audited import audit_and_show
 
     return audit_and_show(request, PartialState().device, shlex.join([*PROGRAM.split(), *argv]))
+
+
+def _is_drawn(name: str, given: Mapping[str, Any]) -> bool:
+    """Whether a number that `--quick` sets means anything: images that are there already are all measured."""
+    return name == "membership_images" or "generated_dir" not in given
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         helps={name: spec.audit_help for name, spec in FLAGS.items() if spec.audit_help},
     )
     parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
+    numbers = ", ".join(f"--{name} {value}" for name, value in QUICK.items())
+    parser.add_argument(
+        "--quick", action="store_true", help=f"A first look in a tenth of the time: {numbers}, unless given."
+    )
     parser.add_argument(
         "--compare",
         nargs="+",
