@@ -13,7 +13,6 @@ from ..config.flags import convert, flag_specs
 from ..config.places import expanded
 from ..errors import UserError, one_line
 
-
 # What `--quick` sets unless it is given: some five times fewer images to draw, in half the steps.
 QUICK = {"num_images": "200", "num_inference_steps": "25", "membership_images": "200"}
 

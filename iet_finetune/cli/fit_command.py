@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..audit.flags import check_extra
 from ..config.command_line import build_parser, parse_arguments
-from ..config.config import Config, flag_groups, flag_names
+from ..config.config import Config, all_flags, flag_groups, flag_names
 from ..config.fitting import Choice, Circumstances, choose
 from ..config.folders import check_folders
 from ..errors import UserError, show
@@ -20,6 +20,8 @@ SHORT = {"base": "pretrained_model_name_or_path", "output": "output_dir"}
 # Sides of what a pipeline draws where its denoiser does not say.
 USUAL_SIDE, SIDE_OF_OLDER = 1024, 512
 PROMPTS = 4
+# What counts in the place of a flag where it is given.
+OVERRIDDEN = {"num_train_epochs": ("max_train_steps", "total_train_steps")}
 
 
 def fit_command(argv: list[str]) -> None:
@@ -35,7 +37,7 @@ def fit_command(argv: list[str]) -> None:
     from ..training.starting import first_device
 
     found = _look(first, given, first_device())
-    made = [each for each in choose(found) if each.flag not in given]
+    made = [each for each in choose(found) if not _is_given(each.flag, given)]
     config = Config.layered(given, {each.flag: each.value for each in made})
     check_folders(config)
     show("\n".join(["settings, chosen for these images:", *map(_line, made)]))
@@ -54,27 +56,25 @@ def _read(argv: list[str]) -> dict[str, Any]:
     """The given flags by their names in a run."""
     if argv and not argv[0].startswith("-"):
         argv = ["--train_data_dir", *argv]
-    for short, flag in SHORT.items():
-        argv = [f"--{flag}{word[2 + len(short) :]}" if _is(word, short) else word for word in argv]
     given = parse_arguments(fit_parser(), argv, [*flag_names(), *SHORT], others_too=True)
     if "config" in given:
         raise UserError(f"`--config` goes with `{PROGRAM} train`: `fit` chooses by itself, and flags override it.")
     return given
 
 
-def _is(word: str, flag: str) -> bool:
-    return word == f"--{flag}" or word.startswith(f"--{flag}=")
-
-
 def fit_parser() -> Any:
     """The parser of its arguments."""
-    return build_parser(
+    parser = build_parser(
         "Fine-tune on your own images with settings chosen for them, and measure what the result remembers: "
         f"`{PROGRAM} fit my_photos --base HUB_ID --output my_model`. Every flag of `{PROGRAM} train` may be given "
         "instead.",
         flag_groups(),
         f"{PROGRAM} fit",
     )
+    short = parser.add_argument_group("In short")
+    for name, flag in SHORT.items():
+        short.add_argument(f"--{name}", dest=flag, metavar="STR", help=f"`--{flag}`.")
+    return parser
 
 
 def _check(config: Config) -> None:
@@ -82,6 +82,12 @@ def _check(config: Config) -> None:
         raise UserError(f"no images: name their folder, as in `{PROGRAM} fit my_photos --base HUB_ID`.")
     if config.model.pretrained_model_name_or_path is None:
         raise UserError("`--base` is missing: give the Hub id or folder of the pipeline to fine-tune.")
+
+
+def _is_given(flag: str, given: dict[str, Any]) -> bool:
+    """Whether a flag, or one that takes its place, is among them."""
+    instead = [name for name, spec in all_flags().items() if spec.instead_of == flag]
+    return any(name in given for name in (flag, all_flags()[flag].instead_of, *instead, *OVERRIDDEN.get(flag, ())))
 
 
 def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:

@@ -86,4 +86,6 @@ def _steps(schedule: Schedule) -> str:
     visits = [schedule.visits(shard) / size for shard, size in enumerate(schedule.shard_sizes)]
     often = f"{min(visits):.3g}" if max(visits) - min(visits) < 0.5 else f"{min(visits):.3g} to {max(visits):.3g}"
     each = f"{schedule.total_steps[0]} of each of {clones} clones, " if clones > 1 else ""
-    return f"{total} ({each}{rounds} round{'s' * (rounds > 1)}); each image is visited {often} times"
+    return (
+        f"{total} ({each}{rounds} round{'s' * (rounds > 1)}); each image is visited {often} time{'s' * (often != '1')}"
+    )

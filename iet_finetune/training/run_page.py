@@ -81,7 +81,7 @@ class RunPage(Callback):
             sentences=list(self._sentences(lines, over)),
             tiles=tiles(lines, facts, None if over else self._seconds_left()),
             charts=list(charts(lines)),
-            rounds=self._drawn(),
+            rounds=self._drawn(over),
             suspects=[(each, self._thumbnail(each.image), self._caption(each.image)) for each in self._suspects],
             names=self._data.images.names,
             tensorboard=tensorboard_command(self._config),
@@ -125,16 +125,19 @@ class RunPage(Callback):
         left = self._facts.total_rounds - self._facts.round
         return left * sum(latest) / len(latest) if latest and left > 0 else None
 
-    def _drawn(self) -> list[Part]:
-        """The validation images of some rounds, the first and the last among them."""
+    def _drawn(self, over: bool) -> list[Part]:
+        """The validation images of some rounds, the first and the last among them, and that which is saved."""
+        best = self._run.stopping.best if over else None
         files = sorted((self._path.parent / FOLDER).glob("round-*.png"))
         last = len(files) - 1
         chosen = sorted({round(last * place / (MOST_ROUNDS - 1)) for place in range(MOST_ROUNDS)} if files else ())
+        rounds = [int(file.stem.removeprefix("round-")) for file in files]
         shown = []
-        for file in (files[number] for number in chosen):
-            number = int(file.stem.removeprefix("round-"))
-            title = f"after round {number}" if number else "before training"
-            shown.append({"title": title, "image": self._embedded(file)})
+        for place, (number, file) in enumerate(zip(rounds, files, strict=True)):
+            saved = best is not None and number == best.round
+            if place in chosen or saved:
+                title = f"after round {number}" if number else "before training"
+                shown.append({"title": f"{title}, saved" if saved else title, "image": self._embedded(file)})
         return shown
 
     def _embedded(self, file: Path) -> Part:

@@ -244,6 +244,9 @@ class Trainer:
         if best.step != self.ensemble.step:
             self.ranks.barrier()
             self.ensemble.restore(self.store.open(self.store.path(best.step)))
+        if self.validation.is_missing(best.round):
+            self.ensemble.load_result()
+            self._draw(best.round)
 
     def draw(self) -> None:
         """Draws the validation images of the merged denoiser, if this round is to have some."""
@@ -311,7 +314,8 @@ class Trainer:
             if self.ranks.size > 1:
                 # The clones of the other ranks as they are in the checkpoint after the round that is saved.
                 self.ensemble.load_clones(self.store.open(self.store.path(self.ensemble.step)))
-            finish(self.config, self.data, self.model, self.run, self.validation.before_after(), self._enter)
+            pictures = self.validation.before_after(self.ensemble.round)
+            finish(self.config, self.data, self.model, self.run, pictures, self._enter)
             if self._home is not None:
                 hand_back(self.model, self.run.accelerator, self._home)
         self.ranks.barrier()

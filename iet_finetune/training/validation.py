@@ -85,16 +85,16 @@ class Validation:
                     file.unlink()
             (self._output / BEFORE_AFTER).unlink(missing_ok=True)
 
-    def before_after(self) -> Path | None:
-        """`validation/before_after.png`: the images of round 0 beside those of the last round; None without them."""
-        files = [self._file(0), self._file(self._last_round)]
+    def before_after(self, round_: int) -> Path | None:
+        """`validation/before_after.png`: the images of round 0 beside those of another one; None without them."""
+        files = [self._file(0), self._file(round_)]
         if not all(file.is_file() for file in files):
             return None
         before, after = (Image.open(file).convert("RGB") for file in files)
         gap, band = 24, 20
         sheet = Image.new("RGB", (before.width + gap + after.width, max(before.height, after.height) + band), "white")
         pen = ImageDraw.Draw(sheet)
-        titled = ((0, "before", before), (before.width + gap, f"after {self._last_round} rounds", after))
+        titled = ((0, "before", before), (before.width + gap, f"after {round_} rounds", after))
         for x, title, image in titled:
             pen.text((x + 2, 4), title, fill="black")
             sheet.paste(image, (x, band))

@@ -71,6 +71,25 @@ def test_the_file_that_it_leaves_does_the_same_without_choosing(fitted, tmp_path
     assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
 
 
+def test_what_is_given_in_another_way_is_not_chosen(world, tmp_path, capsys):
+    flags = ["--max_train_steps", "6", "--merge_every_steps", "3", "--no_audit", "--validation_inference_steps", "2"]
+    fit = ["fit", str(world / "photos"), "--base", str(world / "base"), "--output", str(tmp_path / "out"), *flags]
+    assert cli.main(fit) == 0
+    said = capsys.readouterr().out
+    assert "--num_train_epochs" not in said
+    assert "--merge_every_epochs" not in said
+    assert "2 rounds" in said
+    assert (tmp_path / "out" / "validation" / "before_after.png").is_file(), "of the round that is kept"
+
+
+def test_help_shows_the_short_names_too(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--help"])
+    said = capsys.readouterr().out
+    assert "--base STR" in said
+    assert "--output STR" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -95,7 +95,8 @@ def test_looking_changes_no_bit_of_what_is_trained(world, tmp_path):
     """And takes a twentieth of the time at most: two of 24 visits a round, of which a look takes 32 forward passes."""
     seen = [Weights(), Weights()]
     Trainer(config(world, tmp_path / "auto", num_train_epochs=8), seen[:1]).train()
-    Trainer(config(world, tmp_path / "end", num_train_epochs=8, stop_when="end", stop_patience=3), seen[1:]).train()
+    blind = {"stop_when": "end", "stop_patience": 3, "holdout_data_dir": None}
+    Trainer(config(world, tmp_path / "end", num_train_epochs=8, **blind), seen[1:]).train()
     assert "heldout_loss" not in (tmp_path / "end" / "metrics.jsonl").read_text()
     for number in range(1, 5):
         assert_equal(seen[0].after[number], seen[1].after[number])
@@ -143,7 +144,7 @@ def test_it_stops_after_so_many_looks_without_a_lower_loss():
     assert again.reason([Rule]) == "most images rest"
 
 
-def test_without_it_the_loss_is_told_the_last_round_saved_and_not_one_bit_of_it_changed(world, tmp_path, capsys):
+def test_without_it_the_loss_is_told_and_the_last_round_saved(world, tmp_path, capsys):
     settings = {"stop_when": "end", "stop_patience": 3, "num_train_epochs": 20}
     output = Trainer(config(world, tmp_path / "watched", **settings)).train()
     said = capsys.readouterr().out
@@ -151,10 +152,6 @@ def test_without_it_the_loss_is_told_the_last_round_saved_and_not_one_bit_of_it_
     assert re.search(
         r"lowest after round \d of 10, and the last one is saved: `--stop_when auto` keeps the best", said
     )
-    blind = Trainer(config(world, tmp_path / "blind", **settings, holdout_data_dir=None)).train()
-    assert "keeps the best" not in capsys.readouterr().out
-    assert heldout_losses(blind) == {}
-    assert_equal(weights(output), weights(blind))
 
 
 def test_too_few_held_out_images_are_refused(world, tmp_path):
