@@ -102,7 +102,7 @@ def assemble(
     _check_same_everywhere(ranks, identity)
     if ranks.is_main:
         # Before anything takes time.
-        print(*overview(config, found, schedule, family), sep="\n", flush=True)
+        print(*source.notes, *overview(config, found, schedule, family), sep="\n", flush=True)
     shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
     if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
         # Only the main rank draws and saves, and held-out images alone are encoded later.
