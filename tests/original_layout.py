@@ -1,7 +1,8 @@
-"""A Stable Diffusion 1.x pipeline as one checkpoint file in the layout of its original code (CompVis, 2022).
+"""Stable Diffusion 1.x and XL as one checkpoint file in the layout of the original code (CompVis, Stability AI).
 
 Written from the names of the modules in the original code, and not from a converter: `ldm/modules/diffusionmodules/
-openaimodel.py` and `model.py` in CompVis/latent-diffusion.
+openaimodel.py` and `model.py` in CompVis/latent-diffusion, and `src/open_clip/transformer.py` in
+mlfoundations/open_clip.
 """
 
 import re
@@ -26,6 +27,8 @@ ENDS_OF_UNET = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
 }
 ATTENTION_OF_VAE = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
@@ -70,8 +73,38 @@ def vae_name(name: str, levels: int) -> str:
     return name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
 
 
+OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "final_layer_norm": "ln_final",
+}
+
+
+def open_clip(encoder: Any) -> dict[str, Tensor]:
+    """SDXL's second text encoder: queries, keys and values in one matrix, the projection on its side."""
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in encoder.state_dict().items()}
+    made = {"text_projection": tensors.pop("text_projection.weight").T}
+    for name, tensor in tensors.items():
+        for ours, original in OPEN_CLIP.items():
+            name = name.replace(ours, original)
+        if ".q_proj." in name:
+            place, kind = name.split(".self_attn.q_proj.")
+            start = name.replace("transformer.resblocks", "encoder.layers").removesuffix(f".q_proj.{kind}")
+            parts = [tensors[f"{start}.{part}_proj.{kind}"] for part in "qkv"]
+            made[f"{place}.attn.in_proj_{kind}"] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            made[name] = tensor
+    return made
+
+
 def original_layout(pipeline: Any) -> dict[str, Tensor]:
-    """Name -> tensor of a checkpoint of Stable Diffusion 1.x."""
+    """Name -> tensor of a checkpoint of Stable Diffusion 1.x, or of XL where there are two text encoders."""
     tensors = {
         f"model.diffusion_model.{unet_name(name, pipeline.unet)}": tensor
         for name, tensor in pipeline.unet.state_dict().items()
@@ -82,8 +115,13 @@ def original_layout(pipeline: Any) -> dict[str, Tensor]:
         # Attention of the VAE is made of convolutions there.
         is_matrix = "attn_1" in original and tensor.ndim == 2
         tensors[original] = tensor[:, :, None, None] if is_matrix else tensor
+    is_xl = "text_encoder_2" in pipeline.components
+    first = "conditioner.embedders.0" if is_xl else "cond_stage_model"
     for name, tensor in pipeline.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+        tensors[f"{first}.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
+    if is_xl:
+        second = open_clip(pipeline.text_encoder_2)
+        tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 

@@ -47,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
         only=FLAGS,
         helps={name: spec.audit_help for name, spec in FLAGS.items() if spec.audit_help},
     )
-    parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
+    parser.add_argument(
+        "--model",
+        metavar="STR",
+        help="Hub id, folder or .safetensors file of the pipeline, or folder of a LoRA file.",
+    )
     parser.add_argument(
         "--compare",
         nargs="+",

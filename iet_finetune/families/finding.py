@@ -18,7 +18,7 @@ from ..config.settings import ModelConfig
 from ..errors import UserError, one_line
 from .quiet import quiet_loading
 from .single_file import configuration, flag, is_file, read_checkpoint, stored_parts, unused
-from .stored import Stored, only_variant, stored_weights, summary
+from .stored import Stored, has_weights, only_variant, stored_weights, summary
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 
@@ -127,7 +127,9 @@ def _find_checkpoint(model: ModelConfig) -> PipelineSource:
         )
     notes = [f"{flag(model)} holds no {name}: that of `--base_config` is taken" for name in others]
     if left_out := unused(header):
-        notes.append(f"{len(left_out)} of {len(header)} tensors in {flag(model)} are not used, such as {left_out[0]}")
+        notes.append(
+            f"{len(left_out)} of {len(header)} tensors in {flag(model)} are not used, such as `{left_out[0]}`"
+        )
     stored |= in_file
     return PipelineSource(
         folder,
@@ -220,8 +222,7 @@ def _download(name: str, model: ModelConfig) -> Path:
 
 def _download_variant(name: str, model: ModelConfig, variant: str | None) -> str:
     path = DiffusionPipeline.download(name, revision=model.revision, variant=variant, cache_dir=model.cache_dir)
-    configured = [file.parent for file in Path(path).glob("*/config.json")]
-    if variant is None and configured and not stored_weights({folder.name: folder for folder in configured}, None):
+    if variant is None and not all(has_weights(file.parent, None) for file in Path(path).glob("*/config.json")):
         # No weights but those of a variant, which diffusers leaves on the Hub without a word.
         with contextlib.suppress(ValueError):
             return _download_variant(name, model, "fp16")

@@ -15,7 +15,7 @@ from ..errors import UserError, one_line
 from .finding import PipelineSource
 from .precision import exceptions, inexact_tensors, mend, round_pipeline
 from .quiet import quiet_loading
-from .single_file import flag, load_checkpoint
+from .single_file import check_all_used, flag, load_checkpoint
 
 # Keys in which diffusers and transformers record where and how a configuration was loaded.
 _OF_LOADING = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
@@ -89,6 +89,8 @@ def _from_file(source: PipelineSource, dtypes: dict[str, torch.dtype]) -> Diffus
         others |= {name: rest.components[name] for name in outside}
     in_file = {name: dtypes.get(name, torch.float32) for name in source.in_file}
     pipeline = load_checkpoint(source.file, source.folder, source.class_name, in_file, others)
+    for name in {"unet", "transformer"} & in_file.keys():
+        check_all_used(name, pipeline.components[name], source.stored[name])
     # As `from_pretrained` does; tokenizers are saved as they are there.
     pipeline.register_to_config(_name_or_path=str(source.folder))
     return pipeline

@@ -1,6 +1,7 @@
 """A checkpoint in one file, in the layout of its original code, which diffusers' `from_single_file` reads."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # What `from_single_file` fetches of a repository: configurations and vocabularies.
 _CONFIGURATION = ("*.json", "**/*.json", "*.txt", "**/*.txt", "**/*.model")
 # How the names of a component's tensors begin, and whether diffusers takes each tensor as it is, mapped from the file.
-# Elsewhere it cuts some in pieces or joins them, which copies them.
+# Elsewhere it cuts some in pieces, joins them or puts them into fp32, which copies them.
 _PARTS = (
     ("model.diffusion_model.joint_blocks.", "denoiser", False),
     ("model.diffusion_model.double_blocks.", "denoiser", False),
@@ -36,7 +37,7 @@ _PARTS = (
     ("conditioner.embedders.1.", "text_encoder_2", False),
     ("text_encoders.clip_l.", "text_encoder", True),
     ("text_encoders.clip_g.", "text_encoder_2", True),
-    ("text_encoders.t5xxl.", "t5", True),
+    ("text_encoders.t5xxl.", "t5", False),
 )
 # Of files of SD 3 and Flux that hold the transformer alone, a tensor that each has: there names begin with nothing.
 _BARE = ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "double_blocks.0.img_attn.norm.key_norm.scale")
@@ -49,8 +50,8 @@ _SCALED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".absmax", ".quant_st
 
 def is_file(name: str) -> bool:
     """Whether a base's name is that of a checkpoint file rather than of a folder or repository."""
-    path = Path(name)
-    return path.is_file() or (path.suffix in (SUFFIX, ".ckpt") and not path.is_dir())
+    # Unlike pathlib's, these return False for a name that is too long for the system.
+    return os.path.isfile(name) or (Path(name).suffix in (SUFFIX, ".ckpt") and not os.path.isdir(name))
 
 
 def read_checkpoint(model: ModelConfig) -> Header:
@@ -104,9 +105,9 @@ def configuration(model: ModelConfig, header: Header) -> Path:
         UserError: there is none here, and the Hub did not give it.
     """
     given = model.base_config
-    if given is not None and Path(given).is_dir():
+    if given is not None and os.path.isdir(given):
         return Path(given)
-    if given is not None and Path(given).exists():
+    if given is not None and os.path.exists(given):
         raise UserError(f"`--base_config {given}` is a file: give the folder or Hub id of a diffusers pipeline.")
     repository = given or inferred(header)
     try:
@@ -198,9 +199,14 @@ def load_checkpoint(
     held, pipeline = dict(others), None
     for dtype in dict.fromkeys(dtypes.values()):
         later = [name for name, of_part in dtypes.items() if name not in held and of_part != dtype]
-        pipeline = kind.from_single_file(
-            str(file), config=str(folder), dtype=dtype, **dict.fromkeys(later), **held, local_files_only=True
-        )
+        arguments = {"config": str(folder), "dtype": dtype, "local_files_only": True}
+        try:
+            pipeline = kind.from_single_file(str(file), **arguments, **dict.fromkeys(later), **held)
+        except NotImplementedError as error:
+            # What torch says of a tensor without a value.
+            if "meta" in str(error):
+                raise UserError("it lacks tensors that the configuration asks for") from None
+            raise
         held |= {name: pipeline.components[name] for name, of_part in dtypes.items() if of_part == dtype}
     for name, part in pipeline.components.items() if pipeline is not None else ():
         _check_complete(name, part)
@@ -213,3 +219,14 @@ def _check_complete(name: str, part: Any) -> None:
     missing = [tensor for tensor, value in tensors.items() if value.is_meta]
     if missing:
         raise UserError(f"it has no {name}.{missing[0]}, which the configuration asks for")
+
+
+def check_all_used(name: str, denoiser: nn.Module, stored: Stored) -> None:
+    """Raises a `UserError` if the file has more weights than the denoiser.
+
+    diffusers leaves out what it has no place for. With the configuration of a model with fewer layers, another model
+    would come out.
+    """
+    held = sum(tensor.numel() for tensor in denoiser.state_dict().values())
+    if stored.numbers > held:
+        raise UserError(f"its {name} has {stored.numbers:,} numbers, and the configuration has room for {held:,}")

@@ -96,6 +96,11 @@ def summary(dtypes_by_part: dict[str, dict[str, torch.dtype]]) -> dict[str, torc
     return found
 
 
+def has_weights(folder: Path, variant: str | None) -> bool:
+    """Whether the folder of a component has files of weights."""
+    return bool(_weight_files(folder, variant))
+
+
 def only_variant(folders: Mapping[str, Path]) -> str | None:
     """The variant that components are in that have no plain weights; None where all have them or none has.
 
@@ -104,7 +109,7 @@ def only_variant(folders: Mapping[str, Path]) -> str | None:
     """
     choices: list[set[str]] = []
     for folder in folders.values():
-        if folder.is_dir() and not _weight_files(folder, None):
+        if folder.is_dir() and not has_weights(folder, None):
             found = {match[1] for file in folder.iterdir() if (match := _OF_VARIANT.fullmatch(file.name))}
             choices += [found] if found else []
     if not choices:
