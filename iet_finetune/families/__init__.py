@@ -12,7 +12,7 @@ from ..errors import UserError
 from . import finding
 from .base import Conditions, Family, in_chunks
 from .finding import PipelineSource, source_of
-from .inputs import TEXT_TO_IMAGE, check_inputs, check_stored_inputs
+from .inputs import TEXT_TO_IMAGE, check_loaded_inputs, check_stored_inputs
 from .loading import load_as_stored, load_pipeline, move_pipeline, save_pipeline
 from .precision import round_pipeline, widen
 from .scratch import build_pipeline, scratch_source
@@ -118,9 +118,7 @@ def load_family(source: PipelineSource, config: Config, pipeline: Any = None) ->
     kind, name = family_class(source, config.model), config.model.model_config
     if pipeline is not None:
         if kind.channels_per_latent is not None:
-            denoiser, vae = pipeline.components[kind.denoiser_name], pipeline.components["vae"]
-            latents = kind.channels_per_latent * vae.config.latent_channels
-            check_inputs("the pipeline", kind.denoiser_name, denoiser.config.in_channels, latents)
+            check_loaded_inputs(pipeline, kind.denoiser_name, kind.channels_per_latent)
         move_pipeline(pipeline, torch.device("cpu"))
         return kind(pipeline, config)
     if name is None:

@@ -1,6 +1,7 @@
 """Whether a denoiser is that of a text-to-image model, and not of one that also begins from a picture."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,17 @@ def check_stored_inputs(model: str, folder: Path, part: str, factor: int) -> Non
         folder: of the pipeline.
         factor: the denoiser's channels by one of the latents, which Flux packs.
     """
-    taken = _read(folder / part).get("in_channels")
-    given = _read(folder / "vae").get("latent_channels")
+    _check(model, part, factor, _read(folder / part), _read(folder / "vae"))
+
+
+def check_loaded_inputs(pipeline: Any, part: str, factor: int) -> None:
+    """As `check_stored_inputs`, of a pipeline in memory."""
+    denoiser, vae = (getattr(pipeline.components.get(name), "config", {}) for name in (part, "vae"))
+    _check("the pipeline", part, factor, denoiser, vae)
+
+
+def _check(model: str, part: str, factor: int, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    taken, given = denoiser.get("in_channels"), vae.get("latent_channels")
     if isinstance(taken, int) and isinstance(given, int):
         check_inputs(model, part, taken, factor * given)
 

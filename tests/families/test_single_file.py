@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    AutoPipelineForText2Image,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from original_layout import original_layout, save_original
 from runs import run_until
 from safetensors.torch import load_file, save_file
@@ -17,7 +23,14 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from iet_finetune import Config, Trainer, UserError
 from iet_finetune.config.settings import ModelConfig
-from iet_finetune.families import family_class, find_pipeline, load_as_stored, load_family, save_pipeline
+from iet_finetune.families import (
+    family_class,
+    find_pipeline,
+    load_as_stored,
+    load_family,
+    save_pipeline,
+    source_of,
+)
 from iet_finetune.families.base import pipeline_fingerprint
 from iet_finetune.families.single_file import stored_parts
 
@@ -206,6 +219,26 @@ def test_of_a_transformer_alone_the_rest_is_asked_for():
     assert (part.numbers, part.nbytes, part.own_bytes, part.loads_in) == (132, 264, 264, torch.bfloat16)
 
 
+def test_a_safety_checker_of_the_configuration_is_left_out_and_not_written_down(world, tmp_path):
+    base = Path(shutil.copytree(world / "base", tmp_path / "base"))
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    index |= {"feature_extractor": ["transformers", "CLIPImageProcessor"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    for part, file in (("safety_checker", "config.json"), ("feature_extractor", "preprocessor_config.json")):
+        (base / part).mkdir()
+        (base / part / file).write_text("{}")
+    settings = of_file(world, base_config=str(base))
+    source = find_pipeline(settings)
+    save_pipeline(load_as_stored(source, settings), tmp_path / "out", source.dtypes, source.own_index)
+    saved = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert saved["safety_checker"] == [None, None]
+    assert saved["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    assert not (tmp_path / "out" / "safety_checker").exists()
+    again = ModelConfig(pretrained_model_name_or_path=str(tmp_path / "out"))
+    load_as_stored(find_pipeline(again), again)
+
+
 def stripped(folder: Path) -> Path:
     """The configuration without weights, as the Hub gives it."""
     for file in folder.rglob("*.safetensors"):
@@ -335,6 +368,7 @@ def test_a_class_that_draws_from_a_picture_is_trained_as_the_text_to_image_model
     assert "AutoPipelineForText2Image.from_pretrained(" in card
     again = ModelConfig(pretrained_model_name_or_path=str(outputs["picture"]))
     assert find_pipeline(again).saved_as == name
+    assert type(AutoPipelineForText2Image.from_pretrained(outputs["picture"])) is StableDiffusionPipeline
 
 
 def test_a_denoiser_that_takes_more_than_the_noisy_image_is_refused_by_name(tmp_path):
@@ -348,13 +382,8 @@ def test_a_denoiser_that_takes_more_than_the_noisy_image_is_refused_by_name(tmp_
 
 
 def test_a_pipeline_in_memory_that_is_none_of_text_alone_is_refused(tmp_path):
-    from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-
-    from iet_finetune.families import source_of
-
     pipeline = tiny_sd()
-    wide = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
-    pipeline.unet = wide
+    pipeline.unet = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
     with pytest.raises(UserError, match="the pipeline is an inpainting model"):
         load_family(source_of(pipeline), Config(), pipeline)
     other = StableDiffusionImg2ImgPipeline(**tiny_sd().components, requires_safety_checker=False)
