@@ -22,7 +22,7 @@ from iet_finetune.audit.measures.neighbours import Neighbours, nearest_pixels
 from iet_finetune.audit.measures.quality import NEIGHBOURS, frechet_distance, kernel_distance, prdc
 from iet_finetune.audit.measures.separation import auc, tpr_at_fpr
 from iet_finetune.families import Family, family_class
-from iet_finetune.families.loading import source_of
+from iet_finetune.families.finding import source_of
 from iet_finetune.training.callbacks import RoundFacts, RunFacts, StepFacts
 
 from .arms import Course

@@ -19,7 +19,7 @@ from .flags import OF_THE_RUN
 
 CONFIG_NAME = "training_config.yaml"
 # How a pipeline of the Hub is chosen; in a finished run these belong to its base.
-OF_LOADING = ("revision", "variant")
+OF_LOADING = ("base_config", "revision", "variant")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read_request(given: Mapping[str, Any]) -> AuditRequest:
     asked = config.audit.reference_model
     # The base of a run that was trained here is what its model was before.
     assumed = config.model.pretrained_model_name_or_path if of_run else None
-    loading = of_run if asked is None else {"cache_dir": config.model.cache_dir}
+    loading = of_run if asked is None else {name: getattr(config.model, name) for name in ("cache_dir", "base_config")}
     if (Path(str(model)) / LORA_NAME).is_file():
         config = replace(config, model=_loaded_as(config.model, of_run, given))
     return AuditRequest(

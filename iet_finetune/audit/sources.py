@@ -9,6 +9,7 @@ from ..config.config import Config
 from ..data.dataset import TrainingImages, load_folder, load_table
 from ..data.files import find_files, has_captions
 from ..errors import UserError
+from ..families.single_file import is_file
 from .inputs.dataset import load_real_images
 from .inputs.ledger import LedgerCounts, check_split, read_ledger
 from .inputs.pipelines import SubjectSource, find_subject
@@ -53,6 +54,7 @@ def find_sources(
     """
     config, tables = request.config, tables or {}
     generated = tables.get("generated_dir", config.audit.generated_dir)
+    _check_base_config(request)
     if model is None and request.model is not None:
         model = find_subject(config, request.model, "model")
     if model is None and generated is None:
@@ -67,6 +69,14 @@ def find_sources(
         warnings = (_doubt(config.data.holdout_fraction), *warnings)
     images = None if generated is None else _generated(generated, config)
     return AuditSources(model, reference, training, heldout, images, ledger, warnings)
+
+
+def _check_base_config(request: AuditRequest) -> None:
+    given = request.config.model.base_config
+    loaded = [request.config.model, *([request.reference] if request.reference is not None else [])]
+    names = [request.model, *(model.pretrained_model_name_or_path for model in loaded)]
+    if given is not None and not any(name is not None and is_file(name) for name in names):
+        raise UserError(f"`--base_config {given}` is for a checkpoint file, and none is given: leave it out.")
 
 
 def _doubt(fraction: float) -> str:

@@ -57,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         only=FLAGS,
         helps={name: spec.audit_help for name, spec in FLAGS.items() if spec.audit_help},
     )
-    parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
+    parser.add_argument(
+        "--model",
+        metavar="STR",
+        help="Hub id, folder or .safetensors file of the pipeline, or folder of a LoRA file.",
+    )
     numbers = ", ".join(f"--{name} {value}" for name, value in QUICK.items())
     parser.add_argument(
         "--quick", action="store_true", help=f"A first look in a tenth of the time: {numbers}, unless given."

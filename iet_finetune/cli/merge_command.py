@@ -4,9 +4,12 @@ import argparse
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
 
 from ..config.command_line import parse_arguments
 from ..config.places import expanded
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from ..lora.file import LoraLayer, MergedLora
 
 LORA, PIPELINE, MODEL = "LoRA file", "pipeline", "model folder"
+# Names in a checkpoint file of a whole pipeline, or of the transformer of SD 3 or Flux, begin with these.
+ORIGINAL = ("model.diffusion_model.", "joint_blocks.", "double_blocks.")
 _LARGEST = 1e15  # whole numbers up to here are exact in float64, and no sum of weights overflows
 
 
@@ -30,17 +35,20 @@ def merge_command(argv: list[str]) -> str:
     Raises:
         UserError: whatever the user can mend.
     """
-    given = parse_arguments(_parser(), argv, ["weights", "rank", "output"])
+    given = parse_arguments(_parser(), argv, ["weights", "rank", "output", "base_config"])
     inputs = [Path(expanded(name, "INPUT")) for name in given["inputs"]]
     weights = _weights(given["weights"], len(inputs))
     rank = _rank(given["rank"])
     kind = _common_kind(inputs)
     if rank is not None and kind != LORA:
         raise UserError(f"`--rank` is for LoRA files, but `{inputs[0]}` is a {kind}.")
+    base_config = given["base_config"]
+    if base_config is not None and not any(path.is_file() for path in inputs if kind == PIPELINE):
+        raise UserError(f"`--base_config {base_config}` is for checkpoint files, and none is given: leave it out.")
     output = _output(given["output"], inputs if kind != LORA else [])
     if kind == LORA:
         return _merge_lora_files(inputs, weights, rank, output)
-    return _merge_whole(kind, inputs, weights, output)
+    return _merge_whole(kind, inputs, weights, output, base_config)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="INPUT",
         help=f"LoRA files, or folders with {LORA_NAME}; or pipelines, or unet/ or transformer/ folders, in diffusers' "
-        "format. All of one kind. What is not the denoiser of a pipeline is copied from the first.",
+        "format, or checkpoint files of pipelines. "
+        "All of one kind. What is not the denoiser of a pipeline is copied from the first.",
     )
     parser.add_argument(
         "--weights",
@@ -69,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="For LoRA: cut the result to this rank; what is lost is printed. Without it nothing is cut, and the rank "
         "is what the exact merge needs: at most the sum of the ranks.",
+    )
+    parser.add_argument(
+        "--base_config",
+        metavar="NAME",
+        help="For checkpoint files: Hub id or folder of a diffusers pipeline of their kind, whose configuration is "
+        "used. By default diffusers finds it out from each file.",
     )
     return parser
 
@@ -117,7 +132,7 @@ def _kind(path: Path) -> str:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UserError(f"`{path}` is not a .safetensors file. Give LoRA files, pipelines or model folders.")
-        return LORA
+        return PIPELINE if _is_checkpoint(path) else LORA
     if (path / INDEX_NAME).is_file():
         if (path / LORA_NAME).is_file():
             raise UserError(f"`{path}` holds a pipeline and a LoRA file: give `{path / LORA_NAME}` or another folder.")
@@ -127,6 +142,16 @@ def _kind(path: Path) -> str:
     if (path / "config.json").is_file():
         return MODEL
     raise UserError(f"`{path}` holds neither {LORA_NAME} nor {INDEX_NAME} nor config.json: nothing to merge.")
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file holds a whole pipeline in its original layout; what is damaged is refused when it is read."""
+    try:
+        with safe_open(path, framework="np") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError):
+        return False
+    return not any("lora" in name for name in names) and any(name.startswith(ORIGINAL) for name in names)
 
 
 def _output(given: str | None, models: Sequence[Path]) -> Path:
@@ -203,15 +228,39 @@ def _energy(merged: "MergedLora") -> str:
     return f"which loses {lost / whole:.2%} of the update's energy ({shares[worst]:.2%} in {worst})."
 
 
-def _merge_whole(kind: str, inputs: Sequence[Path], weights: Sequence[float], output: Path) -> str:
+def _merge_whole(
+    kind: str, inputs: Sequence[Path], weights: Sequence[float], output: Path, base_config: str | None
+) -> str:
     from ..publish.model_folder import CONFIG_NAME, merge_models, merge_pipelines, read_json
 
     merge = merge_pipelines if kind == PIPELINE else merge_models
-    _publish(output, lambda folder: merge(inputs, weights, folder))
+
+    def save(folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            folders = [_unpacked(path, Path(scratch) / str(n), base_config) for n, path in enumerate(inputs)]
+            merge(folders, weights, folder)
+
+    _publish(output, save)
     loader = "DiffusionPipeline"
     if kind == MODEL:
         loader = read_json(output / CONFIG_NAME).get("_class_name", "ModelMixin")
     return f"{_done(kind, weights)}. Load it with {loader}.from_pretrained({str(output)!r})."
+
+
+def _unpacked(path: Path, folder: Path, base_config: str | None) -> Path:
+    """A model's folder; a checkpoint file is written there as one first."""
+    if path.is_dir():
+        return path
+    from ..config.settings import ModelConfig
+    from ..families import find_pipeline, load_as_stored, save_pipeline
+
+    model = ModelConfig(pretrained_model_name_or_path=str(path), base_config=base_config)
+    try:
+        source = find_pipeline(model)
+        save_pipeline(load_as_stored(source, model), folder, source.dtypes, source.own_index)
+    except UserError as error:
+        raise UserError(str(error).replace(f"--pretrained_model_name_or_path {path}", str(path))) from None
+    return folder
 
 
 def _done(kind: str, weights: Sequence[float]) -> str:

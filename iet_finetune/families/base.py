@@ -38,6 +38,8 @@ class Family(ABC):
     # Components used by `encode_images` and `encode_captions`; on the device only while they are needed.
     image_encoders: ClassVar[tuple[str, ...]] = ("vae",)
     caption_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    # How many channels the denoiser must take for each of the VAE's latents; None: that is not checked.
+    channels_per_latent: ClassVar[int | None] = None
     # Whether latents are sampled; if not, the standard deviation of `encode_images` is 0 throughout.
     has_posterior: ClassVar[bool] = True
     # Layers that get an adapter by default: the attention projections, as in diffusers' scripts.

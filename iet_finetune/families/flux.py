@@ -29,6 +29,7 @@ class Flux(FlowFamily):
         *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    channels_per_latent = 4
     weighting_scheme = "none"
     default_sequence_length = 512
 

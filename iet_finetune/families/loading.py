@@ -1,171 +1,24 @@
-"""Loads a pipeline from a Hub id or folder, and saves it with every untrained component unchanged."""
+"""Loads a pipeline that was found, and saves it with every untrained component unchanged."""
 
-import contextlib
 import json
-import logging
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from ..config.settings import ModelConfig
 from ..errors import UserError, one_line
+from .finding import PipelineSource
 from .precision import exceptions, inexact_tensors, mend, round_pipeline
-from .stored import Stored, stored_weights, summary
+from .quiet import quiet_loading
+from .single_file import check_all_used, flag, load_checkpoint
 
 # Keys in which diffusers and transformers record where and how a configuration was loaded.
 _OF_LOADING = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Silences progress bars of diffusers and transformers and the log of diffusers, so that an error is one line."""
-    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(logging.CRITICAL)
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        for library in libraries:
-            library.enable_progress_bar()
-
-
-@dataclass(frozen=True)
-class PipelineSource:
-    """Where a pipeline is on disk, its class, and the precision of its stored components.
-
-    Attributes:
-        folder: None when training from scratch, or from a pipeline in memory.
-        classes: component -> [library, class], as in model_index.json.
-        dtypes: component -> precision of most of its weights, component/tensor -> precision of an exception.
-        absent: missing components that must be passed to `from_pretrained` as None, such as SD 3's T5.
-        stored: component -> what its weights files hold; empty without a folder.
-    """
-
-    folder: Path | None
-    class_name: str
-    classes: dict[str, list[str]]
-    dtypes: dict[str, torch.dtype]
-    absent: tuple[str, ...] = ()
-    stored: dict[str, Stored] = field(default_factory=dict)
-
-
-def find_pipeline(model: ModelConfig) -> PipelineSource:
-    """Finds the pipeline, downloading it from the Hub if needed; reads its index, not its weights.
-
-    Raises:
-        UserError: no such folder or repository, no network, or not a pipeline.
-    """
-    name = str(model.pretrained_model_name_or_path)
-    # Unlike pathlib's, this `exists` returns False for a name that is too long for the system.
-    folder = Path(name) if os.path.exists(name) else _download(name, model)
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        raise UserError(
-            f"`--pretrained_model_name_or_path {name}` is not a diffusers pipeline: it has no model_index.json."
-        )
-    index = _read_index(index_file)
-    classes = _components(folder, index)
-    stored = stored_weights({name: part_folder(folder, name) for name in classes}, model.variant)
-    dtypes = summary({name: part.dtypes for name, part in stored.items()})
-    return PipelineSource(folder, str(index["_class_name"]), classes, dtypes, _absent(index), stored)
-
-
-def source_of(pipeline: Any) -> PipelineSource:
-    """What is known of a pipeline in memory: it has no folder, and its tensors are stored as they are there.
-
-    Raises:
-        UserError: it is not a diffusers pipeline.
-    """
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise UserError(f"`pipeline` must be a loaded diffusers pipeline, not a {type(pipeline).__name__}.")
-    loaded = cast(Any, pipeline)
-    # The one that it would be saved under, which is another for a class-conditional one.
-    class_name = json.loads(loaded.to_json_string())["_class_name"]
-    index = {part: list(value) for part, value in loaded.config.items() if isinstance(value, list | tuple)}
-    components = loaded.components
-    classes = {part: value for part, value in index.items() if part in components and value[1:] not in ([], [None])}
-    stored = {
-        part: {name: tensor.dtype for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
-        for part, module in components.items()
-        if isinstance(module, nn.Module)
-    }
-    return PipelineSource(None, class_name, classes, summary(stored), _absent(index | {"_class_name": class_name}))
-
-
-def _read_index(file: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"`{file}` is damaged: {one_line(error)}. Get the pipeline anew.") from None
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise UserError(f"`{file}` is no index of a pipeline: it names no `_class_name`. Get the pipeline anew.")
-    return index
-
-
-def _components(folder: Path, index: dict[str, Any]) -> dict[str, list[str]]:
-    """Returns library and class of the components; each must have its folder, and a tokenizer its vocabulary."""
-    # A component is `[library, class]`; a missing one is `[null, null]`.
-    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
-    for name, (_, class_name) in parts.items():
-        part = part_folder(folder, name)
-        if not part.is_dir():
-            raise UserError(f"`{folder}` is not complete: model_index.json names {name}, but its folder is missing.")
-        # transformers silently builds a tokenizer without words from such a folder.
-        if "Tokenizer" in str(class_name) and not any((part / file).is_file() for file in _VOCABULARIES):
-            raise UserError(f"`{part}` has no vocabulary, such as a tokenizer.json. Get the pipeline anew.")
-    return parts
-
-
-def _absent(index: dict[str, Any]) -> tuple[str, ...]:
-    optional = getattr(getattr(diffusers, str(index["_class_name"]), None), "_optional_components", ())
-    return tuple(name for name, value in index.items() if value == [None, None] and name not in optional)
-
-
-def part_folder(folder: Path, name: str) -> Path:
-    """Returns the folder of a component: one of its name or, in early pipelines, the pipeline's own."""
-    flat = not (folder / name).is_dir() and (folder / "scheduler_config.json").is_file()
-    return folder if flat else folder / name
-
-
-def _download(name: str, model: ModelConfig) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"`--pretrained_model_name_or_path {name}`: there is no such folder.")
-    try:
-        with quiet_loading():
-            path = DiffusionPipeline.download(
-                name, revision=model.revision, variant=model.variant, cache_dir=model.cache_dir
-            )
-    except Exception as error:
-        # diffusers' own message refers to a traceback that is not shown.
-        reason = one_line(error.__cause__ or error).rstrip(".")
-        raise UserError(
-            f"`--pretrained_model_name_or_path {name}` is no folder here, and the Hub did not give it ({reason}). "
-            "Check the name, the network and, for a private or gated one, the login."
-        ) from None
-    _fetch_card(name, model)
-    return Path(path)
-
-
-def _fetch_card(name: str, model: ModelConfig) -> None:
-    """Downloads the repository's README.md, which names the licence and which diffusers does not fetch."""
-    with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError):
-        hf_hub_download(name, "README.md", revision=model.revision, cache_dir=model.cache_dir)
 
 
 def load_pipeline(source: PipelineSource, model: ModelConfig) -> DiffusionPipeline:
@@ -204,23 +57,47 @@ def load_as_stored(source: PipelineSource, model: ModelConfig) -> DiffusionPipel
 def _load(source: PipelineSource, model: ModelConfig, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
     """Loads the pipeline with these precisions by component, and fp32 for the others."""
     assert source.folder is not None
+    mend_it = "Get the pipeline anew, or check `--variant`"
     try:
         with quiet_loading():
-            return DiffusionPipeline.from_pretrained(
-                source.folder,
-                variant=model.variant,
-                dtype={"default": torch.float32, **dtypes},
-                **dict.fromkeys(source.absent),
-            )
+            if source.file is None:
+                return _from_folder(source, dtypes, source.absent)
+            mend_it = "Check that `--base_config` is of the same kind, or get the file anew"
+            return _from_file(source, dtypes)
     except Exception as error:
-        raise UserError(
-            f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}` could not be loaded: "
-            f"{one_line(error).rstrip('.')}. Get the pipeline anew, or check `--variant`."
-        ) from None
+        raise UserError(f"{flag(model)} could not be loaded: {one_line(error).rstrip('.')}. {mend_it}.") from None
+
+
+def _from_folder(source: PipelineSource, dtypes: dict[str, torch.dtype], without: Iterable[str]) -> DiffusionPipeline:
+    # By its own class, unless it is to be another one.
+    kind: Any = DiffusionPipeline if source.saved_as is None else getattr(diffusers, source.class_name)
+    return kind.from_pretrained(
+        source.folder,
+        variant=source.variant,
+        dtype={"default": torch.float32, **dtypes},
+        **dict.fromkeys(without),
+    )
+
+
+def _from_file(source: PipelineSource, dtypes: dict[str, torch.dtype]) -> DiffusionPipeline:
+    assert source.file is not None
+    assert source.folder is not None
+    others: dict[str, Any] = dict.fromkeys(source.absent)
+    if outside := [name for name in source.stored if name not in source.in_file]:
+        without = (*source.absent, *source.in_file, *(["safety_checker"] if "safety_checker" in source.index else []))
+        rest: Any = _from_folder(source, {name: dtypes.get(name, torch.float32) for name in outside}, without)
+        others |= {name: rest.components[name] for name in outside}
+    in_file = {name: dtypes.get(name, torch.float32) for name in source.in_file}
+    pipeline = load_checkpoint(source.file, source.folder, source.class_name, in_file, others)
+    for name in {"unet", "transformer"} & in_file.keys():
+        check_all_used(name, pipeline.components[name], source.stored[name])
+    # As `from_pretrained` does; tokenizers are saved as they are there.
+    pipeline.register_to_config(_name_or_path=str(source.folder))
+    return pipeline
 
 
 def save_pipeline(
-    pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype], classes: dict[str, list[str]] | None = None
+    pipeline: Any, folder: Path, dtypes: dict[str, torch.dtype], own_index: dict[str, Any] | None = None
 ) -> None:
     """Saves the pipeline with each model in its given precision; the models keep that precision afterwards.
 
@@ -230,15 +107,19 @@ def save_pipeline(
 
     Args:
         dtypes: as `PipelineSource.dtypes`.
-        classes: library and class of components in model_index.json. Without torchvision, transformers loads another
-            image processor than the stored one and would record that.
+        own_index: as `PipelineSource.own_index`. Without torchvision, transformers loads another image processor than
+            the stored one and would record that.
     """
     round_pipeline(pipeline, dtypes)
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
         _save_tokenizers_as_loaded(pipeline, folder)
     index_file = folder / "model_index.json"
-    index = json.loads(index_file.read_text(encoding="utf-8")) | (classes or {})
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    if own_index is not None and "_class_name" in own_index:
+        # Of another class, which has other entries.
+        index = {name: value for name, value in index.items() if name.startswith("_")}
+    index |= own_index or {}
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file in folder.rglob("*.json"):
         _amend_config(file)

@@ -13,7 +13,8 @@ from ..config.flags import nearest
 from ..config.settings import PRESETS
 from ..errors import UserError, one_line
 from ..method.seeding import weights_seed
-from .loading import PipelineSource, quiet_loading
+from .finding import PipelineSource
+from .quiet import quiet_loading
 
 FOLDER = Path(__file__).parent / "models"
 Settings = dict[str, Any]

@@ -51,7 +51,8 @@ def shrink(config: Config, folder: Path) -> Config:
             raise UserError(f"`--smoke` has no small {kind}; it has {', '.join(sorted(TINY))}.")
         save_tiny_pipeline(kind, folder / "model")
         changes |= {"pretrained_model_name_or_path": str(folder / "model"), "resolution": RESOLUTION}
-        changes |= {"revision": None, "variant": None, "prediction_type": config.model.prediction_type}
+        changes |= {"base_config": None, "revision": None, "variant": None}
+        changes |= {"prediction_type": config.model.prediction_type}
         needs_captions = kind not in ("DDPMPipeline", "DDIMPipeline")
     changes |= _images(config, folder / "images", changes["resolution"], needs_captions)
     # Names of classes are those of the recipe's own data.
@@ -61,7 +62,12 @@ def shrink(config: Config, folder: Path) -> Config:
 
 
 def _pipeline_class(config: Config) -> str:
+    from .inputs import TEXT_TO_IMAGE
+    from .single_file import inferred, is_file, read_checkpoint
+
     name = str(config.model.pretrained_model_name_or_path)
+    if is_file(name):
+        name = config.model.base_config or inferred(read_checkpoint(config.model))
     if name in KNOWN:
         return KNOWN[name]
     try:
@@ -71,7 +77,8 @@ def _pipeline_class(config: Config) -> str:
 
             model = config.model
             index = Path(hf_hub_download(name, "model_index.json", revision=model.revision, cache_dir=model.cache_dir))
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        kind = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
+        return TEXT_TO_IMAGE.get(kind, kind)
     except Exception as error:  # the Hub's client raises whatever comes
         raise UserError(
             f"`--smoke` cannot find out what `--pretrained_model_name_or_path {name}` is: "

@@ -12,6 +12,8 @@ from .base import Conditions, Family, check_resolution
 class StableDiffusion(Family):
     """`StableDiffusionPipeline`, predicting the noise (1.x, 2.x-base) or v (2.x at 768 pixels)."""
 
+    channels_per_latent = 1
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, R/f, R/f); the resolution must fit the VAE and the UNet's downsampling."""
         unet = self.pipeline.unet.config

@@ -26,6 +26,7 @@ class StableDiffusion3(FlowFamily):
         *("attn.to_k", "attn.to_q", "attn.to_v", "attn.to_out.0"),
         *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
+    channels_per_latent = 1
     weighting_scheme = "logit_normal"
     default_sequence_length = 256
 

@@ -1,8 +1,10 @@
 """What the weights files of a pipeline's components hold: precision and size, read from their headers."""
 
 import math
+import re
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +16,11 @@ from ..errors import UserError, one_line
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of numbers that are not integers; torch.float64 and those of 8 bits are loaded in fp32.
 _OTHER_FLOATS = ("F64", "F8_E4M3", "F8_E5M2")
+# Such as model.fp16.safetensors and, in parts, model.fp16-00001-of-00002.safetensors.
+_OF_VARIANT = re.compile(r"\w+\.(\w+)(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)")
+FLOATS = (*_SAFETENSORS_DTYPES, *_OTHER_FLOATS)
+# Tensor -> its precision in the words of safetensors, and its shape.
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,31 @@ def summary(dtypes_by_part: dict[str, dict[str, torch.dtype]]) -> dict[str, torc
     return found
 
 
+def has_weights(folder: Path, variant: str | None) -> bool:
+    """Whether the folder of a component has files of weights."""
+    return bool(_weight_files(folder, variant))
+
+
+def only_variant(folders: Mapping[str, Path]) -> str | None:
+    """The variant that components are in that have no plain weights; None where all have them or none has.
+
+    Raises:
+        UserError: there are several such variants; names them.
+    """
+    choices: list[set[str]] = []
+    for folder in folders.values():
+        if folder.is_dir() and not has_weights(folder, None):
+            found = {match[1] for file in folder.iterdir() if (match := _OF_VARIANT.fullmatch(file.name))}
+            choices += [found] if found else []
+    if not choices:
+        return None
+    common = sorted(set.intersection(*choices))
+    if len(common) != 1:
+        every = ", ".join(sorted(set.union(*choices)))
+        raise UserError(f"the weights are there as variants only ({every}): choose one with `--variant`.")
+    return common[0]
+
+
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     for suffix in (".safetensors", ".bin"):
         files = sorted(folder.glob(f"*{suffix}"))
@@ -120,13 +152,21 @@ def _stored_pickled(file: Path) -> Stored:
 
 
 def _stored_in_safetensors(file: Path) -> Stored:
+    return stored_of(read_header(file), file.stat().st_size)
+
+
+def read_header(file: Path) -> Header:
+    """The tensors of a safetensors file, none of which is read; raises whatever safetensors raises."""
     with safe_open(file, framework="pt") as weights:
         slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - no mapping
-        dtypes = {name: part.get_dtype() for name, part in slices.items()}
-        numbers = sum(math.prod(part.get_shape()) for part in slices.values())
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+
+
+def stored_of(header: Header, nbytes: int) -> Stored:
+    """What a safetensors file, or a part of one, holds."""
     return Stored(
-        {name: _SAFETENSORS_DTYPES[dtype] for name, dtype in dtypes.items() if dtype in _SAFETENSORS_DTYPES},
-        numbers,
-        file.stat().st_size,
-        has_others=any(dtype in _OTHER_FLOATS for dtype in dtypes.values()),
+        {name: _SAFETENSORS_DTYPES[dtype] for name, (dtype, _) in header.items() if dtype in _SAFETENSORS_DTYPES},
+        sum(math.prod(shape) for _, shape in header.values()),
+        nbytes,
+        has_others=any(dtype in _OTHER_FLOATS for dtype, _ in header.values()),
     )

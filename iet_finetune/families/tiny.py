@@ -37,7 +37,7 @@ from transformers import (  # type: ignore[attr-defined]  # some are made when t
     T5TokenizerFast,
 )
 
-from .loading import quiet_loading
+from .quiet import quiet_loading
 
 RESOLUTION = 16
 WIDTH = 16  # of CLIP and its projection

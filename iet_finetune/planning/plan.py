@@ -86,7 +86,7 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     disk = estimate.disk(config, trial, rounds)
     doubtful = list(doubts(config, found.images, schedule, trial.family))
     doubtful += _too_little(host, trial.device, disk, free, on_gpu, ranks, config.output_path)
-    about = list(overview(config, found, schedule, trial.family))
+    about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
         about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")
     lines = [*about, *_in_words(config, trial, seconds, host, disk, free, on_gpu, ranks)]

@@ -26,6 +26,8 @@ from .upload_list import AUDIT_NAME, CARD_NAME, GRID_TITLE, public_flags
 FACTS_NAME = "card.json"
 # The card is written before the repository's id is known; the push puts the id in this name's place.
 THIS_REPOSITORY = '"this-repository"'
+# Of diffusers: loads the text-to-image pipeline with the models of one that draws from a picture.
+TEXT_LOADER = "AutoPipelineForText2Image"
 MERGES = {
     "exact": "the mean of their updates",
     "average": "the mean of each matrix (FedIT)",
@@ -54,6 +56,7 @@ class CardFacts:
     class_names: tuple[str, ...] | None = None  # of the classes by number; None: the model takes no classes
     num_left_out: int = 0  # copies of those trained on
     absent: tuple[str, ...] = ()  # components that the pipeline does without, and that loading must be given as None
+    saved_as: str | None = None  # the class of the saved pipeline, where that draws from a picture
 
 
 def base_license(source_folder: Path) -> str | None:
@@ -178,6 +181,7 @@ def _render(output_dir: Path, facts: dict[str, Any]) -> str:
         task=_task(facts),
         repository=THIS_REPOSITORY,
         without="".join(f", {name}=None" for name in facts["absent"]),
+        loader="DiffusionPipeline" if facts.get("saved_as") is None else TEXT_LOADER,
         numbered=all(name == str(number) for number, name in enumerate(names)),
         grid_title=GRID_TITLE,
         default_merge_epochs=DEFAULT_MERGE_EPOCHS,

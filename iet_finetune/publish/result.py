@@ -14,6 +14,7 @@ from ..files import LORA_NAME
 from ..lora.adapters import Adapter
 from ..lora.export import Export, plan_export
 from ..lora.file import write_lora
+from .card import TEXT_LOADER
 
 
 class Result:
@@ -74,6 +75,8 @@ class Result:
         if self._export is not None and self._export.layers is not None:
             return f"pipeline.load_lora_weights({_quoted(folder)})"
         loader = "ClassConditionalPipeline" if self._by_class else "DiffusionPipeline"
+        if self._source.saved_as is not None:
+            loader = TEXT_LOADER
         without = "".join(f", {name}=None" for name in self._source.absent)
         return f"{loader}.from_pretrained({_quoted(folder)}{without})"
 
@@ -89,7 +92,7 @@ class Result:
         if self._dtype is not None:
             dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
             dtypes[name] = self._dtype
-        save_pipeline(self._plain_pipeline(dtypes), folder, dtypes, self._source.classes)
+        save_pipeline(self._plain_pipeline(dtypes), folder, dtypes, self._source.own_index)
 
     def _plain_pipeline(self, dtypes: dict[str, torch.dtype]) -> Any:
         """The pipeline with the trained denoiser, without an adapter; `dtypes` are those that it will be saved in."""

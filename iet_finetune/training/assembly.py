@@ -106,7 +106,7 @@ def assemble(
     _check_same_everywhere(ranks, identity)
     if ranks.is_main:
         # Before anything takes time.
-        print(*overview(config, found, schedule, family), sep="\n", flush=True)
+        print(*source.notes, *overview(config, found, schedule, family), sep="\n", flush=True)
     entering("encoding")
     shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
     if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):

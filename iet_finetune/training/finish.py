@@ -79,7 +79,8 @@ def _card_facts(
     in_memory = source.folder is None and config.model.model_config is None
     return CardFacts(
         base_model="" if in_memory else config.model.pretrained_model_name_or_path,
-        base_license=base_license(source.folder) if source.folder is not None else None,
+        # The licence of a configuration is not that of a checkpoint.
+        base_license=base_license(source.folder) if source.folder is not None and source.file is None else None,
         pipeline_class=source.class_name,
         flags=config.to_flags(),
         num_images=len(images),
@@ -94,6 +95,7 @@ def _card_facts(
         lora_export=result.words,
         class_names=images.class_names,
         absent=source.absent,
+        saved_as=source.saved_as,
     )
 
 

@@ -11,7 +11,8 @@ from ..ensemble.budget import check_memory
 from ..ensemble.ema import EMA
 from ..ensemble.trainable import Trainable
 from ..families import Family, PipelineSource, family_class
-from ..families.loading import part_folder, quiet_loading
+from ..families.finding import part_folder
+from ..families.quiet import quiet_loading
 from ..families.stored import Stored
 from ..lora.adapters import add_adapter
 from .needs import need_of_run

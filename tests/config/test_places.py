@@ -41,7 +41,8 @@ def test_every_flag_that_may_name_a_file_or_folder_counts_as_a_place():
     assert (
         sorted(
             [
-                *("cache_dir", "clip_model", "dataset_name", "features", "generated_dir", "holdout_data_dir"),
+                *("base_config", "cache_dir", "clip_model", "dataset_name", "features", "generated_dir"),
+                "holdout_data_dir",
                 *(
                     "logging_dir",
                     "model_config",

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from ...config.config import Config
-from ...errors import UserError, one_line
+from ...errors import UserError, one_line, warn
 from ...families import FAMILIES, Family, PipelineSource, family_class, find_pipeline, load_pipeline
 from ...families.base import pipeline_fingerprint
-from ...families.loading import quiet_loading
+from ...families.quiet import quiet_loading
+from ...families.single_file import is_file
 from ...files import LORA_NAME
 from .subject import Subject
 
@@ -71,13 +72,15 @@ class StoredPipeline:
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
         """An error inside names the flag that the pipeline came from."""
-        trained = f"`--pretrained_model_name_or_path {self.config.model.pretrained_model_name_or_path}`"
         try:
             yield
         except UserError as error:
-            if self.lora is not None:
-                raise
-            raise UserError(str(error).replace(trained, f"`--{self.flag} {self.name}`")) from None
+            raise UserError(self.by_its_flag(str(error))) from None
+
+    def by_its_flag(self, text: str) -> str:
+        """A line about the pipeline with the flag that it came from."""
+        trained = f"`--pretrained_model_name_or_path {self.config.model.pretrained_model_name_or_path}`"
+        return text if self.lora is not None else text.replace(trained, f"`--{self.flag} {self.name}`")
 
 
 @dataclass(frozen=True)
@@ -159,11 +162,12 @@ def _subject(name: str, class_name: str, pipeline: Any, family: Family | None, d
 
 
 def find_subject(config: Config, name: str, flag: str) -> StoredPipeline:
-    """Finds a pipeline on the Hub or in a folder, or a LoRA file with its base; loads no weights.
+    """Finds a pipeline on the Hub, in a folder or in a file, or a LoRA file with its base; loads no weights.
 
     Args:
-        config: how it is loaded; `--pretrained_model_name_or_path` is the base of a LoRA file.
-        name: Hub id or folder.
+        config: how it is loaded; `--pretrained_model_name_or_path` is the base of a LoRA file, and `--base_config` is
+            for what is a checkpoint file.
+        name: Hub id, folder or checkpoint file.
         flag: what errors call it, such as `model`.
 
     Raises:
@@ -176,10 +180,18 @@ def find_subject(config: Config, name: str, flag: str) -> StoredPipeline:
         raise UserError(
             f"`--{flag} {name}` is a LoRA file: say with `--pretrained_model_name_or_path` which pipeline it is for."
         )
-    config = replace(config, model=replace(config.model, pretrained_model_name_or_path=base, model_config=None))
+    base_config = config.model.base_config if is_file(base) else None
+    model = replace(config.model, pretrained_model_name_or_path=base, model_config=None, base_config=base_config)
+    config = replace(config, model=model)
     found = StoredPipeline(name, flag, config, PipelineSource(None, "", {}, {}), folder if is_lora else None)
     with found.blamed():
-        return replace(found, source=find_pipeline(config.model))
+        found = replace(found, source=find_pipeline(config.model))
+        if found.source.class_name in FAMILIES:
+            # Refuses what takes more than noise and text, before anything is drawn.
+            family_class(found.source, config.model)
+    for note in found.source.notes:
+        warn(found.by_its_flag(note))
+    return found
 
 
 def _add_lora(pipeline: Any, folder: Path, flag: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...errors import UserError, one_line
 from ...families import Family
-from ...families.loading import quiet_loading
+from ...families.quiet import quiet_loading
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from ...errors import UserError, one_line
-from ...families.loading import quiet_loading
+from ...families.quiet import quiet_loading
 
 # What a configuration says of where it came from and who wrote it, not of what the network does.
 _NOT_OF_THE_NETWORK = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...families.base import evaluating
-from ...families.loading import quiet_loading
+from ...families.quiet import quiet_loading
 from .findings import Findings, histogram
 from .memorization import repeat_classes
 from .metrics import Metric, mean

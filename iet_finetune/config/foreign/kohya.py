@@ -21,7 +21,7 @@ KOHYA = Trainer(
     {
         # The model.
         "pretrained_model_name_or_path": same(
-            "a pipeline in diffusers' format, which `from_single_file` and `save_pretrained` make of a single file"
+            "a pipeline in diffusers' format, or a .safetensors file, offline with `--base_config`"
         ),
         "v2": unneeded("the pipeline says what it is"),
         "v_parameterization": renamed(

@@ -20,7 +20,7 @@ SIMPLETUNER = Trainer(
     "SimpleTuner 4.8.0, the common flags",
     {
         # The model.
-        "pretrained_model_name_or_path": same("a pipeline in diffusers' format, not a single file"),
+        "pretrained_model_name_or_path": same("a pipeline in diffusers' format, or a .safetensors file"),
         "model_type": renamed("use_lora", "takes no value, and without it the whole denoiser is trained"),
         "model_family": unneeded("the pipeline says what it is"),
         "model_flavour": unneeded("`--pretrained_model_name_or_path` says it"),

@@ -16,12 +16,20 @@ class ModelConfig:
 
     pretrained_model_name_or_path: str | None = other(
         None,
-        "Hub id or folder of the diffusers pipeline to fine-tune.",
+        "Hub id or folder of the diffusers pipeline to fine-tune, or a checkpoint file such as model.safetensors.",
         scope="named",
         names=("pipeline",),
-        brief=True,
+        brief="Hub id, folder or .safetensors file of the pipeline to fine-tune.",
         audit="run",
-        audit_help="Hub id or folder of the pipeline that a LoRA file is for.",
+        audit_help="Hub id, folder or checkpoint file of the pipeline that a LoRA file is for.",
+    )
+    base_config: str | None = other(
+        None,
+        "For a checkpoint file: Hub id or folder of a diffusers pipeline of its kind, whose configuration and "
+        "tokenizers are used. By default diffusers finds it out from the file.",
+        scope="named",
+        names=("pipeline",),
+        audit="given",
     )
     model_config: str | None = other(
         None,
@@ -63,7 +71,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.model_config is None:
             return
-        for name in ("pretrained_model_name_or_path", "revision", "variant"):
+        for name in ("pretrained_model_name_or_path", "base_config", "revision", "variant"):
             value = getattr(self, name)
             require(
                 value is None, f"`--model_config` starts from scratch, without `--{name} {value}`: give one of them."

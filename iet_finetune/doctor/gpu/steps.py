@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from ...families.loading import quiet_loading
+from ...families.quiet import quiet_loading
 from ...families.tiny import RESOLUTION, TINY
 from ...training.callbacks import Callback, StepFacts
 from ..checks import Machine, expect

@@ -23,7 +23,7 @@ from iet_finetune.audit.measures.features import (
     slug_of,
 )
 from iet_finetune.errors import UserError
-from iet_finetune.families.loading import quiet_loading
+from iet_finetune.families.quiet import quiet_loading
 
 CPU = torch.device("cpu")
 EMOJI = Path(__file__).parents[3] / "demo" / "data" / "heldout"

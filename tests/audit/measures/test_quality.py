@@ -22,7 +22,7 @@ from iet_finetune.audit.measures.quality import (
     quality_findings,
 )
 from iet_finetune.errors import UserError
-from iet_finetune.families.loading import quiet_loading
+from iet_finetune.families.quiet import quiet_loading
 
 PAIRS = [(30, 30, 8), (40, 25, 8), (25, 40, 8), (9, 12, 20), (7, 6, 3)]  # with more and fewer images than dimensions
 
