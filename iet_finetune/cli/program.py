@@ -15,6 +15,7 @@ from ..config.flags import nearest
 from ..config.folders import check_folders
 from ..errors import UserError, disk_full, out_of_memory, show
 from .parsing import PROGRAM
+from .ranks import split_off, start_ranks
 
 # Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended. It
 # is longer where the ranks could not settle yet which of them that is.
@@ -40,8 +41,11 @@ def train(argv: list[str], prog: str | None = None) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
+    ranks, argv = split_off(argv)
     config = Config.from_command_line(argv, prog)
     check_folders(config)
+    if ranks is not None and ranks > 1 and not config.training.dry_run:
+        sys.exit(start_ranks(ranks, ["iet_finetune", "train", *argv]))
     if config.training.dry_run:
         from .plan_command import show_plan
 

@@ -83,7 +83,9 @@ def training_parser(description: str, groups: dict[str, type], prog: str | None 
     every = build_parser(description, groups, prog, add_help=False)
     main = build_parser(description, groups, prog, only=brief, helps=brief, add_help=False)
     main.usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
-    main.epilog = f"These are {len(brief)} of {len(specs)} flags; `--help-all` shows the others too."
+    ranks = "`--num_processes N` starts N ranks on this machine, one a GPU."
+    main.epilog = f"These are {len(brief)} of {len(specs)} flags; `--help-all` shows the others too. {ranks}"
+    every.epilog = ranks
     for parser in (main, every):
         _add_helps(parser, main, every)
     return every
