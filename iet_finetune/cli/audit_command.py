@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         only=FLAGS,
         helps={name: spec.audit_help for name, spec in FLAGS.items() if spec.audit_help},
     )
-    parser.add_argument("--model", metavar="STR", help="Hub id or folder of the pipeline, or folder of a LoRA file.")
+    parser.add_argument(
+        "--model", metavar="STR", help="Hub id or folder of the pipeline, or a LoRA file, or its folder."
+    )
     parser.add_argument(
         "--compare",
         nargs="+",

@@ -16,7 +16,8 @@ from ..publish.upload_list import INDEX_NAME
 from .parsing import CommandParser
 
 if TYPE_CHECKING:
-    from ..lora.file import LoraLayer, MergedLora
+    from ..lora.file import MergedLora
+    from ..lora.layer import LoraLayer
 
 LORA, PIPELINE, MODEL = "LoRA file", "pipeline", "model folder"
 _LARGEST = 1e15  # whole numbers up to here are exact in float64, and no sum of weights overflows
@@ -177,7 +178,7 @@ def _merge_lora_files(inputs: Sequence[Path], weights: Sequence[float], rank: in
 
 def _check_same_layers(inputs: Sequence[Path], files: "Sequence[Mapping[str, LoraLayer]]") -> None:
     """Raises a `UserError` where adapters cannot be of one base: other shapes, or not one denoiser in common."""
-    from ..lora.file import DENOISERS
+    from ..lora.layer import DENOISERS
 
     first: dict[str, tuple[Path, tuple[int, ...]]] = {}
     adapted: tuple[Path, set[str]] | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .adapters import AdaptedLayer, Adapter
 from .factors import as_weights
-from .file import LoraLayer
+from .layer import LoraLayer
 from .low_rank import combine, compress
 from .spectra import LowRank, Matrix, energy
 from .splitting import split
@@ -44,10 +44,7 @@ def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch
     make = _truncated if form == "truncate" else _exact
     made = {name: make(adapter, name) for name in adapter.layers}
     lost, whole = (sum(energies) for energies in zip(*(layer.energies for layer in made.values()), strict=True))
-    layers = {
-        f"{component}.{name}": LoraLayer(layer.lora.up.to(dtype), layer.lora.down.to(dtype), layer.lora.scaling)
-        for name, layer in made.items()
-    }
+    layers = {f"{component}.{name}": layer.lora.folded(dtype) for name, layer in made.items()}
     words = _words(adapter.rank, max(layer.rank for layer in layers.values()), lost, whole)
     rounded = "" if dtype == torch.float32 else f", rounded to {str(dtype).removeprefix('torch.')}"
     return Export(layers, words + rounded)

@@ -99,6 +99,12 @@ class AdapterConfig:
         "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: full_rank up to rank 4 r, else fuse.",
         choices=("truncate", "full_rank", "fuse"),
     )
+    lora_format: str | None = other(
+        None,
+        "Names of the layers in the LoRA file. kohya: kohya's. diffusers: those of `save_lora_weights`. If not given: "
+        "those that diffusers, ComfyUI and A1111 all match: kohya's for a UNet, else diffusers'.",
+        choices=("diffusers", "kohya"),
+    )
 
     def __post_init__(self) -> None:
         at_least_one("rank", self.rank)
