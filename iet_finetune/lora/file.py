@@ -65,8 +65,9 @@ def merge_loras(
 def write_lora(path: Path, layers: Mapping[str, LoraLayer], form: str | None = None) -> None:
     """Writes layers, named as `read_lora` names them, for `pipeline.load_lora_weights` and other tools.
 
-    The scaling is in the matrices, which no tool has to multiply any more: `LoraLayer.folded` says how. Ranks stand in
-    the header too, as diffusers writes it, with an alpha of each layer's rank. The file is complete or absent.
+    The scaling is moved into the matrices, as `LoraLayer.folded` says, so that a tool needs no alpha to load them at
+    full strength. Ranks stand in the header as diffusers writes it, with an alpha of each layer's rank. The file
+    is complete or absent.
 
     Args:
         path: the file; its folder exists.

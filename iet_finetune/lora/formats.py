@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from ..errors import UserError
@@ -54,11 +55,11 @@ def named_tensors(layers: Mapping[str, LoraLayer], form: str) -> dict[str, Tenso
     else:
         check_kohya(layers, "the LoRA file")
         named = {(f"{name}.lora_down", f"{name}.lora_up"): layer for name, layer in _as_kohya(layers).items()}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for (down, up), layer in named.items():
         tensors[f"{down}.weight"] = layer.down.detach().contiguous()
         tensors[f"{up}.weight"] = layer.up.detach().contiguous()
-    return tensors
+    return tensors | (_alphas(tensors) if form == KOHYA and _of_transformer(layers) else {})
 
 
 def _factors_in_diffusers(layer: str) -> tuple[str, str]:
@@ -67,6 +68,23 @@ def _factors_in_diffusers(layer: str) -> tuple[str, str]:
         # diffusers reads lora_A and lora_B in a text encoder only if it has attention layers among them.
         return f"{layer}.lora_linear_layer.down", f"{layer}.lora_linear_layer.up"
     return f"{layer}.lora_A", f"{layer}.lora_B"
+
+
+def _of_transformer(layers: Iterable[str]) -> bool:
+    return any(name.startswith(_TRANSFORMER) for name in layers)
+
+
+def _alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An alpha of its rank for every layer: without one kohya's script for SD 3 ends (networks/lora_sd3.py).
+
+    A UNet's file has none: where ranks differ, diffusers takes the most common alpha for all layers.
+    """
+    end = ".lora_down.weight"
+    return {
+        f"{name.removesuffix(end)}.alpha": torch.tensor(float(down.shape[0]))
+        for name, down in tensors.items()
+        if name.endswith(end)
+    }
 
 
 def _as_kohya(layers: Mapping[str, LoraLayer]) -> dict[str, LoraLayer]:
