@@ -4,8 +4,8 @@ Sources: ComfyUI comfy/lora.py (`model_lora_keys_unet`), comfy/utils.py (`unet_t
 `mmdit_to_diffusers`) and comfy/weight_adapter/lora.py (the ends of names); A1111
 extensions-builtin/Lora/networks.py (`convert_diffusers_name_to_compvis`, `load_network`) and network_lora.py.
 
-A table maps a tensor's name without its end to the layer of the original code that the tool adds it to. Where that layer
-is several in diffusers, it is the layer's name and the place in it.
+A table maps a tensor's name without its end to the layer of the original code that the tool adds it to. Where that
+layer is several in diffusers, it is the layer's name and the place in it.
 """
 
 import re

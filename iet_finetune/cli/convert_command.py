@@ -21,7 +21,7 @@ def convert_command(argv: list[str]) -> str:
     Raises:
         UserError: whatever the user can mend.
     """
-    given = parse_arguments(_parser(), argv, ["to", "output"])
+    given = parse_arguments(convert_parser(), argv, ["to", "output"])
     source = _source(Path(expanded(given["lora"], "LORA")))
     form = _form(given["to"])
     output = _output(given["output"], source, form)
@@ -38,7 +38,8 @@ def convert_command(argv: list[str]) -> str:
     return f"Wrote {len(layers)} layers under {form}'s names{folded}: `{output}`."
 
 
-def _parser() -> argparse.ArgumentParser:
+def convert_parser() -> argparse.ArgumentParser:
+    """The parser of the command's arguments."""
     parser = CommandParser(
         "convert",
         description="Write a LoRA file under other names. The update stays the same; alpha goes into the matrices, so "
