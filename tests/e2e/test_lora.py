@@ -138,11 +138,8 @@ def test_the_header_gives_the_rank_and_an_alpha_that_changes_nothing(outputs, na
 
 
 def test_what_is_exact_needs_a_higher_rank_and_the_card_says_what_truncation_lost(outputs):
-    ranks = {
-        name: tensor.shape[0]
-        for name, tensor in load_file(outputs / "full_rank" / LORA).items()
-        if "lora_down" in name
-    }
+    tensors = load_file(outputs / "full_rank" / LORA)
+    ranks = {name: tensor.shape[0] for name, tensor in tensors.items() if "lora_down" in name}
     assert max(ranks.values()) > 2
     card = (outputs / "truncate" / "README.md").read_text()
     assert "a LoRA file of rank 2, which lost " in card

@@ -111,6 +111,14 @@ def test_every_layer_of_a_unet_is_matched_by_comfyui_a1111_and_diffusers(make, f
     assert all(torch.equal(read[f"{name}.lora_B.weight"], layer.up) for name, layer in layers.items())
 
 
+def test_of_a_unet_under_diffusers_names_comfyui_misses_attention_and_a1111_all():
+    unet, layers = adapted(sd15, "unet", only=(*ATTENTION, "conv1", "proj_in", "ff.net.2", "linear_1"))
+    names = without_end(named_tensors(layers, "diffusers"))
+    missed = names - comfy_unet(original_unet(unet)).keys()
+    assert missed == {name for name in layers if name.endswith(tuple(f".{layer}" for layer in ATTENTION))}
+    assert not any(a1111_unet(name.partition(".")[0], original_unet(unet)) for name in names)
+
+
 @pytest.mark.parametrize(
     ("make", "table"),
     [(sd3, comfy_sd3(24)), (sd35_medium, comfy_sd3(24)), (flux, comfy_flux(19, 38))],
