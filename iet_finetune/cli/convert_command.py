@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ..config.command_line import parse_arguments
 from ..config.places import expanded
+from ..config.settings.method import LORA_FORMATS
 from ..errors import UserError, one_line
 from ..files import LORA_NAME
 from .parsing import CommandParser
-
-FORMATS = ("diffusers", "kohya")
 
 
 def convert_command(argv: list[str]) -> str:
@@ -46,7 +45,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "that every tool loads it at full strength. docs/lora-files.md says which tool matches which names.",
     )
     parser.add_argument("lora", metavar="LORA", help=f"A LoRA file of any format, or a folder with {LORA_NAME}.")
-    parser.add_argument("--to", metavar="FORMAT", help=f"{' or '.join(FORMATS)}. (required)")
+    parser.add_argument("--to", metavar="FORMAT", help=f"{' or '.join(LORA_FORMATS)}. (required)")
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -69,9 +68,9 @@ def _source(path: Path) -> Path:
 
 
 def _form(given: str | None) -> str:
-    if given not in FORMATS:
-        said = "is missing" if given is None else f"{given}` is not a format"
-        raise UserError(f"`--to{' ' if given is not None else '` '}{said}: choose {' or '.join(FORMATS)}.")
+    if given not in LORA_FORMATS:
+        said = "`--to` is missing" if given is None else f"`--to {given}` is not a format"
+        raise UserError(f"{said}: choose {' or '.join(LORA_FORMATS)}.")
     return given
 
 

@@ -14,6 +14,7 @@ from tiny import save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Trainer
 from iet_finetune.lora.adapters import Adapter
+from iet_finetune.lora.reading import read_lora
 from iet_finetune.training.callbacks import StepFacts
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -58,11 +59,21 @@ def test_one_shard_equals_a_plain_loop_with_peft_bit_for_bit(world, tmp_path, al
     reference = Reference(pipeline, samples(world), batch=2, lr=1e-2, seed=3)
     pipeline.unet.load_state_dict(reference.train(passes=3, passes_per_round=3))
     theirs = get_peft_model_state_dict(pipeline.unet)
-    # What is saved has the scaling in it: 7 / 2 is 2 in A and 7 / 4 in B, to which `folded` gives the odd part.
-    odd, power = (1.0, 1.0) if alpha is None else (1.75, 2.0)
-    expected = {name: tensor * (odd if "lora_B" in name else power) for name, tensor in theirs.items()}
+    # What is saved has the scaling, 7 / 2, in it.
+    scaling = (alpha or 2) / 2
+    expected = {name: tensor * scaling if "lora_B" in name else tensor for name, tensor in theirs.items()}
     assert_equal(ours, {f"unet.{name}": tensor for name, tensor in expected.items()})
     assert all(tensor.any() for tensor in theirs.values())
+
+
+def test_the_format_changes_the_names_alone(world, tmp_path):
+    flags = {"num_train_epochs": 1, "merge_every_epochs": 1, "lora_alpha": 3, "lora_export": "full_rank"}
+    one = train(world, tmp_path / "one", lora_format="diffusers", **flags) / LORA
+    other = train(world, tmp_path / "other", lora_format="kohya", **flags) / LORA
+    assert not load_file(one).keys() & load_file(other).keys()
+    ours, theirs = read_lora(one), read_lora(other)
+    for part in ("up", "down"):
+        assert_equal(*({name: getattr(each, part) for name, each in file.items()} for file in (ours, theirs)))
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

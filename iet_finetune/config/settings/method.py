@@ -7,6 +7,7 @@ from ..registry import MERGE_RULES, SHARDINGS, SKIP_RULES, Entry
 from .checks import at_least_one, not_negative, require
 
 DEFAULT_MERGE_EPOCHS = 5
+LORA_FORMATS = ("diffusers", "kohya")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class AdapterConfig:
         None,
         "Names of the layers in the LoRA file. kohya: kohya's. diffusers: those of `save_lora_weights`. If not given: "
         "those that diffusers, ComfyUI and A1111 all match: kohya's for a UNet, else diffusers'.",
-        choices=("diffusers", "kohya"),
+        choices=LORA_FORMATS,
     )
 
     def __post_init__(self) -> None:
