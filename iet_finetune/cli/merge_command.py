@@ -54,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=f"LoRA files of any format, or folders with {LORA_NAME}; or pipelines, or unet/ or transformer/ folders, in "
-        "diffusers' format. All of one kind. What is not the denoiser of a pipeline is copied from the first.",
+        help=f"LoRA files of any format, or folders with {LORA_NAME}; or pipelines, or unet/ or transformer/ folders, "
+        "in diffusers' format. All of one kind. What is not the denoiser of a pipeline is copied from the first.",
     )
     parser.add_argument(
         "--weights",
