@@ -152,7 +152,7 @@ def from_original(name: str, layer: LoraLayer) -> dict[str, LoraLayer]:
     rank, rest = divmod(layer.rank, len(modules))
     blocks = [up[:, i * rank : (i + 1) * rank] for i, up in enumerate(ups)]
     inside = sum(int(block.count_nonzero()) for block in blocks)
-    if rest or inside != int(layer.up.count_nonzero()):
+    if rest or inside != int(layer.up.count_nonzero()) or not layer.down.any():
         # Copies: a file holds no memory twice.
         return {
             name: layer._replace(up=up.clone(), down=layer.down.clone()) for name, up in zip(modules, ups, strict=True)

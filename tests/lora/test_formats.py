@@ -227,6 +227,11 @@ def test_an_original_layer_has_the_updates_of_its_parts_one_below_the_other(seed
     same_bits(from_original(name, made), layers)
 
 
+def test_an_original_layer_of_zeros_stays_three_layers():
+    zeros = LoraLayer(torch.zeros(12, 3), torch.zeros(3, 4), 1.0)
+    assert len(from_original("joint_blocks_0_x_block_attn_qkv", zeros)) == 3
+
+
 @pytest.mark.parametrize("style", ["kohya", "original", "bfl"])
 def test_layers_trained_as_one_by_kohya_or_bfl_are_cut_into_diffusers_modules(tmp_path, style):
     generator, width, rank = torch.Generator().manual_seed(3), 6, 4
