@@ -3,6 +3,7 @@
 import torch
 
 from ..files import FolderLock, clean, make_writable
+from .inputs.pipelines import LoraReader
 from .measure import measure
 from .outcome import write_outcome
 from .report.record import AuditRecord
@@ -16,6 +17,7 @@ def run_audit(
     command: str | None,
     silent: bool = False,
     sources: AuditSources | None = None,
+    read_lora: LoraReader | None = None,
 ) -> AuditRecord:
     """Audits into `request.output`, which is locked meanwhile, and returns what is in `audit.json`.
 
@@ -25,6 +27,7 @@ def run_audit(
         command: the line that repeats the audit, for the report; None without one.
         silent: without progress bars.
         sources: pipelines and images; None finds those of the request.
+        read_lora: reads LoRA files that diffusers does not; None leaves all to diffusers.
 
     Raises:
         UserError: the input is wrong; says how to fix it.
@@ -35,7 +38,7 @@ def run_audit(
     try:
         for place in (folder, folder / "work"):
             clean(place)  # of what a killed audit left half done
-        measured = measure(request, sources or find_sources(request), device, silent)
+        measured = measure(request, sources or find_sources(request, read_lora=read_lora), device, silent)
         return write_outcome(folder, measured, command)
     finally:
         lock.release()

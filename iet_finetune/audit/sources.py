@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..families.single_file import is_file
 from .inputs.dataset import load_real_images
 from .inputs.ledger import LedgerCounts, check_split, read_ledger
-from .inputs.pipelines import SubjectSource, find_subject
+from .inputs.pipelines import LoraReader, SubjectSource, find_subject
 from .request import AuditRequest
 
 
@@ -42,12 +42,14 @@ def find_sources(
     model: SubjectSource | None = None,
     reference: SubjectSource | None = None,
     tables: Mapping[str, Dataset] | None = None,
+    read_lora: LoraReader | None = None,
 ) -> AuditSources:
     """Finds what the request names; names first, then images.
 
     Args:
         model, reference: pipelines that are loaded already, instead of those of the request.
         tables: by the name of the flag, images in memory instead of those that it names.
+        read_lora: reads LoRA files that diffusers does not; None leaves all to diffusers.
 
     Raises:
         UserError: something is missing or wrong; says how to fix it.
@@ -56,7 +58,7 @@ def find_sources(
     generated = tables.get("generated_dir", config.audit.generated_dir)
     _check_base_config(request)
     if model is None and request.model is not None:
-        model = find_subject(config, request.model, "model")
+        model = find_subject(config, request.model, "model", read_lora)
     if model is None and generated is None:
         raise UserError("nothing to judge: give `--model DIR_OR_HUB_ID`, or `--generated_dir FOLDER`.")
     reference = reference or _find_reference(request)

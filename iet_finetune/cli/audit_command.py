@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         metavar="STR",
-        help="Hub id, folder or .safetensors file of the pipeline, or folder of a LoRA file.",
+        help="Hub id, folder or .safetensors file of the pipeline, or a LoRA file, or its folder.",
     )
     numbers = ", ".join(f"--{name} {value}" for name, value in QUICK.items())
     parser.add_argument(

@@ -19,7 +19,8 @@ from ..publish.upload_list import INDEX_NAME
 from .parsing import CommandParser
 
 if TYPE_CHECKING:
-    from ..lora.file import LoraLayer, MergedLora
+    from ..lora.file import MergedLora
+    from ..lora.layer import LoraLayer
 
 LORA, PIPELINE, MODEL = "LoRA file", "pipeline", "model folder"
 # Names in a checkpoint file of a whole pipeline, or of the transformer of SD 3 or Flux, begin with these.
@@ -61,9 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help=f"LoRA files, or folders with {LORA_NAME}; or pipelines, or unet/ or transformer/ folders, in diffusers' "
-        "format, or checkpoint files of pipelines. "
-        "All of one kind. What is not the denoiser of a pipeline is copied from the first.",
+        help=f"LoRA files of any format, or folders with {LORA_NAME}; or pipelines, or unet/ or transformer/ folders, "
+        "in diffusers' format, or checkpoint files of pipelines. All of one kind. What is not the denoiser of a "
+        "pipeline is copied from the first.",
     )
     parser.add_argument(
         "--weights",
@@ -202,7 +203,7 @@ def _merge_lora_files(inputs: Sequence[Path], weights: Sequence[float], rank: in
 
 def _check_same_layers(inputs: Sequence[Path], files: "Sequence[Mapping[str, LoraLayer]]") -> None:
     """Raises a `UserError` where adapters cannot be of one base: other shapes, or not one denoiser in common."""
-    from ..lora.file import DENOISERS
+    from ..lora.layer import DENOISERS
 
     first: dict[str, tuple[Path, tuple[int, ...]]] = {}
     adapted: tuple[Path, set[str]] | None = None

@@ -100,6 +100,17 @@ def merge(argv: list[str]) -> None:
     show(merge_command(argv))
 
 
+def convert(argv: list[str]) -> None:
+    """Write the LoRA file that the arguments name under other names, and print where it is.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    from .convert_command import convert_command
+
+    show(convert_command(argv))
+
+
 def audit(argv: list[str]) -> None:
     """Audit the pipeline that the arguments name, or compare audits, and print what was found.
 
@@ -171,6 +182,9 @@ COMMANDS = {
     "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
     "merge": Command(
         "merge LoRA files, pipelines or denoisers trained elsewhere", merge, "the same command starts anew"
+    ),
+    "convert": Command(
+        "write a LoRA file under the names that other tools match", convert, "the same command starts anew"
     ),
 }
 

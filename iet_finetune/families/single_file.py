@@ -81,13 +81,25 @@ def read_checkpoint(model: ModelConfig) -> Header:
     return header
 
 
+def holds_lora(file: Path) -> bool:
+    """Whether a file holds an adapter rather than a model; what is damaged is refused when it is read."""
+    try:
+        return _is_lora(read_header(file))
+    except Exception:  # safetensors has errors of its own
+        return False
+
+
+def _is_lora(header: Header) -> bool:
+    return any("lora_" in name or ".lora" in name for name in header)
+
+
 def flag(model: ModelConfig) -> str:
     """The words with which errors about a base begin."""
     return f"`--pretrained_model_name_or_path {model.pretrained_model_name_or_path}`"
 
 
 def _check_layout(header: Header, it: str) -> None:
-    if any("lora_" in name or ".lora" in name for name in header):
+    if _is_lora(header):
         raise UserError(f"{it} is a LoRA file, not a base: give the model that it is for.")
     if not any(_part(name, header)[0] == "denoiser" for name in header):
         raise UserError(

@@ -7,7 +7,7 @@ import torch
 
 from .adapters import AdaptedLayer, Adapter
 from .factors import as_weights
-from .file import LoraLayer
+from .layer import LoraLayer
 from .low_rank import combine, compress
 from .spectra import LowRank, Matrix, energy
 from .splitting import split
@@ -52,10 +52,7 @@ def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch
     if form == "full_rank" or (form is None and lost > MOST_LOST):
         made = {name: _exact(adapter, name) for name in adapter.layers}
         lost = _share_lost(made.values())
-    layers = {
-        f"{component}.{name}": LoraLayer(layer.lora.up.to(dtype), layer.lora.down.to(dtype), layer.lora.scaling)
-        for name, layer in made.items()
-    }
+    layers = {f"{component}.{name}": layer.lora.folded(dtype) for name, layer in made.items()}
     saved = max(layer.rank for layer in layers.values())
     words = _words(adapter.rank, saved, lost, would_lose)
     rounded = "" if dtype == torch.float32 else f", rounded to {str(dtype).removeprefix('torch.')}"

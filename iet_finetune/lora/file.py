@@ -1,47 +1,24 @@
-"""The layers of LoRA files in diffusers' format: merged exactly, and written."""
+"""The layers of LoRA files: merged exactly, and written."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..files import written_beside
-from .factors import as_matrix, as_weights, fold_scaling
+from .factors import as_weights
+from .formats import DIFFUSERS, KOHYA, common_format, named_tensors
+from .kohya import is_xl
+from .layer import LoraLayer
 from .low_rank import compress, weighted_sum
 from .spectra import LowRank
 
 HEADER = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY
-DENOISERS = ("unet", "transformer", "transformer_2", "prior")
-COMPONENTS = (*DENOISERS, "text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-class LoraLayer(NamedTuple):
-    """One layer of an adapter; its update is scaling · up · down.
-
-    Attributes:
-        up: (out, r) of a linear layer or (out, r, 1, 1) of a convolution; peft's lora_B, of any floating dtype.
-        down: (r, in) or (r, in, kh, kw); peft's lora_A.
-        scaling: alpha / r, or alpha / √r with rsLoRA; positive.
-    """
-
-    up: Tensor
-    down: Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """r, the width of the factors."""
-        return self.down.shape[0]
-
-    def update(self) -> LowRank:
-        """The update as the factors of one matrix (out, in·kh·kw), float64, the scaling in it."""
-        return fold_scaling(as_matrix(self.up, self.down), self.scaling)
 
 
 class MergedLora(NamedTuple):
@@ -85,29 +62,41 @@ def merge_loras(
     return MergedLora(layers, lost)
 
 
-def write_lora(path: Path, layers: Mapping[str, LoraLayer]) -> None:
-    """Writes layers, named as `read_lora` names them, for `pipeline.load_lora_weights`; complete or absent.
+def write_lora(path: Path, layers: Mapping[str, LoraLayer], form: str | None = None) -> None:
+    """Writes layers, named as `read_lora` names them, for `pipeline.load_lora_weights` and other tools.
 
-    Rank and alpha stand in the header, with patterns where layers differ. Dtypes stay as they are. The tensors have
-    the names that diffusers' training scripts give them.
+    The scaling is moved into the matrices, as `LoraLayer.folded` says, so that a tool needs no alpha to load them at
+    full strength. Ranks stand in the header as diffusers writes it, with an alpha of each layer's rank. The file
+    is complete or absent.
 
     Args:
         path: the file; its folder exists.
         layers: at least one, each of a rank of at least 1.
+        form: "diffusers" or "kohya" names; None takes those that diffusers, ComfyUI and A1111 all match.
+
+    Raises:
+        UserError: kohya's format has no names for a layer.
     """
-    tensors: dict[str, Tensor] = {}
+    form = form or common_format(layers)
+    folded = {name: layer.folded() for name, layer in layers.items()}
+    tensors = named_tensors(folded, form)
+    metadata = {"format": "pt"}
+    # Where kohya has several layers as one, ranks are no longer those of diffusers' modules.
+    if form == DIFFUSERS or not any(name.startswith("transformer.") for name in layers):
+        metadata[HEADER] = json.dumps(_header(folded), indent=2, sort_keys=True)
+    if form == KOHYA and is_xl(layers):
+        metadata["ss_base_model_version"] = "sdxl_base_v1-0"  # as kohya's scripts; A1111 lists a file by it
+    with written_beside(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
+        _sort_metadata(partial)
+
+
+def _header(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     header: dict[str, Any] = {}
-    for name, layer in layers.items():
-        down, up = _names_of_factors(name)
-        tensors[down], tensors[up] = layer.down.detach().contiguous(), layer.up.detach().contiguous()
-    tensors = _named_as_scripts_do(tensors)
     for component in dict.fromkeys(name.split(".")[0] for name in layers):
         own = {name.partition(".")[2]: layer for name, layer in layers.items() if name.startswith(f"{component}.")}
         header |= {f"{component}.{key}": value for key, value in _lora_config(component, own).items()}
-    with written_beside(path) as partial:
-        text = json.dumps(header, indent=2, sort_keys=True)
-        save_file(tensors, partial, metadata={"format": "pt", HEADER: text})
-        _sort_metadata(partial)
+    return header
 
 
 def _sort_metadata(path: Path) -> None:
@@ -129,42 +118,18 @@ def _at_least_one(matrix: LowRank) -> LowRank:
     return LowRank(matrix.up.new_zeros(matrix.up.shape[0], 1), matrix.down.new_zeros(1, matrix.down.shape[1]))
 
 
-def _names_of_factors(layer: str) -> tuple[str, str]:
-    """The tensors' names: down, up."""
-    if layer.startswith("text_encoder"):
-        # diffusers reads lora_A and lora_B in a text encoder only if it has attention layers among them.
-        return f"{layer}.lora_linear_layer.down.weight", f"{layer}.lora_linear_layer.up.weight"
-    return f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-
-
-def _named_as_scripts_do(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A UNet's attention projections as `to_q.lora.down`, as the scripts name them, which train nothing else there.
-
-    Not where the UNet has other layers too, which the same converter leaves as `lora_A`: diffusers takes the style of
-    all from the first tensor, and silently loads only those named in that.
-    """
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-
-    unet = {key: tensor for key, tensor in tensors.items() if key.startswith("unet.")}
-    converted = convert_state_dict_to_diffusers(unet) if unet else {}
-    if any(".lora_A." in key for key in converted):
-        return tensors
-    return converted | {key: tensor for key, tensor in tensors.items() if key not in unet}
-
-
 def _lora_config(component: str, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
-    """The arguments of a `LoraConfig` that gives every layer its rank and scaling, as diffusers and peft read them."""
-    names = {name: _header_name(component, name) for name in layers}
-    ranks = {names[name]: layer.rank for name, layer in layers.items()}
-    alphas = {names[name]: _whole(layer.rank * layer.scaling) for name, layer in layers.items()}
-    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    """The arguments of a `LoraConfig` that gives every layer its rank and the scaling 1, as diffusers and peft do."""
+    ranks = {_header_name(component, name): layer.rank for name, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
     anchor = "" if component.startswith("text_encoder") else "^"
+    others = {f"{anchor}{name}": value for name, value in ranks.items() if value != rank}
     return {
         "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"{anchor}{name}": value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {f"{anchor}{name}": value for name, value in alphas.items() if value != alpha},
-        "target_modules": sorted(names.values()),
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
         "use_dora": False,
         "lora_bias": False,
     }
@@ -173,11 +138,3 @@ def _lora_config(component: str, layers: Mapping[str, LoraLayer]) -> dict[str, A
 def _header_name(component: str, module: str) -> str:
     # peft matches from any dot on, so this holds in encoders with `text_model.` and without.
     return module.removeprefix("text_model.") if component.startswith("text_encoder") else module
-
-
-def _whole(number: float) -> float:
-    return int(number) if number == int(number) else number
-
-
-def _most_common(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]

@@ -1,27 +1,31 @@
 """LoRA files of pipelines read, in every style of names that diffusers loads."""
 
-import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError, one_line
 from .factors import as_matrix, lora_scaling
-from .file import COMPONENTS, HEADER, LoraLayer
+from .file import HEADER
+from .formats import DIFFUSERS, named_tensors
+from .kohya import diffusers_key
+from .layer import COMPONENTS, LoraLayer
+from .original import from_original, is_original
 
-# The styles of diffusers and peft, of years: x.lora_A, x.lora.down, x.lora_linear_layer.down, x_lora.down.
-_KEY = re.compile(r"(.+?)(?:(_lora)\.(down|up)|\.lora(?:_linear_layer)?\.(down|up)|\.lora_([AB]))\.weight")
+# The styles of diffusers and peft, of years: x.lora_A, x.lora.down, x.lora_linear_layer.down, x_lora.down, and
+# x.lora_down of other trainers.
+_KEY = re.compile(r"(.+?)(?:(_lora)\.(down|up)|\.lora(?:_linear_layer)?\.(down|up)|\.lora_([AB]|down|up))\.weight")
 _SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
-_KOHYA = re.compile(r"(lora_(?:unet|te|te1|te2)_[^.]+)\.(?:lora_(down|up)\.weight|(alpha))")
-# What diffusers' converter knows the names of without the configuration of the UNet.
-_KOHYA_LAYER = re.compile(r"lora_(unet_(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_emb)|te[12]?_text_)")
+# A layer of the original code, with underscores as kohya's scripts write it or with dots as BFL and ComfyUI do.
+_KOHYA = re.compile(r"(lora_(?:unet|te|te1|te2)_[^.]+)\.(?:lora_(down|up|A|B)\.weight|(alpha))")
+_ORIGINAL = re.compile(r"((?:model\.)?diffusion_model\.)?(.+?)\.(?:lora_(down|up|A|B)\.weight|(alpha))")
+_FUSED = "original code: "  # begins the name of a layer that may be several in diffusers
 _DORA = ("lora_magnitude_vector", "dora_scale")
 # The attention projections of a text encoder, in the oldest style, which named them like a UNet's.
 _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -30,9 +34,10 @@ _TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "
 def read_lora(path: Path) -> dict[str, LoraLayer]:
     """The layers of a LoRA file by name: component and module, as in `unet.mid_block.attentions.0.proj_in`.
 
-    Any style of names that diffusers loads for a whole pipeline, and kohya's for Stable Diffusion. Layers of CLIP text
-    encoders are named with `text_model.`, as transformers before 5 has them. The scaling follows from the header, or
-    from kohya's `alpha` tensors; without either it is 1, as in diffusers.
+    Any style of names that diffusers loads for a whole pipeline; kohya's for Stable Diffusion, Flux and SD 3; and the
+    original code's for Flux, SD 3 and Stable Diffusion XL. Layers of CLIP text encoders are named with `text_model.`,
+    as transformers before 5 has them. The scaling follows from the header, or from kohya's `alpha` tensors; without
+    either it is 1, as in diffusers.
 
     Raises:
         UserError: not a safetensors file, not a LoRA of a pipeline, DoRA, a factor or pair that does not fit, a number
@@ -43,11 +48,55 @@ def read_lora(path: Path) -> dict[str, LoraLayer]:
         raise UserError(f"`{path}` is a DoRA adapter (`{dora}`), whose update is not low-rank: it cannot be merged.")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layer, part = _place(path, key)
-        if parts.setdefault(layer, {}).setdefault(part, tensor) is not tensor:
-            raise UserError(f"`{path}` holds the {part} of `{layer}` twice, in two styles of names.")
+        place, part = _place(path, key)
+        if parts.setdefault(place, {}).setdefault(part, tensor) is not tensor:
+            raise UserError(f"`{path}` holds the {part} of `{place}` twice, in two styles of names.")
     settings = {component: _settings(header, component) for component in COMPONENTS}
-    return {layer: _layer(path, layer, parts[layer], settings[layer.split(".")[0]]) for layer in parts}
+    layers: dict[str, LoraLayer] = {}
+    for name, own in parts.items():
+        for module, layer in _in_diffusers(path, name, _layer(path, name, own, settings.get(name.split(".")[0], {}))):
+            if module in layers:
+                raise UserError(f"`{path}` holds `{module}` twice, in two styles of names.")
+            layers[module] = layer
+    return layers
+
+
+def foreign_tensors(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a LoRA file that diffusers does not load, or not all of, under names that it does.
+
+    None for a file in names that diffusers loads itself, which is not looked at further.
+
+    Raises:
+        UserError: as `read_lora`.
+    """
+    tensors, _ = _load(path)
+    if not any(_is_foreign(key) for key in tensors):
+        return None
+    return named_tensors({name: layer.folded() for name, layer in read_lora(path).items()}, DIFFUSERS)
+
+
+def _is_foreign(key: str) -> bool:
+    # It leaves these out, or their alpha.
+    styles = r"(model\.)?diffusion_model\.|(unet|transformer|text_encoder\w*)\..+\.lora_(down|up)\."
+    return _original_layer(key) is not None or re.match(styles, key) is not None
+
+
+def _original_layer(key: str) -> str | None:
+    """The layer of Flux or SD 3 that kohya's or an original key belongs to, with underscores; None for other keys."""
+    found = _KOHYA.fullmatch(key) or _ORIGINAL.fullmatch(key)
+    layer = re.sub(r"^lora_unet_", "", found[1] if found.re is _KOHYA else found[2]).replace(".", "_") if found else ""
+    # `x_embedder` and others are also modules of diffusers, whose names begin with the component.
+    return layer if is_original(layer) else None
+
+
+def _in_diffusers(path: Path, name: str, layer: LoraLayer) -> Iterable[tuple[str, LoraLayer]]:
+    if not name.startswith(_FUSED):
+        return [(name, layer)]
+    try:
+        modules = from_original(name.removeprefix(_FUSED), layer)
+    except ValueError as error:
+        raise UserError(f"`{path}` cannot be read at `{name.removeprefix(_FUSED)}`: {one_line(error)}.") from None
+    return [(f"transformer.{module}", part) for module, part in modules.items()]
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -66,13 +115,16 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _place(path: Path, key: str) -> tuple[str, str]:
     """The layer that a tensor belongs to, and `down`, `up` or `alpha`."""
-    if kohya := _KOHYA.fullmatch(key):
-        if not _KOHYA_LAYER.match(key):
+    if original := _original_layer(key):
+        return _FUSED + original, _part(key)
+    if name := _kohya_name(key):
+        converted = diffusers_key(name)
+        if converted is None:
             raise UserError(
                 f"`{path}` names its layers as the original code of another model does (`{key}`): load it in "
-                "diffusers, save it with `save_lora_weights`, and merge that."
+                "diffusers, save it with `save_lora_weights`, and give that."
             )
-        return _kohya_layer(kohya[1]), kohya[2] or kohya[3]
+        return _place(path, converted)[0], _part(key)
     layer, part = key.removesuffix(".alpha").removesuffix(".lora"), "alpha"
     if not key.endswith(".alpha"):
         found = _KEY.fullmatch(key)
@@ -100,14 +152,16 @@ def _with_text_model(layer: str) -> str:
     return re.sub(r"^(text_encoder\w*)\.(?=(encoder\.layers|embeddings|final_layer_norm)\.)", r"\1.text_model.", layer)
 
 
-@functools.cache
-def _kohya_layer(name: str) -> str:
-    """The layer that kohya's scripts call `name`, by diffusers' own converter, which only looks at the names."""
-    from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+def _kohya_name(key: str) -> str | None:
+    """kohya's name of the layer, if the key has it or is the original code's behind `diffusion_model.`."""
+    if found := _KOHYA.fullmatch(key):
+        return found[1]
+    found = _ORIGINAL.fullmatch(key)
+    return f"lora_unet_{found[2].replace('.', '_')}" if found and found[1] else None
 
-    pair = {f"{name}.lora_{side}.weight": torch.empty(0) for side in ("down", "up")}
-    converted, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(pair)
-    return _place(Path(name), next(iter(converted)))[0]
+
+def _part(key: str) -> str:
+    return "alpha" if key.endswith(".alpha") else _SIDES[key.removesuffix(".weight").rpartition("lora_")[2]]
 
 
 def _settings(header: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from ..audit.flags import PROGRAM
 from ..audit.report.summary import as_text
 from ..audit.request import CONFIG_NAME, AuditRequest, read_request
 from ..audit.run import run_audit
+from ..lora.reading import foreign_tensors
 from .card import show_audit
 
 
@@ -32,7 +33,7 @@ def audit_and_show(request: AuditRequest, device: torch.device, command: str) ->
     Raises:
         UserError: the input is wrong; says how to fix it.
     """
-    audit = run_audit(request, device, command)
+    audit = run_audit(request, device, command, read_lora=foreign_tensors)
     if request.own and (request.output.parent / CONFIG_NAME).is_file():
         show_audit(request.output.parent)
     return as_text(audit, request.output)

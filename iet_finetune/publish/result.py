@@ -68,7 +68,7 @@ class Result:
             self._save_pipeline(folder)
         else:
             folder.mkdir()
-            write_lora(folder / LORA_NAME, self._export.layers)
+            write_lora(folder / LORA_NAME, self._export.layers, self._config.adapter.lora_format)
 
     def how_to_load(self, folder: Path) -> str:
         """The expression that loads it from `folder`."""

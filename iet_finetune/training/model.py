@@ -14,6 +14,7 @@ from ..ensemble.trainable import Trainable
 from ..errors import UserError
 from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline, widen
 from ..lora.adapters import Adapter, add_adapter
+from ..lora.formats import check_kohya
 from .compiling import compile_denoiser
 
 # What autocast multiplies in, by the name of the mixed precision.
@@ -85,6 +86,11 @@ def _check_export(config: Config, family: Family) -> None:
         )
 
 
+def _check_format(config: Config, family: Family, adapter: Adapter) -> None:
+    if config.adapter.lora_format == "kohya" and family.loads_lora and config.adapter.lora_export != "fuse":
+        check_kohya([f"{family.denoiser_name}.{name}" for name in adapter.layers], "`--lora_format kohya`")
+
+
 def _prepare_denoiser(
     source: PipelineSource, family: Family, config: Config, accelerator: Accelerator, group: Group
 ) -> Adapter | None:
@@ -93,6 +99,7 @@ def _prepare_denoiser(
     adapter, rounded = None, []
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
+        _check_format(config, family, adapter)
         # What is rounded must be read again to be saved.
         if accelerator.mixed_precision in HALF and source.folder is not None:
             rounded = adapter.round_frozen(HALF[accelerator.mixed_precision])

@@ -13,6 +13,7 @@ import processes
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_kohya
 from loras import ATTENTION, EVERYTHING, TEXT, answers, assert_same_answers, save_adapter, with_dense
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny_sd, tiny_sd
@@ -84,6 +85,25 @@ def test_weights_are_equal_or_divided_by_their_sum(adapters, tmp_path, given, sh
     pipeline = tiny_sd()
     pipeline.load_lora_weights(tmp_path / "out")
     assert_same_answers(pipeline, with_dense(updates, shares))
+
+
+def test_files_under_kohya_s_names_merge_to_their_dense_updates(tmp_path):
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": EVERYTHING}
+    updates = [save_adapter(tmp_path / name, seed, settings) for seed, name in enumerate("ab")]
+    for name, alpha in (("a", 1.0), ("b", 6.0)):
+        kohya = convert_state_dict_to_kohya(load_file(tmp_path / name / NAME))
+        alphas = {key: torch.tensor(alpha) for key in kohya if key.endswith(".alpha")}
+        assert len(alphas) == len(updates[0])
+        save_file({k: v.contiguous() for k, v in (kohya | alphas).items()}, tmp_path / f"{name}.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    assert merge(*files, "--weights", 3, 1, "--output", tmp_path / "out") == 0
+    merged = read_lora(tmp_path / "out" / NAME)
+    assert merged.keys() == updates[0].keys()
+    for name, layer in merged.items():
+        expected = 0.75 * 1 / 4 * updates[0][name] + 0.25 * 6 / 4 * updates[1][name]
+        torch.testing.assert_close(
+            layer.update().dense().float().view(expected.shape), expected, rtol=1e-6, atol=1e-6 * expected.abs().max()
+        )
 
 
 def test_what_is_merged_can_be_merged_again(adapters, tmp_path):

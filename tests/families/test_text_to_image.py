@@ -104,7 +104,7 @@ def test_only_the_denoiser_changes_and_all_else_comes_back_bit_for_bit(runs):
             assert ours == json.loads(file.read_text()), file.name
 
 
-def test_a_lora_run_leaves_the_adapter_alone_in_the_names_that_diffusers_gives(runs):
+def test_a_lora_run_leaves_the_adapter_alone_in_names_that_diffusers_and_other_tools_match(runs):
     output = runs.outputs["lora"]
     if runs.flags["lora"] == FUSED:
         assert not (output / LORA).exists()
@@ -114,10 +114,11 @@ def test_a_lora_run_leaves_the_adapter_alone_in_the_names_that_diffusers_gives(r
     settings = config(runs.world, output)
     layers = load_family(find_pipeline(settings.model), settings).lora_layers
     assert names
-    assert all(name.startswith(f"{runs.denoiser}.") for name in names)
+    unet = runs.denoiser == "unet"
+    assert all(name.startswith("lora_unet_" if unet else f"{runs.denoiser}.") for name in names)
     for layer in layers:
-        # The scripts, and so this package, write UNets' projections in the older style.
-        assert any(f".{layer}.lora_A.weight" in name or f".{layer}.lora.down.weight" in name for name in names), layer
+        end = f"_{layer.replace('.', '_')}.lora_down.weight" if unet else f".{layer}.lora_A.weight"
+        assert any(name.endswith(end) for name in names), layer
 
 
 def test_learning_rate_zero_returns_the_same_bits(runs, tmp_path):

@@ -5,7 +5,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers.utils import convert_state_dict_to_diffusers
 from lora_runs import LATEST, LORA, config, fused, train
 from peft.utils import get_peft_model_state_dict
 from reference import OneRoundOfAdapters, Reference, with_adapter
@@ -15,6 +14,7 @@ from tiny import save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Trainer
 from iet_finetune.lora.adapters import Adapter
+from iet_finetune.lora.reading import read_lora
 from iet_finetune.training.callbacks import StepFacts
 
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
@@ -38,7 +38,7 @@ def test_learning_rate_zero_returns_the_base_bit_for_bit(world, tmp_path, merge,
     assert_equal(fused(world, output, **flags), tiny_sd().unet.state_dict())
     # Nothing is left to train: the same adapter is saved in another form.
     adapter = load_file(train(world, output, lora_export="full_rank", **flags, **LATEST) / LORA)
-    assert all(bool(tensor.any()) == (".down." in name) for name, tensor in adapter.items())
+    assert all(bool(tensor.any()) == (".lora_down." in name) for name, tensor in adapter.items())
 
 
 @pytest.mark.parametrize("merge", MERGES)
@@ -53,13 +53,27 @@ def test_with_one_shard_the_merge_interval_changes_no_bit(world, tmp_path, merge
 @pytest.mark.parametrize("alpha", [None, 7])
 def test_one_shard_equals_a_plain_loop_with_peft_bit_for_bit(world, tmp_path, alpha):
     settings = {"num_train_epochs": 3, "merge_every_epochs": 1, "seed": 3, "lora_alpha": alpha}
-    ours = load_file(train(world, tmp_path / "out", num_shards=1, agc_threshold=0.0, **settings) / LORA)
+    settings |= {"num_shards": 1, "agc_threshold": 0.0, "lora_format": "diffusers"}
+    ours = load_file(train(world, tmp_path / "out", **settings) / LORA)
     pipeline = with_adapter(tiny_sd(timesteps=10), 3, r=2, lora_alpha=alpha or 2, target_modules=ATTENTION)
     reference = Reference(pipeline, samples(world), batch=2, lr=1e-2, seed=3)
     pipeline.unet.load_state_dict(reference.train(passes=3, passes_per_round=3))
-    theirs = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-    assert_equal(ours, {f"unet.{name}": tensor for name, tensor in theirs.items()})
+    theirs = get_peft_model_state_dict(pipeline.unet)
+    # What is saved has the scaling, 7 / 2, in it.
+    scaling = (alpha or 2) / 2
+    expected = {name: tensor * scaling if "lora_B" in name else tensor for name, tensor in theirs.items()}
+    assert_equal(ours, {f"unet.{name}": tensor for name, tensor in expected.items()})
     assert all(tensor.any() for tensor in theirs.values())
+
+
+def test_the_format_changes_the_names_alone(world, tmp_path):
+    flags = {"num_train_epochs": 1, "merge_every_epochs": 1, "lora_alpha": 3, "lora_export": "full_rank"}
+    one = train(world, tmp_path / "one", lora_format="diffusers", **flags) / LORA
+    other = train(world, tmp_path / "other", lora_format="kohya", **flags) / LORA
+    assert not load_file(one).keys() & load_file(other).keys()
+    ours, theirs = read_lora(one), read_lora(other)
+    for part in ("up", "down"):
+        assert_equal(*({name: getattr(each, part) for name, each in file.items()} for file in (ours, theirs)))
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])

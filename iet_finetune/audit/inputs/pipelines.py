@@ -4,23 +4,26 @@ import contextlib
 import copy
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import diffusers
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...config.config import Config
 from ...errors import UserError, one_line, warn
 from ...families import FAMILIES, Family, PipelineSource, family_class, find_pipeline, load_pipeline
 from ...families.base import pipeline_fingerprint
 from ...families.quiet import quiet_loading
-from ...families.single_file import is_file
+from ...families.single_file import holds_lora, is_file
 from ...files import LORA_NAME
 from .subject import Subject
+
+# Reads a LoRA file whose names diffusers does not load, under names that it does; None for other files.
+LoraReader = Callable[[Path], Mapping[str, Tensor] | None]
 
 
 class SubjectSource(Protocol):
@@ -42,7 +45,8 @@ class StoredPipeline:
         name: Hub id or folder, as given.
         flag: the flag that named it.
         config: how it, or the base of its LoRA file, is loaded.
-        lora: the folder of its LoRA file, if it is one.
+        lora: its LoRA file, if it is one.
+        read_lora: reads LoRA files that diffusers does not; None leaves all to diffusers.
     """
 
     name: str
@@ -50,6 +54,7 @@ class StoredPipeline:
     config: Config
     source: PipelineSource
     lora: Path | None
+    read_lora: LoraReader | None = None
 
     @property
     def needs_captions(self) -> bool:
@@ -66,8 +71,19 @@ class StoredPipeline:
             pipeline: Any = load_pipeline(self.source, self.config.model)
             family = _family(self.source, pipeline, self.config)
         if self.lora is not None:
-            _add_lora(pipeline, self.lora, self.flag)
+            self._add_lora(pipeline, self.lora)
         return _subject(shown(self.name), self.source.class_name, pipeline, family, device)
+
+    def _add_lora(self, pipeline: Any, file: Path) -> None:
+        read = self.read_lora(file) if self.read_lora is not None else None
+        try:
+            with quiet_loading():
+                pipeline.load_lora_weights(str(file) if read is None else dict(read))
+        except Exception as error:  # a pipeline that loads none, a damaged file, layers that are not there
+            raise UserError(
+                f"`--{self.flag} {self.name}`: its LoRA file does not fit the base ({one_line(error).rstrip('.')}): "
+                "give its own with `--pretrained_model_name_or_path`."
+            ) from None
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -161,21 +177,21 @@ def _subject(name: str, class_name: str, pipeline: Any, family: Family | None, d
     return Subject(name, class_name, family, pipeline.to(device), device, fingerprint)
 
 
-def find_subject(config: Config, name: str, flag: str) -> StoredPipeline:
+def find_subject(config: Config, name: str, flag: str, read_lora: LoraReader | None = None) -> StoredPipeline:
     """Finds a pipeline on the Hub, in a folder or in a file, or a LoRA file with its base; loads no weights.
 
     Args:
         config: how it is loaded; `--pretrained_model_name_or_path` is the base of a LoRA file, and `--base_config` is
             for what is a checkpoint file.
-        name: Hub id, folder or checkpoint file.
+        name: Hub id, folder or checkpoint file, or a LoRA file.
         flag: what errors call it, such as `model`.
+        read_lora: as `StoredPipeline` has it.
 
     Raises:
         UserError: it is not there; names the flag.
     """
-    folder = Path(name)
-    is_lora = (folder / LORA_NAME).is_file() and not (folder / "model_index.json").is_file()
-    base = config.model.pretrained_model_name_or_path if is_lora else name
+    lora = _lora_file(Path(name))
+    base = config.model.pretrained_model_name_or_path if lora is not None else name
     if base is None:
         raise UserError(
             f"`--{flag} {name}` is a LoRA file: say with `--pretrained_model_name_or_path` which pipeline it is for."
@@ -183,7 +199,7 @@ def find_subject(config: Config, name: str, flag: str) -> StoredPipeline:
     base_config = config.model.base_config if is_file(base) else None
     model = replace(config.model, pretrained_model_name_or_path=base, model_config=None, base_config=base_config)
     config = replace(config, model=model)
-    found = StoredPipeline(name, flag, config, PipelineSource(None, "", {}, {}), folder if is_lora else None)
+    found = StoredPipeline(name, flag, config, PipelineSource(None, "", {}, {}), lora, read_lora)
     with found.blamed():
         found = replace(found, source=find_pipeline(config.model))
         if found.source.class_name in FAMILIES:
@@ -194,15 +210,12 @@ def find_subject(config: Config, name: str, flag: str) -> StoredPipeline:
     return found
 
 
-def _add_lora(pipeline: Any, folder: Path, flag: str) -> None:
-    try:
-        with quiet_loading():
-            pipeline.load_lora_weights(str(folder))
-    except Exception as error:  # a pipeline that loads none, a damaged file, layers that are not there
-        raise UserError(
-            f"`--{flag} {folder}`: its LoRA file does not fit the base ({one_line(error).rstrip('.')}): give its "
-            "own with `--pretrained_model_name_or_path`."
-        ) from None
+def _lora_file(path: Path) -> Path | None:
+    """The LoRA file that is there, or in a folder that is no pipeline."""
+    if path.is_file():
+        return path if holds_lora(path) else None
+    file = path / LORA_NAME
+    return file if file.is_file() and not (path / "model_index.json").is_file() else None
 
 
 def shown(name: str) -> str:

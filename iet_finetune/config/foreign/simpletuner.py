@@ -44,7 +44,7 @@ SIMPLETUNER = Trainer(
         "lora_dropout": same("together with `--use_lora`"),
         "lora_type": unsupported("adapters are LoRA as in peft, not LyCORIS"),
         "lycoris_config": unsupported("adapters are LoRA as in peft, not LyCORIS"),
-        "lora_format": unneeded("LoRA files have the names of diffusers"),
+        "lora_format": same("takes `kohya` in place of `comfyui`, and if not given, names that most tools match"),
         "lora_init_type": unsupported("A begins random and B at 0, as in peft"),
         "init_lora": unsupported("fuse the LoRA file into the pipeline, save that, and give its folder"),
         "flux_lora_target": renamed("lora_layers", "takes the names of the layers"),

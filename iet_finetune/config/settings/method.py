@@ -7,6 +7,7 @@ from ..registry import MERGE_RULES, SHARDINGS, SKIP_RULES, Entry
 from .checks import at_least_one, not_negative, require
 
 DEFAULT_MERGE_EPOCHS = 5
+LORA_FORMATS = ("diffusers", "kohya")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ class AdapterConfig:
         "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: truncate if that loses 1 % of the "
         "update's energy at most, else full_rank.",
         choices=("truncate", "full_rank", "fuse"),
+    )
+    lora_format: str | None = other(
+        None,
+        "Names of the layers in the LoRA file. kohya: kohya's. diffusers: those of `save_lora_weights`. If not given: "
+        "those that diffusers, ComfyUI and A1111 all match: kohya's for a UNet, else diffusers'.",
+        choices=LORA_FORMATS,
     )
 
     def __post_init__(self) -> None:
