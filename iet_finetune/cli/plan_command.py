@@ -27,10 +27,11 @@ def show_plan(config: Config) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    from ..planning import words
     from ..planning.plan import NumRanks, make_plan
 
     show("looking at the images, and trying a few steps ...")
     plan = make_plan(config, NumRanks.launched())
-    show("\n".join(plan.lines))
-    for line in plan.doubts:
+    show("\n".join(words.lines(config, plan)))
+    for line in words.doubts(plan):
         warn(line)

@@ -1,7 +1,5 @@
 """From what a trial took to what the whole run will take: seconds, memory and disk."""
 
-from collections.abc import Mapping
-
 from ..config.config import Config
 from ..distributed.placement import Placement
 from ..method.schedule import Schedule
@@ -98,8 +96,3 @@ def disk(config: Config, trial: Trial, rounds: int) -> dict[str, int]:
     limit = config.checkpoint.checkpoints_total_limit or rounds
     kept = min(limit, rounds) + 1 + (config.training.stop_when == "auto")
     return {f"{kept} checkpoints": kept * trial.needs.run.checkpoint, "the result": trial.result}
-
-
-def at_most(sizes: Mapping[str, int]) -> int:
-    """The highest of them; 0 for none."""
-    return max(sizes.values(), default=0)

@@ -1,9 +1,8 @@
-"""`iet-finetune plan`: what a run would do, need and take, in lines."""
+"""`iet-finetune plan`: what a run would do, need and take."""
 
-import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +11,8 @@ from ..distributed.placement import Placement
 from ..ensemble.budget import available_memory
 from ..errors import UserError
 from ..families import family_class, find_pipeline
-from ..files import gigabytes
 from ..training.data import find_images, split
 from ..training.overview import doubt_of_rule, doubts, overview
-from ..training.run_words import in_words
 from ..training.starting import first_device
 from . import estimate
 from .trial import Trial, try_out
@@ -43,26 +40,53 @@ class NumRanks(NamedTuple):
 ALONE = NumRanks()
 
 
-class Plan(NamedTuple):
-    """What a run would be like.
+@dataclass(frozen=True)
+class Machine:
+    """What there is for a run, in bytes.
+
+    Attributes:
+        memory, disk: free now, the latter where the output goes.
+        gpu: of the first GPU; None without one.
+        ranks: those that share it.
+    """
+
+    memory: int
+    disk: int
+    gpu: int | None
+    ranks: NumRanks
+
+    @classmethod
+    def this_one(cls, output: Path, ranks: NumRanks) -> "Machine":
+        """As it is now, before anything is loaded."""
+        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+        return cls(available_memory(), shutil.disk_usage(there).free, first_device().memory, ranks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be like; `planning.words` has it in words.
 
     Attributes:
         about: lines on what it has and does.
-        seconds: of its parts.
+        doubts: what of that makes little sense, each with a reason.
+        seconds: of its parts, the audit left out.
+        drawing: seconds for the images of its audit, 0 without one or where that was not measured.
         host: bytes of this machine's memory for a rank, in each phase.
         device: of the GPU's, without what the allocator and other programs keep; {} without one.
-        disk: of what is written to the output folder.
-        doubts: what makes little sense or does not fit, each with a reason.
-        lines: all of it in words, but for the doubts.
+        disk: bytes of what is written to the output folder.
+        machine: what there is.
+        trial: what was measured.
     """
 
     about: list[str]
+    doubts: list[str]
     seconds: dict[str, float]
+    drawing: float
     host: dict[str, int]
     device: dict[str, int]
     disk: dict[str, int]
-    doubts: list[str]
-    lines: list[str]
+    machine: Machine
+    trial: Trial
 
 
 def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
@@ -74,101 +98,23 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     if config.training.smoke:
         raise UserError("`--smoke` tries a recipe on a tiny model, of which no plan is made: leave it out.")
     placement = Placement.plan(config.ensemble.num_shards, ranks.all)
-    source, free = find_pipeline(config.model), available_memory()
+    source, machine = find_pipeline(config.model), Machine.this_one(config.output_path, ranks)
     found = find_images(config, family_class(source, config.model).needs_captions)
     _, schedule = split(config, found.images)
     trial = try_out(config, found, placement)
     assert trial.family is not None
-    rounds = schedule.remaining_rounds([0] * len(schedule.shard_sizes))
-    on_gpu = first_device().memory
-    seconds = estimate.seconds(config, trial, schedule, placement, len(found.images))
-    host = estimate.memory(trial, device_is_host=on_gpu is None, offloaded=config.ensemble.offload_dir is not None)
-    disk = estimate.disk(config, trial, rounds)
-    doubtful = list(doubts(config, found.images, schedule, trial.family))
-    doubtful += _too_little(host, trial.device, disk, free, on_gpu, ranks, config.output_path)
     about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
         about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")
-    lines = [*about, *_in_words(config, trial, seconds, host, disk, free, on_gpu, ranks)]
-    return Plan(about, seconds, host, trial.device, disk, doubtful, lines)
-
-
-def _in_words(
-    config: Config,
-    trial: Trial,
-    seconds: Mapping[str, float],
-    host: Mapping[str, int],
-    disk: Mapping[str, int],
-    free: int,
-    on_gpu: int | None,
-    ranks: NumRanks,
-) -> Iterator[str]:
-    if on_gpu is not None:
-        yield f"GPU memory: {_memory(trial.device)}; the card has {_has(on_gpu)}"
-    each = f" for each of {ranks.here} ranks" if ranks.here > 1 else ""
-    yield f"memory: {_memory(host)}{each}; {_has(free)} are free"
-    parts = ", ".join(f"{name} {_needs(size)}" for name, size in disk.items())
-    yield f"disk: {_needs(sum(disk.values()))} ({parts}); {_has(_free_disk(config.output_path))} are free"
-    total = sum(seconds.values())
-    longest = sorted(seconds, key=lambda part: -seconds[part])
-    shown = ", ".join(f"{part} {in_words(seconds[part])}" for part in longest)
-    ends = " at most" if config.training.stop_when == "auto" else ""
-    yield f"time: {in_words(total)}{ends} ({shown}){_and_audit(config, trial)}"
-    yield (
-        f"measured here with {trial.steps} steps of {trial.config.ensemble.num_shards} "
-        f"clone{'s' * (trial.config.ensemble.num_shards > 1)}, {trial.step_seconds / trial.steps:.2g} s each"
+    in_files = config.ensemble.offload_dir is not None
+    return Plan(
+        about,
+        list(doubts(config, found.images, schedule, trial.family)),
+        estimate.seconds(config, trial, schedule, placement, len(found.images)),
+        estimate.drawing_for_audit(config, trial) if config.audit.audit else 0.0,
+        estimate.memory(trial, device_is_host=machine.gpu is None, offloaded=in_files),
+        trial.device,
+        estimate.disk(config, trial, schedule.remaining_rounds([0] * len(schedule.shard_sizes))),
+        machine,
+        trial,
     )
-
-
-def _and_audit(config: Config, trial: Trial) -> str:
-    if not config.audit.audit:
-        return ""
-    drawing = estimate.drawing_for_audit(config, trial)
-    what = (
-        f"its {config.audit.num_images:,} images alone take {in_words(drawing)} to draw" if drawing else "unmeasured"
-    )
-    return f"; the audit comes on top: {what}"
-
-
-def _memory(phases: Mapping[str, int]) -> str:
-    """The highest, and where it is."""
-    most = estimate.at_most(phases)
-    where = next((phase for phase, size in phases.items() if size == most), "")
-    others = ", ".join(f"{phase} {_needs(size)}" for phase, size in phases.items() if phase not in (where, "starting"))
-    return f"{_needs(most)} at most, while {where} ({others})"
-
-
-def _too_little(
-    host: Mapping[str, int],
-    device: Mapping[str, int],
-    disk: Mapping[str, int],
-    free: int,
-    on_gpu: int | None,
-    ranks: NumRanks,
-    output: Path,
-) -> Iterator[str]:
-    """What there is not enough of."""
-    needed = ranks.here * estimate.at_most(host)
-    if needed > free:
-        yield f"the memory does not suffice: {_needs(needed)} are needed and {_has(free)} are free"
-    if on_gpu is not None and estimate.at_most(device) > 0.95 * on_gpu:
-        yield f"the GPU has hardly enough memory: {_needs(estimate.at_most(device))} of {_has(on_gpu)} are needed"
-    if sum(disk.values()) > (there := _free_disk(output)):
-        yield (
-            f"the disk does not suffice: {_needs(sum(disk.values()))} are needed and {_has(there)} are free: fewer "
-            "checkpoints are kept with `--checkpoints_total_limit 1`"
-        )
-
-
-def _needs(size: int) -> str:
-    return gigabytes(size, math.ceil)
-
-
-def _has(size: int) -> str:
-    return gigabytes(size, math.floor)
-
-
-def _free_disk(output: Path) -> int:
-    """Bytes where the folder is or will be."""
-    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free

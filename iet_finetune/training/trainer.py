@@ -9,33 +9,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from accelerate import Accelerator
-
-from ..audit.flags import check_audit
 from ..config.config import Config
 from ..distributed.groups import Ranks
-from ..ensemble.checkpoint import Checkpoint, CheckpointStore
 from ..ensemble.clone import Clone
 from ..ensemble.meter import RoundSums
-from ..errors import UserError, warn
+from ..errors import UserError
 from ..families.smoke import shrink
 from ..files import FolderLock
 from ..method.schedule import Step, Wave
 from ..publish import outputs
-from ..publish.hub import check_push
-from .assembly import assemble
 from .callbacks import Callback, CheckpointFacts, ImagesFacts, RoundFacts
 from .device_memory import out_of_memory_explained
 from .finish import finish
 from .interrupts import Interrupts, how_to_go_on
 from .model import hand_back
-from .overview import doubt_of_rule, doubts, write_unreadable
-from .reporting import Reporter, round_metrics, run_facts, step_facts
-from .resuming import after_a_break, drawn_with, manifest_facts, open_checkpoint, restore, space_needed
+from .overview import doubt_of_rule
+from .preparing import prepare
+from .reporting import round_metrics, run_facts, step_facts
+from .resuming import after_a_break, manifest_facts
 from .run_page import RunPage
 from .starting import start_accelerator
-from .tracking import Trackers
-from .validation import Validation, merged_pipeline
+from .validation import merged_pipeline
 
 
 class Trainer:
@@ -89,13 +83,16 @@ class Trainer:
         try:
             with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
-                self._prepare(accelerator, resume, objects)
+                prepared = prepare(config, accelerator, self.ranks, objects, self._enter)
         except KeyboardInterrupt:
             self._release()
             raise KeyboardInterrupt(how_to_go_on(self.output)) from None
         except BaseException:
             self._release()
             raise
+        self.store, self.reporter, self.validation = prepared.store, prepared.reporter, prepared.validation
+        self.data, self.model, self.run = prepared.data, prepared.model, prepared.run
+        self.ensemble, self._total_rounds = self.run.ensemble, prepared.total_rounds
         doubt = doubt_of_rule(config, self.data.schedule, self.model.family)
         page = RunPage(config, self.data, self.run, doubt)
         self._callbacks = (self.reporter, page, *callbacks)
@@ -319,51 +316,6 @@ class Trainer:
             if self._home is not None:
                 hand_back(self.model, self.run.accelerator, self._home)
         self.ranks.barrier()
-
-    def _prepare(self, accelerator: Accelerator, resume: str | None, objects: dict[str, Any]) -> None:
-        if self.config.hub.push_to_hub and self.ranks.is_main:
-            check_push(self.output, self.config.hub)
-        if self.config.audit.audit and self.ranks.is_main:
-            check_audit(self.config)
-        self.store = CheckpointStore(self.output, self.config.checkpoint.checkpoints_total_limit, self.ranks)
-        checkpoint = open_checkpoint(self.store, self.ranks, resume)
-        self.data, self.model, self.run = assemble(
-            self.config, accelerator, self.ranks, **objects, entering=self._enter
-        )
-        self.ensemble = self.run.ensemble
-        if checkpoint is not None:
-            restore(checkpoint, self.config, self.data, self.run)
-            self.run.stopping.forget(lambda look: not self.store.has(look.step))
-        remaining = self.data.schedule.remaining_rounds(self.ensemble.steps)
-        # All steps may be done and the merge not.
-        self._total_rounds = self.ensemble.round + max(remaining, int(self.ensemble.in_midst_of_round))
-        if self.ranks.is_main:
-            self._prepare_folder(checkpoint)
-        self.ranks.barrier()
-        project = self.config.logging.tracker_project_name or self.output.absolute().name
-        trackers = Trackers(accelerator, project, self.config.to_flags())
-        self.reporter = Reporter(self.output, self.ranks.is_main, trackers)
-        drawn_alike = checkpoint is not None and checkpoint.manifest["pictures"] == drawn_with(self.config.validation)
-        self.validation = Validation(
-            self.config, self.model.family, trackers, self._total_rounds, is_main=self.ranks.is_main
-        )
-        self.validation.forget(self.ensemble.round if drawn_alike else -1)
-
-    def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
-        outputs.check_space(self.output, space_needed(self.model, self.run))
-        if idle := self.run.placement.idle():
-            warn(
-                f"`--num_shards {len(self.ensemble.clones)}` on {self.ranks.size} ranks: "
-                f"{', '.join(f'rank {rank}' for rank in idle)} will have nothing to do in the last part of every round"
-            )
-        if self.config.logging.report_to != "none":
-            outputs.make_logging_folder(self.output / self.config.logging.logging_dir)
-        if checkpoint is not None:
-            self.store.go_back_to(checkpoint)
-        outputs.write_config(self.output, self.config)
-        write_unreadable(self.output, self.data.images)
-        for line in doubts(self.config, self.data.images, self.data.schedule, self.model.family):
-            warn(line)
 
     def _enter(self, phase: str) -> None:
         self._call("on_phase", phase)

@@ -1,6 +1,7 @@
 """`iet-finetune plan` says what a run would do and take, from a few of its steps, and leaves nothing behind."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from iet_finetune.distributed.placement import Placement
 from iet_finetune.ensemble.budget import Need
 from iet_finetune.method.schedule import Schedule
 from iet_finetune.planning import estimate
-from iet_finetune.planning.plan import NumRanks, make_plan
+from iet_finetune.planning.plan import Machine, NumRanks, make_plan
 from iet_finetune.planning.trial import Needs, Trial, shortened
+from iet_finetune.planning.words import doubts
+from iet_finetune.planning.words import lines as in_lines
 from iet_finetune.training.data import find_images
 
 
@@ -36,13 +39,17 @@ def flags(world: Path, **more) -> dict:
     return {**defaults, **more}
 
 
+def config_of(world: Path, **more) -> Config:
+    return Config.from_flags(**flags(world, **more))
+
+
 @pytest.fixture(scope="module")
 def plan(world):
-    return make_plan(Config.from_flags(**flags(world)))
+    return make_plan(config_of(world))
 
 
-def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan):
-    told = [line.partition(":")[0] for line in plan.lines]
+def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan, world):
+    told = [line.partition(":")[0] for line in in_lines(config_of(world), plan)]
     assert told[:-1] == ["images", "captions", "steps", "output", "curves", "memory", "disk", "time"]
     assert told[-1].startswith("measured here with 8 steps of 2 clones")
     assert "training" in plan.seconds
@@ -66,12 +73,30 @@ def test_it_leaves_nothing_but_the_cache(plan, world):
 
 
 def test_it_warns_of_a_rule_that_cannot_act(plan):
-    assert any("AGC will hardly skip anything" in doubt for doubt in plan.doubts)
-    assert not any(line.startswith("skip rule") for line in plan.lines)
+    assert any("AGC will hardly skip anything" in doubt for doubt in doubts(plan))
+    assert not any(line.startswith("skip rule") for line in plan.about)
+
+
+def test_what_does_not_suffice_is_said(plan):
+    def said(**machine) -> list[str]:
+        there = Machine(**{"memory": 1 << 40, "disk": 1 << 40, "gpu": None, "ranks": NumRanks(), **machine})
+        return [
+            line for line in doubts(replace(plan, machine=there, device={"training": 23 << 30})) if "AGC" not in line
+        ]
+
+    assert said() == said(gpu=25 << 30) == []
+    (line,) = said(memory=1000)
+    assert line.startswith("the memory does not suffice: ")
+    half = max(plan.host.values()) + 1
+    assert said(memory=half) == []
+    assert len(said(memory=half, ranks=NumRanks(4, 2))) == 1
+    assert said(gpu=24 << 30) == ["the GPU has hardly enough memory: 24.70 GB of 25.76 GB are needed"]
+    (line,) = said(disk=1000)
+    assert line.endswith("`--checkpoints_total_limit 1`")
 
 
 def test_what_is_tried_is_the_run_with_fewer_images_steps_and_clones(world, tmp_path):
-    config = Config.from_flags(**flags(world, use_ema=True, learning_rate=0.5, dedup="exact", audit=True))
+    config = config_of(world, use_ema=True, learning_rate=0.5, dedup="exact", audit=True)
     small = shortened(config, find_images(config, True), tmp_path)
     changed = {name for name, value in small.to_flags().items() if value != config.to_flags()[name]}
     assert changed == {
@@ -83,7 +108,7 @@ def test_what_is_tried_is_the_run_with_fewer_images_steps_and_clones(world, tmp_
 
 
 def test_a_rule_that_compares_gets_the_held_out_images_that_it_needs(world, tmp_path):
-    config = Config.from_flags(**flags(world, skip_rule="guard", train_batch_size=1, holdout_fraction=0.25))
+    config = config_of(world, skip_rule="guard", train_batch_size=1, holdout_fraction=0.25)
     small = shortened(config, find_images(config, True), tmp_path)
     assert small.data.max_train_samples >= 36, "9 held-out ones are a quarter of 36"
 
@@ -153,7 +178,7 @@ def test_of_several_ranks_the_first_one_plans_for_all(world, monkeypatch, capsys
         monkeypatch.setenv(name, value)
     from iet_finetune.cli.plan_command import show_plan
 
-    show_plan(Config.from_flags(**flags(world)))
+    show_plan(config_of(world))
     assert capsys.readouterr().out == ""
     assert NumRanks.launched() == NumRanks(2, 2)
     assert "WORLD_SIZE" not in os.environ
@@ -168,9 +193,9 @@ def test_of_several_ranks_the_first_one_plans_for_all(world, monkeypatch, capsys
 )
 def test_what_cannot_be_planned_is_one_line(world, more, words):
     with pytest.raises(UserError, match=words):
-        make_plan(Config.from_flags(**flags(world, **more)))
+        make_plan(config_of(world, **more))
 
 
 def test_a_trainer_takes_no_dry_run(world):
     with pytest.raises(UserError, match="`--dry_run` is for the commands"):
-        Trainer(Config.from_flags(**flags(world, dry_run=True)))
+        Trainer(config_of(world, dry_run=True))

@@ -98,7 +98,9 @@ def test_before_the_first_step_nothing_is_promised(world, tmp_path):
 
 
 def test_while_the_run_is_prepared_nothing_is_promised_either(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("iet_finetune.training.trainer.assemble", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "iet_finetune.training.preparing.assemble", lambda *_, **__: signal.raise_signal(signal.SIGINT)
+    )
     with pytest.raises(KeyboardInterrupt, match="there is no checkpoint yet"):
         Trainer(config(world, tmp_path / "out"))
     # The folder is free again.
