@@ -7,7 +7,7 @@ from .tones import BAD, OPEN, RARE, enough_without_copy
 
 _FEWER_PASSES = (
     "Train for fewer passes: `--holdout_fraction 0.1 --stop_when auto` stops when images that are not trained on are "
-    "learned no better."
+    "learned no better. Where it chose the round already, a lower `--num_train_epochs` ends sooner."
 )
 
 
