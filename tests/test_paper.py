@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 
 from iet_finetune import Config
 from iet_finetune.audit.flags import FLAGS
-from iet_finetune.cli.audit_command import _parser
+from iet_finetune.cli.audit_command import audit_parser
 from iet_finetune.config.command_line import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ def check_command(line: str) -> None:
         Config.from_command_line(arguments)
     else:
         assert command == "audit"
-        given = parse_arguments(_parser(), arguments, [*FLAGS])
+        given = parse_arguments(audit_parser(), arguments, [*FLAGS])
         Config.layered({name: value for name, value in given.items() if name != "model"})
 
 

@@ -23,7 +23,7 @@ def audit_command(argv: list[str]) -> str:
     Raises:
         UserError: the input is wrong; says how to fix it.
     """
-    given = parse_arguments(_parser(), argv, ["config", "model", "compare", "quick", *FLAGS])
+    given = parse_arguments(audit_parser(), argv, ["config", "model", "compare", "quick", *FLAGS])
     if "compare" in given:
         return _compare(given)
     if given.pop("quick", False):
@@ -44,7 +44,8 @@ def _is_drawn(name: str, given: Mapping[str, Any]) -> bool:
     return name == "membership_images" or "generated_dir" not in given
 
 
-def _parser() -> argparse.ArgumentParser:
+def audit_parser() -> argparse.ArgumentParser:
+    """The parser of the command's arguments."""
     parser = build_parser(
         "Measure how much a pipeline repeats its training images, and how good its images are. A model that was "
         "trained here needs no flags about its data.",

@@ -13,6 +13,7 @@ from tiny import save_images, save_tiny_sd, tiny_sd
 from torch.distributed.run import get_args_parser
 
 from iet_finetune import Config
+from iet_finetune.cli.audit_command import audit_parser
 from iet_finetune.cli.convert_command import convert_parser
 from iet_finetune.cli.data_command import data_parser
 from iet_finetune.cli.doctor_command import doctor_parser
@@ -27,7 +28,7 @@ LAUNCHERS = {"accelerate launch": launch_command_parser(), "torchrun": get_args_
 # Of launchers, and of commands that have flags of their own.
 OTHER_FLAGS = {
     flag.removeprefix("--")
-    for parser in (*LAUNCHERS.values(), data_parser(), doctor_parser(), convert_parser())
+    for parser in (*LAUNCHERS.values(), audit_parser(), data_parser(), doctor_parser(), convert_parser())
     for flag in parser._option_string_actions
 }
 

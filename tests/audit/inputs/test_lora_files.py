@@ -57,6 +57,6 @@ def test_a_file_for_another_base_is_refused_by_name(tmp_path):
 
 
 def test_a_bare_file_needs_its_base(tmp_path):
-    (tmp_path / "b.safetensors").touch()
+    save_file({"unet.conv_in.lora_A.weight": torch.zeros(1, 4)}, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="is a LoRA file: say with `--pretrained_model_name_or_path`"):
         find_subject(Config.from_flags(train_data_dir="."), str(tmp_path / "b.safetensors"), "model")
