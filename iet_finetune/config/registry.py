@@ -127,7 +127,7 @@ def rule_groups() -> dict[str, type]:
 
 def _check_flags(owner: str, group: type) -> None:
     # The params are where a dataclass keeps that it is frozen; typeshed leaves them out.
-    if not dataclasses.is_dataclass(group) or not group.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if not dataclasses.is_dataclass(group) or not group.__dataclass_params__.frozen:  # type: ignore[attr-defined]  # no stub has it
         raise TypeError(f"the flags of {owner} must be the fields of a frozen dataclass, not {group!r}.")
     taken = RESERVED | {spec.name for other in rule_groups().values() for spec in flag_specs(other)}
     for spec in flag_specs(group):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -77,13 +78,20 @@ def try_out(config: Config, found: Found, placement: Placement) -> Trial:
     Raises:
         UserError: whatever the user can mend, and too little memory on the device.
     """
-    with tempfile.TemporaryDirectory(prefix="iet_finetune-plan-") as folder:
+    # On the disk of the run, whose checkpoints are as large, and as fast to write.
+    there = next(folder for folder in config.output_path.absolute().parents if folder.exists())
+    place = there if os.access(there, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".iet_finetune-plan-", dir=place) as folder:
         trial = Trial(shortened(config, found, Path(folder) / "output"))
         watch = _Watch(trial)
-        with _silenced():
-            trainer = Trainer(trial.config, [watch])
-            trial.needs = Needs(trainer.run.need, _need_of(config, trainer, placement))
-            output = trainer.train()
+        try:
+            with _silenced():
+                trainer = Trainer(trial.config, [watch])
+                trial.needs = Needs(trainer.run.need, _need_of(config, trainer, placement))
+                output = trainer.train()
+        except KeyboardInterrupt:
+            # Its checkpoints are gone with the folder.
+            raise KeyboardInterrupt("the same command starts anew") from None
         watch.close()
         trial.result = _size_of_result(output)
     trial.family, trial.encoded = trainer.model.family, len(trainer.data.images)

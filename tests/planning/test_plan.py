@@ -196,6 +196,16 @@ def test_what_cannot_be_planned_is_one_line(world, more, words):
         make_plan(config_of(world, **more))
 
 
+def test_an_interrupted_plan_promises_no_checkpoint_and_leaves_nothing(world, monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt("`--resume_from_checkpoint latest` goes on from checkpoint-6")
+
+    monkeypatch.setattr(Trainer, "train", interrupt)
+    assert cli.main(["plan", *words(flags(world))]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "iet-finetune: interrupted; the same command starts anew."
+    assert sorted(path.name for path in world.iterdir()) == ["base", "cache", "data"]
+
+
 def test_a_trainer_takes_no_dry_run(world):
     with pytest.raises(UserError, match="`--dry_run` is for the commands"):
         Trainer(config_of(world, dry_run=True))
