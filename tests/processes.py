@@ -2,8 +2,9 @@
 
 That import takes some ten seconds of a core, longer than most of what tests do in a process. From the fork on a
 program lives, and ends, as any does: with arguments, environment, folder, files, signals and modules of its own. Where
-its environment differs in what libraries read at their import, or forking is not safe, it is started anew. A launcher
-may be given a process of its own to fork from, so that the programs that it starts need not import either.
+its environment differs in what the Hub's libraries read at their import, it is forked from a process that has imported
+the others; where it differs in what those read, or forking is not safe, it is started anew. A launcher may be given a
+process of its own to fork from, so that the programs that it starts need not import either.
 """
 
 import contextlib
@@ -24,27 +25,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# What training and an audit of Stable Diffusion import.
+# What training and an audit of Stable Diffusion import that does not read the Hub's variables: most of the time.
+OTHERS = (
+    *("torch.distributed.nn", "torch.utils.tensorboard", "torch._dynamo", "scipy.linalg", "scipy.io", "scipy.stats"),
+    *("pandas", "pyarrow.parquet", "PIL.ImageDraw", "jinja2", "yaml"),
+)
+# And all that they import.
 LIBRARIES = (
-    *("torch.distributed.nn", "torch.utils.tensorboard", "scipy.linalg", "scipy.io", "pyarrow.parquet", "datasets"),
-    *("accelerate", "peft", "safetensors.torch", "jinja2", "yaml", "PIL.ImageDraw", "diffusers.optimization"),
+    *(*OTHERS, "datasets", "accelerate", "peft", "safetensors.torch", "diffusers.optimization"),
     *("diffusers.training_utils", "diffusers.loaders.single_file", "diffusers.guiders", "huggingface_hub.hf_api"),
     *("diffusers.pipelines.ddpm.pipeline_ddpm", "transformers.models.clip.tokenization_clip"),
     *("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"),
     *("diffusers.pipelines.stable_diffusion.safety_checker", "transformers.models.clip.image_processing_pil_clip"),
 )
+# The processes from which others are forked, by what they have imported; the first that may be is taken.
+IMPORTED = {"all": LIBRARIES, "others": OTHERS}
 # How the names begin of variables that these, or Python itself, read no later than at their import.
-READ_AT_IMPORT = (
-    "DIFFUSERS_",
-    "HF_",
-    "HOME",
-    "HUGGING",
-    "OMP_",
-    "PYTHON",
-    "TMPDIR",
-    "TORCH_",
-    "TRANSFORMERS_",
-)
+READ_BY_HUB = ("DIFFUSERS_", "HF_", "HOME", "HUGGING", "TRANSFORMERS_")
+READ_BY_OTHERS = ("OMP_", "PYTHON", "TMPDIR", "TORCH_")
 # Of those, some that are read later: torchrun sets one for its ranks.
 READ_LATER = ("PYTHONPATH", "TORCH_NCCL_ASYNC_ERROR_HANDLING")
 LARGEST_REQUEST = 1 << 18
@@ -53,6 +51,8 @@ PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _start_anew = subprocess.Popen._execute_child
 _parameters = inspect.signature(_start_anew)
 _environment = dict(os.environ)
+# Those of `IMPORTED` that this process may have something forked from.
+_available = tuple(IMPORTED)
 
 
 class Popen(subprocess.Popen):
@@ -71,7 +71,8 @@ class Popen(subprocess.Popen):
         call = _parameters.bind(self, *given).arguments
         command, environment = call["args"], dict(os.environ if call["env"] is None else call["env"])
         plain = isinstance(command, list | tuple) and len(command) > 1 and not call["shell"] and not call["preexec_fn"]
-        if not plain or command[0] != sys.executable or not _can_be_forked(environment):
+        imported = _may_be_forked_from(environment) if plain and command[0] == sys.executable else None
+        if imported is None:
             _start_anew(self, *given)
             return
         pipes = [call[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
@@ -81,7 +82,7 @@ class Popen(subprocess.Popen):
         request |= {"folder": os.fspath(call["cwd"] or os.getcwd()), "session": call["start_new_session"]}
         # What a launcher starts may be one.
         request["launcher"] = getattr(self, "launcher", True)
-        self.pid = _ask(request, files)
+        self.pid = _ask(_server(imported), request, files)
         self._child_created = True
         self._close_pipe_fds(*pipes)
 
@@ -97,36 +98,36 @@ def run(command: list[str], *, timeout: float = 120, **settings: Any) -> "subpro
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def _can_be_forked(environment: Mapping[str, str]) -> bool:
-    """Whether a process with this environment may be forked from the one with the libraries."""
+def _may_be_forked_from(environment: Mapping[str, str]) -> str | None:
+    """The process, one of `IMPORTED`, that one with this environment may be forked from; None if there is none."""
     # A process that has looked for GPUs cannot have children that use them, and macOS has no fork without dangers.
     if not sys.platform.startswith("linux") or os.path.exists("/dev/nvidiactl"):
-        return False
-    early = [
-        {name: value for name, value in each.items() if name.startswith(READ_AT_IMPORT) and name not in READ_LATER}
-        for each in (environment, _environment)
-    ]
-    return early[0] == early[1]
+        return None
+    differing = {name for name, value in environment.items() if _environment.get(name) != value}
+    differing |= _environment.keys() - environment.keys()
+    early = {name for name in differing if name.startswith(READ_BY_HUB + READ_BY_OTHERS)} - {*READ_LATER}
+    if any(name.startswith(READ_BY_OTHERS) for name in early):
+        return None
+    return next((each for each in _available if each == "others" or not early), None)
 
 
 @functools.cache
-def _server() -> socket.socket:
+def _server(imported: str) -> socket.socket:
     """The way to the process from which others are forked; it ends when this one does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {name: value for name, value in _environment.items() if name != "PYTHONPATH"}
     # transformers complains at import; and one thread, for a process with several must not be forked.
-    subprocess.Popen(
-        [sys.executable, __file__], env=environment | {"OMP_NUM_THREADS": "1"}, stdin=theirs, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, __file__, imported]
+    subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, stdin=theirs, stderr=subprocess.DEVNULL)
     theirs.close()
     return ours
 
 
-def _ask(request: Mapping[str, Any], files: list[int]) -> int:
+def _ask(server: socket.socket, request: Mapping[str, Any], files: list[int]) -> int:
     """The number of a new process, which is a child of this one."""
     with _adopting():
-        socket.send_fds(_server(), [json.dumps(request).encode()], files)
-        answer = _server().recv(64)
+        socket.send_fds(server, [json.dumps(request).encode()], files)
+        answer = server.recv(64)
     assert answer, "the process from which others are forked has ended"
     return int(answer)
 
@@ -178,7 +179,7 @@ def _begin(request: Mapping[str, Any], files: list[int]) -> list[str]:
 def _fork_all_from(server: socket.socket) -> None:
     """Have what this process starts forked from the one at the other end, whoever starts it here."""
     global _server
-    _server = lambda: server  # noqa: E731 - it takes the place of a function
+    _server = lambda imported: server  # noqa: E731 - it takes the place of a function
     subprocess.Popen._execute_child = Popen._execute_child
 
 
@@ -244,7 +245,8 @@ if __name__ == "__main__":
     # Ctrl-C at the terminal is for the tests, and this process ends with them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     del sys.path[0]
-    for library in LIBRARIES:
+    _available = (sys.argv[1],)
+    for library in IMPORTED[sys.argv[1]]:
         importlib.import_module(library)
     gc.freeze()
     _execute(_serve(socket.socket(fileno=os.dup(0))))

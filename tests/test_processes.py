@@ -37,11 +37,28 @@ def test_a_program_sees_what_it_sees_in_a_new_process_and_ends_like_it(tmp_path,
     assert (forked.returncode, forked.stdout, forked.stderr) == (new.returncode, new.stdout, new.stderr) != (0, "", "")
 
 
+# Prints which libraries it has and where it looks for the Hub.
+LIBRARIES = """
+import sys
+print(*(name in sys.modules for name in ("torch", "diffusers", "iet_finetune")))
+from huggingface_hub import HfApi
+print(HfApi().endpoint)
+"""
+
+
 @linux
-def test_it_has_the_libraries_already_and_one_that_reads_other_variables_then_has_not():
-    command = [sys.executable, "-c", "import sys; print('torch' in sys.modules, 'iet_finetune' in sys.modules)"]
-    assert processes.run(command).stdout == "True False\n"
-    assert processes.run(command, env={**os.environ, "HF_ENDPOINT": "http://localhost"}).stdout == "False False\n"
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "True True False"),
+        ({"HF_ENDPOINT": "http://localhost"}, "True False False"),
+        ({"TORCH_SHOW_CPP_STACKTRACES": "1"}, "False False False"),
+    ],
+    ids=["all", "not those of the Hub", "none"],
+)
+def test_it_has_the_libraries_already_but_those_that_read_other_variables(variables, said):
+    done = processes.run([sys.executable, "-c", LIBRARIES], env={**os.environ, **variables})
+    assert done.stdout.splitlines() == [said, variables.get("HF_ENDPOINT", "https://huggingface.co")]
 
 
 # Starts another program as launchers do, and ends with its code.

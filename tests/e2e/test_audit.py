@@ -112,15 +112,14 @@ def test_a_run_is_pushed_with_its_audit_and_audited_from_the_hub(audited, world,
     with HubServer(TOKEN) as hub:
         there = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         there |= {"HF_HUB_DISABLE_XET": "1"}
-        said = {"capture_output": True, "text": True, "timeout": 120, "check": False, "env": environment(**there)}
-        program = AUDIT[:-1]
-        pushed = subprocess.run([*program, "push", str(audited), "--hub_model_id", "user/cats"], **said)
+        command = [*AUDIT[:-1], "push", str(audited), "--hub_model_id", "user/cats"]
+        pushed = processes.run(command, env=environment(**there))
         assert pushed.returncode == 0, pushed.stderr
         files = hub.repositories["user/cats"].files
         assert json.loads(files["audit/audit.json"]) == read_audit(audited / "audit")
         assert "type: mia_ref_auc" in files["README.md"].decode()
         settings = small(held, model="user/cats", train_data_dir=world / "data", output_dir=tmp_path / "out")
-        done = subprocess.run([*AUDIT, *words({**settings, "resolution": RESOLUTION})], **said)
+        done = processes.run([*AUDIT, *words({**settings, "resolution": RESOLUTION})], env=environment(**there))
         assert done.returncode == 0, done.stderr
         assert hub.troubles == []
     ours, theirs = read_audit(tmp_path / "out"), read_audit(audited / "audit")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import pytest
 from accelerate.state import AcceleratorState
 from e2e.command import ERROR, contents, environment, flags, leftovers, run_script, words
@@ -160,14 +161,8 @@ def test_the_printed_command_pushes_and_brings_card_and_weights_up_to_date(story
 
 def test_a_fresh_process_loads_the_pushed_pipeline_with_equal_weights(story):
     loaded = story.folder / "loaded"
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, REPOSITORY, str(loaded)],
-        env=environment(**online(story.folder, story.hub.url)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", LOAD, REPOSITORY, str(loaded)]
+    done = processes.run(command, env=environment(**online(story.folder, story.hub.url)))
     assert done.returncode == 0, done.stderr
     files, ours = contents(loaded), story.after
     weights = [name for name in ours if name.endswith(".safetensors") and not name.startswith("checkpoint-")]
@@ -197,7 +192,7 @@ def test_a_lora_file_is_pushed_with_its_card_and_loads_from_there(world, tmp_pat
         assert done.stdout.splitlines()[-1] == f"pushed to {hub.url}/{REPOSITORY}"
         command = [sys.executable, "-c", LOAD_LORA, REPOSITORY, str(loaded), str(world / "base")]
         variables = environment(**online(tmp_path, hub.url))
-        again = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
+        again = processes.run(command, env=variables)
         assert again.returncode == 0, again.stderr
         files = hub.repositories[REPOSITORY].files
     assert sorted(files) == [".gitattributes", "README.md", LORA, "training_config.yaml"]

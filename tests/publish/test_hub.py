@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from cards import facts, with_flags
@@ -77,13 +78,8 @@ def run_python(code: str, arguments: list[str], folder: Path, **environment: str
     root = str(Path(__file__).parents[2])
     settings = {"HF_HOME": str(folder / "hf_home"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": root}
     settings |= {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=kept | settings | environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=100,
+    return processes.run(
+        [sys.executable, "-c", code, *arguments], env=kept | settings | environment, cwd=folder, timeout=100
     )
 
 
