@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from filelock import FileLock
 
 from iet_finetune import Config, Trainer
 from iet_finetune.data.duplicates import find_duplicates
@@ -188,13 +189,19 @@ def base(name: str, seed: int, home: Path) -> Any:
 def trained_base(home: Path) -> Path:
     """The base of `garments-new`: trained once on 8,000 garments of the other classes, for six passes."""
     output = home / "garments-base"
-    if not (output / "model_index.json").is_file():
-        images = seen_classes()
-        images = images._replace(images=[small(image, 16) for image in images.images])
-        settings = {**_GARMENTS, **_OFF, "num_shards": 1}
-        config = Config.from_flags(
-            **settings, max_train_steps=3000, merge_every_steps=500, output_dir=str(output), report_to="none",
-            checkpointing_steps=10**9, checkpoints_total_limit=1, resume_from_checkpoint="latest",
-        )  # fmt: skip
-        Trainer(config, pipeline=network(16, 1, None, 0), dataset=table(images)).train()
+    # Two runs that begin together train it once.
+    with FileLock(output.with_suffix(".lock")):
+        if not (output / "model_index.json").is_file():
+            _train_base(output)
     return output
+
+
+def _train_base(output: Path) -> None:
+    images = seen_classes()
+    images = images._replace(images=[small(image, 16) for image in images.images])
+    settings = {**_GARMENTS, **_OFF, "num_shards": 1}
+    config = Config.from_flags(
+        **settings, max_train_steps=3000, merge_every_steps=500, output_dir=str(output), report_to="none",
+        checkpointing_steps=10**9, checkpoints_total_limit=1, resume_from_checkpoint="latest",
+    )  # fmt: skip
+    Trainer(config, pipeline=network(16, 1, None, 0), dataset=table(images)).train()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -84,11 +85,13 @@ def fluent_emoji(cache: Path) -> Pictures:
 
 def _packed(cache: Path) -> Path:
     file = cache / "lobehub-fluent-emoji-3d-1.1.0.tgz"
-    if not file.is_file():
-        if shutil.which("npm") is None:
-            sys.exit(f"{FLUENT} is fetched with npm, which is not installed; `--only` chooses other sets.")
-        cache.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", "--silent", FLUENT], cwd=cache, check=True, stdout=subprocess.DEVNULL)
+    cache.mkdir(parents=True, exist_ok=True)
+    # Two runs that begin together fetch it once.
+    with FileLock(file.with_suffix(".lock")):
+        if not file.is_file():
+            if shutil.which("npm") is None:
+                sys.exit(f"{FLUENT} is fetched with npm, which is not installed; `--only` chooses other sets.")
+            subprocess.run(["npm", "pack", "--silent", FLUENT], cwd=cache, check=True, stdout=subprocess.DEVNULL)
     return file
 
 
