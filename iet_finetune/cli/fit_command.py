@@ -1,8 +1,12 @@
 """The command `fit`: fine-tunes on somebody's own images with settings that it chooses, and audits the result."""
 
 import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from ..audit.flags import check_extra
 from ..config.command_line import build_parser, parse_arguments
@@ -11,6 +15,7 @@ from ..config.fitting import Choice, Circumstances, choose
 from ..config.folders import check_folders
 from ..errors import UserError, show
 from .parsing import PROGRAM
+from .ranks import split_off, start_ranks
 
 if TYPE_CHECKING:
     from ..data.survey import Survey
@@ -30,6 +35,7 @@ def fit_command(argv: list[str]) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
+    ranks, argv = split_off(argv)
     given = _read(argv)
     first = Config.layered(given)
     _check(first)
@@ -46,10 +52,28 @@ def fit_command(argv: list[str]) -> None:
 
         show_plan(config)
         return
-    from ..training.trainer import Trainer
+    if ranks is not None and ranks > 1:
+        _train_with_ranks(ranks, config, given)
+    else:
+        from ..training.trainer import Trainer
 
-    output = Trainer(config).train()
-    show(f"the same without choosing: {PROGRAM} train --config {output / 'training_config.yaml'} --output_dir ANOTHER")
+        Trainer(config).train()
+    file = config.output_path / "training_config.yaml"
+    show(f"the same without choosing: {PROGRAM} train --config {file} --output_dir ANOTHER")
+
+
+def _train_with_ranks(count: int, config: Config, given: dict[str, Any]) -> None:
+    """What has been chosen, trained by so many ranks; ends as they do unless all went well."""
+    # The choice is made once: ranks that chose for themselves would have to agree.
+    secrets = [
+        f"--{name}={given[name]}" for name, spec in all_flags().items() if spec.scope == "secret" and name in given
+    ]
+    with tempfile.TemporaryDirectory(prefix="iet-fit-") as folder:
+        file = Path(folder) / "chosen.yaml"
+        file.write_text(yaml.safe_dump(config.to_flags(), sort_keys=False), encoding="utf-8")
+        code = start_ranks(count, ["iet_finetune", "train", "--config", str(file), *secrets])
+    if code:
+        sys.exit(code)
 
 
 def _read(argv: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`--num_processes N` of `train`: starts N ranks on this machine, and ends as the one that spoke did."""
+"""`--num_processes N` of `train` and `fit`: starts N ranks on this machine, and ends as the one that spoke did."""
 
 import logging
 import os

@@ -41,6 +41,19 @@ def test_two_ranks_leave_the_bits_of_one(world, tmp_path):
     assert all((one[name] == two[name]).all() for name in one)
 
 
+def test_fit_chooses_once_for_all_ranks(world, tmp_path):
+    fit = [sys.executable, "-m", "iet_finetune", "fit", str(world / "data"), "--base", str(world / "base")]
+    settings = {"max_train_steps": 4, "merge_every_steps": 2, "audit": False, "num_validation_images": 1}
+    settings |= {"validation_inference_steps": 1, "report_to": "none", "output_dir": tmp_path / "out"}
+    with started([*fit, *words(settings), "--num_processes", "2"], launcher=True) as process:
+        stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert stdout.count("settings, chosen for these images:") == 1
+    assert stdout.count("steps: 4 (2 rounds)") == 1, stdout
+    assert stdout.splitlines()[-1].startswith("the same without choosing: iet-finetune train --config ")
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
 def test_interrupted_it_ends_with_the_line_that_names_the_checkpoint(world, tmp_path):
     settings = {"num_train_epochs": 500, "checkpointing_steps": 3, "checkpoints_total_limit": 1}
     command = [*TRAIN, "--num_processes=2", *words(flags(world, tmp_path / "out", **settings))]
