@@ -1,6 +1,7 @@
 """The command `fit`: fine-tunes on somebody's own images with settings that it chooses, and audits the result."""
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -130,7 +131,7 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
             "these images have no captions, and the base model is one with prompts: give all of them one with "
             '`--default_caption "a photo of sks dog"`, or see docs/data.md.'
         )
-    sizes = images.images.sizes
+    sizes, can_audit = images.images.sizes, _can_audit()
     return Circumstances(
         images=len(images.images) - images.copies,
         side=int(sorted(sizes.min(axis=1).tolist())[len(sizes) // 2]) if sizes is not None else USUAL_SIDE,
@@ -139,7 +140,8 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
         prompts=_prompts(images) if kind.needs_captions else (),
         device_memory=device.memory,
         has_bf16=device.has_bf16,
-        can_audit=_can_audit(),
+        can_audit=can_audit,
+        features=_features(config) if can_audit and "features" not in given else config.audit.features,
     )
 
 
@@ -165,6 +167,13 @@ def _prompts(found: "Survey") -> tuple[str, ...]:
     """Different captions, from all over the set."""
     texts = list(dict.fromkeys(captions[0] for captions in found.images.captions if captions[0].strip()))
     return tuple(texts[:: max(1, len(texts) // PROMPTS)][:PROMPTS])
+
+
+def _features(config: Config) -> tuple[str, ...]:
+    """What the audit compares images by. The Hub is asked where the base model comes from it, too."""
+    from ..audit.measures.preferred import preferred_features
+
+    return preferred_features(online=not os.path.exists(str(config.model.pretrained_model_name_or_path)))
 
 
 def _can_audit() -> bool:

@@ -28,6 +28,7 @@ class Circumstances:
         device_memory: bytes of the GPU; None without one.
         has_bf16: whether the GPU computes in bf16.
         can_audit: whether the packages of the audit are there.
+        features: what it can compare images by.
     """
 
     images: int
@@ -38,6 +39,7 @@ class Circumstances:
     device_memory: int | None = None
     has_bf16: bool = True
     can_audit: bool = True
+    features: tuple[str, ...] = ("effnet_lite0",)
 
 
 class Choice(NamedTuple):
@@ -138,5 +140,10 @@ def _what_is_seen(found: Circumstances) -> Iterator[Choice]:
     yield Choice("checkpoints_total_limit", 2, "a checkpoint can be as large as the model")
     if found.can_audit:
         yield Choice("audit", True, "to measure what the result remembers")
+        bundled = found.features == ("effnet_lite0",)
+        reason = (
+            "DINOv2, which tells images apart better, cannot be had here" if bundled else "tells images apart well"
+        )
+        yield Choice("features", list(found.features), reason)
     else:
         yield Choice("audit", False, "its packages are missing: pip install 'iet_finetune[audit]'")

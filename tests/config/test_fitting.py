@@ -23,6 +23,7 @@ CIRCUMSTANCES = st.builds(
     device_memory=st.none() | st.integers(4 * GB, 200 * GB),
     has_bf16=st.booleans(),
     can_audit=st.booleans(),
+    features=st.sampled_from([("effnet_lite0",), ("facebook/dinov2-base",)]),
 )
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer, Repository
 from PIL import Image
+from publish.test_hub import TOKEN, run_python
 from transformers import AutoImageProcessor, BertConfig, BertModel, CLIPModel, Dinov2Model, ViTModel
 from vision import SMALL, noise, save_clip, save_dinov2, save_processor, save_torchscript, save_vit
 
@@ -22,6 +24,7 @@ from iet_finetune.audit.measures.features import (
     load_features,
     slug_of,
 )
+from iet_finetune.audit.measures.preferred import PREFERRED
 from iet_finetune.errors import UserError
 from iet_finetune.families.quiet import quiet_loading
 
@@ -294,3 +297,20 @@ def test_fingerprints_of_files_and_of_the_packaged_network_differ(tmp_path, effn
 )
 def test_a_slug_has_letters_digits_and_underscores_only(name, slug):
     assert slug_of(name) == slug
+
+
+def test_those_of_dinov2_are_preferred_where_they_are_here_or_the_hub_gives_them(tmp_path):
+    code = """
+from iet_finetune.audit.measures.features import load_features
+from iet_finetune.audit.measures.preferred import preferred_features
+found = [preferred_features(online) for online in (False, True, False)]
+print(*sum(found, ()), load_features(found[-1][0], "cpu").title)
+"""
+    files = {path.name: path.read_bytes() for path in save_dinov2(tmp_path / "dino").iterdir()}
+    with HubServer(TOKEN) as hub:
+        without = run_python(code, [], tmp_path, HF_ENDPOINT=hub.url)
+        hub.repositories[PREFERRED] = Repository(commits=[("all", files)])
+        done = run_python(code, [], tmp_path, HF_ENDPOINT=hub.url)
+    default = DEFAULT_FEATURES[0]
+    assert without.stdout == f"{default} {default} {default} EfficientNet-Lite0 (ImageNet)\n", without.stderr
+    assert done.stdout == f"{default} {PREFERRED} {PREFERRED} {PREFERRED}\n", done.stderr
