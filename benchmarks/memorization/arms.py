@@ -1,6 +1,6 @@
 """What is compared: plain training, de-duplication, the parts of IET-AGC, and how each set is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from iet_finetune import Config, Trainer
 from iet_finetune.data.duplicates import find_duplicates
 
 from . import rules
-from .sets import EvidenceSet, array, seen_classes, small, table
+from .sets import LONG, UNIQUE, EvidenceSet, array, seen_classes, small, table
 from .sources import ROOT
 
 # Clones of the arms with iterative ensemble training.
@@ -61,7 +61,15 @@ COURSES = {
         40, (2, 4, 6, 8), 120, {**_FLAGS, "train_batch_size": 16, "resolution": 64, "learning_rate": 3e-4}, 10
     ),
 }
-FINE_TUNED = ("garments-new", "text-to-image")
+# A set with one question has few arms, and is judged where that is answered: a pass of `UNIQUE` has 12.5 steps; of
+# `LONG`, plain training is best after round five, so round 6 is 1.2 times the best stop and round 15 three times.
+COURSES[UNIQUE] = Course(48, (4, 10, 20, 30, 40), 384, COURSES["garments-new"].flags)
+COURSES[LONG] = replace(COURSES["text-to-image"], judged=(3, 5, 6, 15))
+ARMS_OF = {
+    UNIQUE: ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated"),
+    LONG: ("plain", "iet-agc", "search", "search-guard"),
+}
+FINE_TUNED = ("garments-new", "text-to-image", UNIQUE, LONG)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,13 @@ _LATENT = {"agc": {"agc_threshold": 0.8}, "iet-agc": {"agc_threshold": 0.8}, "lo
 
 def arms_of(name: str) -> list[str]:
     """The arms that a set is trained with, those that others wait for first."""
-    return [arm for arm, each in ARMS.items() if name in FINE_TUNED or not each.only_fine_tuned]
+    fitting = [arm for arm, each in ARMS.items() if name in FINE_TUNED or not each.only_fine_tuned]
+    return [arm for arm in fitting if arm in ARMS_OF.get(name, ARMS)]
+
+
+def is_latent(name: str) -> bool:
+    """Whether a set has captions and is learned in latent space."""
+    return name.startswith("text-to-image")
 
 
 def chosen_rows(arm: Arm, evidence: EvidenceSet) -> np.ndarray:
@@ -137,7 +151,7 @@ def config_of(name: str, arm: str, seed: int, output: Path, extra: dict[str, Any
     flags = {
         **course.flags,
         **each.flags,
-        **(_LATENT.get(arm, {}) if name == "text-to-image" else {}),
+        **(_LATENT.get(arm, {}) if is_latent(name) else {}),
         **extra,
         "num_shards": each.shards,
         "merge_every_steps": steps,
@@ -175,9 +189,9 @@ def network(
 
 def base(name: str, seed: int, home: Path) -> Any:
     """The pipeline that a set's runs start from, in memory."""
-    if name == "text-to-image":
+    if is_latent(name):
         return DiffusionPipeline.from_pretrained(str(ROOT / "demo" / "pipeline"), dtype=torch.float32)
-    if name == "garments-new":
+    if name in FINE_TUNED:
         return DiffusionPipeline.from_pretrained(str(trained_base(home)))
     size = COURSES[name].flags["resolution"]
     if name == "emoji":
@@ -187,7 +201,7 @@ def base(name: str, seed: int, home: Path) -> Any:
 
 
 def trained_base(home: Path) -> Path:
-    """The base of `garments-new`: trained once on 8,000 garments of the other classes, for six passes."""
+    """The base of garments of unseen classes: trained once on 8,000 garments of the other classes, for six passes."""
     output = home / "garments-base"
     # Two runs that begin together train it once.
     with FileLock(output.with_suffix(".lock")):

@@ -206,7 +206,9 @@ def draw(pipeline: Any, family: Family, evidence: EvidenceSet, course: Course, c
     often = np.flatnonzero(evidence.repeats > 1)
     once = np.flatnonzero(evidence.repeats == 1)
     numbers = np.arange(count) // 2
-    originals = np.where(np.arange(count) % 2 == 0, often[numbers % len(often)], once[numbers % len(once)])
+    originals = once[np.arange(count) % len(once)]
+    if len(often):
+        originals = np.where(np.arange(count) % 2 == 0, often[numbers % len(often)], once[numbers % len(once)])
     captions = [str(caption) for caption in evidence.captions[evidence.firsts[originals]]]
     labels = [int(evidence.labels[i * 7 % len(evidence.labels)]) for i in range(count)]
     return _drawn(pipeline, family, captions, labels, course, config)
@@ -287,26 +289,29 @@ def membership(
         "heldout_loss_error": float(logs.std(ddof=1) / np.sqrt(len(logs))),
         "mia_auc": auc(scores, unknown),
         "mia_tpr": tpr_at_fpr(scores, unknown),
-        "mia_auc_often": auc(scores[often], unknown),
         "levels": [round(level, 4) for level in levels],
-        "told_by_loss": [auc(-ours[often, j], -ours[once, j]) for j in range(len(levels))],
-        "told_by_loss_all": auc(*_pooled(ours[:, low:], often, once)),
-        # AGC looks at the loss over the bank's, which is the mean loss of all samples at that noise level.
-        "told_by_bank_all": auc(*_pooled(ours[:, low:] / ours[:, low:].mean(axis=0), often, once)),
     }
+    if often.any():
+        row |= {
+            "mia_auc_often": auc(scores[often], unknown),
+            "told_by_loss": [auc(-ours[often, j], -ours[once, j]) for j in range(len(levels))],
+            "told_by_loss_all": auc(*_pooled(ours[:, low:], often, once)),
+            # AGC looks at the loss over the bank's, which is the mean loss of all samples at that noise level.
+            "told_by_bank_all": auc(*_pooled(ours[:, low:] / ours[:, low:].mean(axis=0), often, once)),
+        }
     if reference is not None:
         over = [np.log(side) - np.log(known) for side, known in zip((ours, others), reference, strict=True)]
         known, unknown = (
             calibrated_scores(a[:, :low], b[:, :low]) for a, b in zip((ours, others), reference, strict=True)
         )
-        row |= {
-            "mia_ref_auc": auc(known, unknown),
-            "mia_ref_tpr": tpr_at_fpr(known, unknown),
-            "mia_ref_auc_often": auc(known[often], unknown),
-            "told_by_reference": [auc(-over[0][often, j], -over[0][once, j]) for j in range(len(levels))],
-            "told_by_reference_all": auc(*_pooled(over[0][:, low:], often, once)),
-            "told_by_reference_eight": auc(known[often], known[once]),
-        }
+        row |= {"mia_ref_auc": auc(known, unknown), "mia_ref_tpr": tpr_at_fpr(known, unknown)}
+        if often.any():
+            row |= {
+                "mia_ref_auc_often": auc(known[often], unknown),
+                "told_by_reference": [auc(-over[0][often, j], -over[0][once, j]) for j in range(len(levels))],
+                "told_by_reference_all": auc(*_pooled(over[0][:, low:], often, once)),
+                "told_by_reference_eight": auc(known[often], known[once]),
+            }
     return row
 
 

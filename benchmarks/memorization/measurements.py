@@ -8,10 +8,10 @@ from typing import Any
 
 import pandas as pd
 
-from .arms import ARMS, COURSES, FINE_TUNED, SHARDS, arms_of
+from .arms import ARMS, COURSES, FINE_TUNED, SHARDS, arms_of, is_latent
 from .matched import Trajectory
 from .one import BEFORE, measured_file, write_rows
-from .sets import EXACT, NEAR, SETS
+from .sets import EXACT, LONG, NEAR, SETS, UNIQUE
 from .sources import ROOT
 
 TABLE = ROOT / "benchmarks" / "memorization" / "measurements.parquet"
@@ -22,9 +22,11 @@ TITLES = {
     "emoji": "Emoji, from scratch",
     "garments-new": "Garments of unseen classes, fine-tuning",
     "text-to-image": "Emoji from text in another style, fine-tuning",
+    UNIQUE: "Garments of unseen classes, each once",
+    LONG: "Emoji from text in another style, much longer",
 }
 # What quality is measured by; lower is better.
-QUALITY = {name: "heldout_loss" if name == "text-to-image" else "frechet" for name in SETS}
+QUALITY = {name: "heldout_loss" if is_latent(name) else "frechet" for name in SETS}
 WORDS = {"frechet": "Fréchet distance", "heldout_loss": "log of the held-out loss"}
 # What is counted among drawn images: column, and words.
 COUNTED = {

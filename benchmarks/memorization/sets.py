@@ -1,6 +1,6 @@
 """The data sets: images of which some are repeated, as exact or as near copies, and held-out ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ ONCE, EXACT, NEAR = "once", "exact", "near"
 LONG_TAIL = {2: 4, 5: 3, 10: 2, 20: 1, 50: 1}
 # How many images are in it once.
 ONCES = 100
+# A set without repeats, and one that is trained on for much longer than it takes to be best; both ask one thing alone.
+UNIQUE, LONG = "garments-unique", "text-to-image-long"
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,29 @@ class EvidenceSet:
         return table(Pictures(self.rows, self.captions, self.labels).at(rows))
 
 
-def build(pictures: Pictures, once: int, quality: Pictures, seen: Pictures, *, size: int, seed: int) -> EvidenceSet:
+def build(
+    pictures: Pictures,
+    once: int,
+    quality: Pictures,
+    seen: Pictures,
+    *,
+    size: int,
+    seed: int,
+    tail: Mapping[int, int] = LONG_TAIL,
+) -> EvidenceSet:
     """Repeats some of the images and makes all of them small.
 
     Args:
         pictures: to choose from; the seed decides which are trained on and which are repeated.
         once: how many are in the data once.
         size: of the images, in pixels.
+        tail: how many images of each kind of copies are in the data how often.
     """
     rng = np.random.default_rng([seed, 17])
     # Without duplicates: an image that is in the data twice by nature would be called unique.
-    tail = [times for times, count in LONG_TAIL.items() for _ in range(count)]
-    kinds = np.array([*[ONCE] * once, *[EXACT] * len(tail), *[NEAR] * len(tail)])
-    repeats = np.array([*[1] * once, *tail, *tail])
+    times_each = [times for times, count in tail.items() for _ in range(count)]
+    kinds = np.array([*[ONCE] * once, *[EXACT] * len(times_each), *[NEAR] * len(times_each)])
+    repeats = np.array([*[1] * once, *times_each, *times_each])
     chosen = pictures.at(rng.permutation(len(pictures.images))[: len(kinds)])
     rows, origin = [], []
     for number, (image, kind, times) in enumerate(zip(chosen.images, kinds, repeats, strict=True)):
@@ -117,12 +129,18 @@ def seen_classes() -> Pictures:
     return _of_classes(garments(count=12000), others).at(np.arange(8000))
 
 
-def _garments(seed: int, cache: Path, classes: tuple[int, ...] = tuple(range(10))) -> EvidenceSet:
+def _garments(
+    seed: int,
+    cache: Path,
+    classes: tuple[int, ...] = tuple(range(10)),
+    once: int = ONCES,
+    tail: Mapping[int, int] = LONG_TAIL,
+) -> EvidenceSet:
     test = _of_classes(garments("t10k"), classes)
     order = np.random.default_rng(29).permutation(len(test.images))
     quality, seen = test.at(order[:1000]), test.at(order[1000:1256])
     # The second half of the images is left to the network that makes the features.
-    return build(_of_classes(garments(count=3000), classes), ONCES, quality, seen, size=16, seed=seed)
+    return build(_of_classes(garments(count=3000), classes), once, quality, seen, size=16, seed=seed, tail=tail)
 
 
 def _emoji(seed: int, cache: Path) -> EvidenceSet:
@@ -147,4 +165,6 @@ SETS: dict[str, Callable[[int, Path], EvidenceSet]] = {
     "emoji": _emoji,
     "garments-new": partial(_garments, classes=UNSEEN),
     "text-to-image": _fluent,
+    UNIQUE: partial(_garments, classes=UNSEEN, once=200, tail={}),
+    LONG: _fluent,
 }
