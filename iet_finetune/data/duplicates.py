@@ -257,10 +257,14 @@ def _most_alike(small: np.ndarray, leading: np.ndarray) -> np.ndarray:
     pairs = [np.zeros((0, 3), np.int64)]
     tried = max(LEAST_TRIED, min(TRIED, MOST_PAIRS // max(1, len(leading))))
     rows = max(1, CHUNK // (8 * max(1, len(leading))))
+    # The same memory for all blocks: new pieces of it, each a little larger than the last, would leave holes.
+    room = torch.empty(rows * 2 * len(leading))
     for start in range(0, len(leading), rows):
         here = slice(start, start + rows)
         earlier = plain[: start + len(plain[here])]
-        alike = torch.stack([plain[here] @ earlier.T, mirrored[here] @ earlier.T], dim=1)
+        alike = room[: len(plain[here]) * 2 * len(earlier)].view(-1, 2, len(earlier))
+        for side, pattern in enumerate((plain, mirrored)):
+            torch.mm(pattern[here], earlier.T, out=alike[:, side])
         later = torch.arange(len(earlier)) >= torch.arange(start, start + len(alike))[:, None]
         alike.masked_fill_(later[:, None], -1.0)
         best = alike.flatten(1).topk(min(tried, 2 * len(earlier)), dim=1)
