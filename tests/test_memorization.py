@@ -187,12 +187,12 @@ def test_a_difference_at_matched_quality_is_found_with_its_interval():
     total = np.full(3, 1000)
     theirs = [matched.Trajectory(quality, np.array([100, 300, 500]), total)] * 3
     ours = [matched.Trajectory(quality, np.array([100, 200, 300]), total)] * 3
-    us, them, part = matched.difference(ours, theirs, wanted=3.0, baseline=0.1)
+    us, them, part = matched.difference(ours, theirs, wanted=[3.0] * 3, baseline=0.1)
     assert (us.value, them.value) == (pytest.approx(0.15), pytest.approx(0.3))
     assert part.value == pytest.approx(0.5)
     assert 0.4 < part.low < part.value < part.high < 0.6
-    assert matched.difference(ours, theirs, wanted=0.5, baseline=0.1) is None
-    same = matched.difference(theirs, theirs, wanted=3.0, baseline=0.1)[2]
+    assert matched.difference(ours, theirs, wanted=[3.0, 0.5, 3.0], baseline=0.1) is None
+    same = matched.difference(theirs, theirs, wanted=[3.0] * 3, baseline=0.1)[2]
     assert same.low < 0 < same.high
     assert matched.fewer([(10, 100)], [(50, 100)]).value == pytest.approx(0.8)
 

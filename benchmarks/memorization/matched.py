@@ -66,26 +66,27 @@ def redrawn(count: np.ndarray, total: np.ndarray, rng: np.random.Generator) -> n
 
 
 def difference(
-    ours: Sequence[Trajectory], theirs: Sequence[Trajectory], wanted: float, baseline: float, seed: int = 0
+    ours: Sequence[Trajectory], theirs: Sequence[Trajectory], wanted: Sequence[float], baseline: float, seed: int = 0
 ) -> tuple[Interval, Interval, Interval] | None:
-    """Two arms at one quality: shares above the baseline of each, and by which part ours is lower than theirs.
+    """Two arms at the same quality: shares above the baseline of each, and by which part ours is lower than theirs.
 
     Seeds are drawn anew as pairs, as both arms have the same data, then images within each run. Qualities are taken
     as measured.
 
     Args:
         ours, theirs: runs with the same seeds, in the same order.
+        wanted: the quality, of each pair of runs.
         baseline: the share among real images, which no training can be blamed for.
 
     Returns:
         our excess, theirs, and 1 - ours / theirs; None if a run does not pass the quality.
     """
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = list(zip(ours, theirs, wanted, strict=True))
 
     def excess(
-        runs: Sequence[tuple[Trajectory, Trajectory]], values: Callable[[Trajectory], np.ndarray]
+        runs: Sequence[tuple[Trajectory, Trajectory, float]], values: Callable[[Trajectory], np.ndarray]
     ) -> np.ndarray:
-        both = [[at_quality(run.quality, values(run), wanted) for run in pair] for pair in runs]
+        both = [[at_quality(run.quality, values(run), at) for run in pair] for *pair, at in runs]
         return np.mean(both, axis=0) - baseline
 
     rng = np.random.default_rng(seed)
@@ -122,8 +123,8 @@ def fewer(ours: Sequence[tuple[int, int]], theirs: Sequence[tuple[int, int]], se
 
 
 def _part(ours: float, theirs: float) -> float:
-    """1 - ours / theirs; NaN where theirs has nothing to lose."""
-    return float(1 - ours / theirs) if theirs > 0 else float("nan")
+    """1 - ours / theirs, 1 where ours is below chance; NaN where theirs has nothing to lose."""
+    return float(1 - max(ours, 0.0) / theirs) if theirs > 0 else float("nan")
 
 
 def _interval(value: float, drawn: np.ndarray) -> Interval:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .arms import ARMS, arms_of
 from .measurements import COUNTED, QUALITY, TITLES, WORDS, Measurements
-from .sets import NEAR
+from .sets import NEAR, UNIQUE
 
 # One colour an arm, the same in every picture (Okabe and Ito's, which the colour-blind can tell apart).
 COLOURS = dict(
@@ -28,7 +28,7 @@ COLOURS = dict(
 def draw_set(measured: Measurements, name: str, file: Path) -> None:
     """Copies and landing near repeats, both over quality: one curve an arm, seeds as bands."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=110, constrained_layout=True)
-    for axis, column in zip(axes, ("mq_0.3", f"nearest_{NEAR}"), strict=True):
+    for axis, column in zip(axes, ("mq_0.3", "close" if name == UNIQUE else f"nearest_{NEAR}"), strict=True):
         _curves(axis, measured, name, column)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)

@@ -6,8 +6,20 @@ import pandas as pd
 
 from .arms import ARMS, SHARDS
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements
-from .sets import EXACT, LONG_TAIL, NEAR, ONCES, SETS
-from .tables import direction, half_way, number, part, percent, table, tell_tales, worth
+from .sets import EXACT, LONG, LONG_TAIL, NEAR, ONCES, SETS, UNIQUE, UNIQUES
+from .tables import (
+    by_round,
+    direction,
+    equal_steps,
+    half_way,
+    matched_once,
+    number,
+    part,
+    percent,
+    table,
+    tell_tales,
+    worth,
+)
 
 HEAD = f"""# Does it hold?
 
@@ -38,8 +50,19 @@ images and seeds; with one seed they know of the images alone, and with three th
 
 EXTRACTED = "Originals of which a near copy was drawn, by how often they are in the data:\n"
 
-AGAINST_STOPPING = """Beside plain training *stopped at the same quality*, the best {quality} that both come to. Shares
-in excess of held-out images', and how much less than plain training's that is; – where that has none to lose:
+AGAINST_STOPPING = """Beside plain training *stopped at the same quality*: with each seed the best {quality} that both
+come to. Shares in excess of held-out images', and how much less than plain training's that is, all of it where nothing
+is in excess; – where plain training has none to lose:
+"""
+
+ONCE_ONLY = f"""{UNIQUES} images of the two classes that the base has never seen, each in the data once: there is nothing
+to leave out. Some 150 passes, so that plain training repeats them; a round is four. Beside plain training *stopped at
+the same quality*, all that was drawn, not only what is beyond held-out images:
+"""
+
+MUCH_LONGER = """Plain training of this set is best, by its held-out loss, after round {best} of those that were
+judged. Does what a model did not remember then come after all? De-duplicated data are visited more often in as many
+steps. After so many rounds of 40 steps:
 """
 
 LOOKS_AT = """## What AGC looks at
@@ -131,13 +154,35 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
         f"* What happens beyond {percent(most)} of near copies: training ends before the models repeat everything.",
     ]
     missing = [
-        f"{TITLES[name]} ({'plain training alone' if name in there else 'nothing'} so far)"
+        f"{TITLES[name]} ({'plain training alone' if name in measured.sets() else 'nothing'} so far)"
         for name in SETS
-        if name not in there or measured.arms(name) == ["plain"]
+        if name not in measured.sets() or measured.arms(name) == ["plain"]
     ]
     if missing:
         lines.append(f"* What has not been measured yet: {'; '.join(missing)}.")
     return "\n".join(lines) + "\n"
+
+
+def once_only(measured: Measurements) -> str:
+    """Of images that are in the data once."""
+    seeds = measured.seeds(UNIQUE, "plain")
+    return "\n".join(
+        [
+            f"## {TITLES[UNIQUE]}\n",
+            f"![Quality and memorization of every arm](results/{UNIQUE}.png)\n",
+            f"After as many steps; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n",
+            table(equal_steps(measured, UNIQUE)),
+            ONCE_ONLY,
+            table(matched_once(measured, UNIQUE)),
+        ]
+    )
+
+
+def much_longer(measured: Measurements) -> str:
+    """Of training for several times as long as it takes to be best."""
+    plain = measured.end(LONG, STOPPED)
+    best = " or ".join(str(each) for each in sorted(plain["round"].unique().tolist()))
+    return "\n".join([f"## {TITLES[LONG]}\n", MUCH_LONGER.format(best=best), table(by_round(measured, LONG))])
 
 
 def _close(ends: pd.DataFrame) -> float:

@@ -7,7 +7,19 @@ import pandas as pd
 
 from . import tables
 from .measurements import QUALITY, TABLE, TITLES, WORDS, Measurements, collect
-from .prose import AGAINST_STOPPING, BY_LEVEL, EXTRACTED, HEAD, LOOKS_AT, SKIPPED, opening, what_it_is_worth
+from .prose import (
+    AGAINST_STOPPING,
+    BY_LEVEL,
+    EXTRACTED,
+    HEAD,
+    LOOKS_AT,
+    SKIPPED,
+    much_longer,
+    once_only,
+    opening,
+    what_it_is_worth,
+)
+from .sets import LONG, UNIQUE
 from .sources import ROOT
 
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -21,18 +33,21 @@ def write_results(home: Path) -> None:
     if not TABLE.is_file():
         sys.exit("nothing has been measured yet: leave out --report.")
     measured = Measurements(pd.read_parquet(TABLE))
-    if not (there := measured.sets()):
+    found = measured.sets()
+    if not (there := [name for name in found if name not in (UNIQUE, LONG)]):
         sys.exit("no set has both `plain` and `before` yet: leave out --report, or name both with --only.")
     PICTURES.mkdir(parents=True, exist_ok=True)
     from .pictures import draw_set, draw_summary
 
-    for name in there:
+    for name in (*there, *({UNIQUE} & {*found})):
         draw_set(measured, name, PICTURES / f"{name}.png")
     draw_summary(measured, there, PICTURES / "summary.png")
     parts = [
         HEAD,
         opening(measured, there),
         *(section(measured, name) for name in there),
+        *([once_only(measured)] if UNIQUE in found else []),
+        *([much_longer(measured)] if LONG in found else []),
         LOOKS_AT,
         tables.table(tables.signals(measured, there)),
         BY_LEVEL,

@@ -20,6 +20,7 @@ LONG_TAIL = {2: 4, 5: 3, 10: 2, 20: 1, 50: 1}
 ONCES = 100
 # A set without repeats, and one that is trained on for much longer than it takes to be best; both ask one thing alone.
 UNIQUE, LONG = "garments-unique", "text-to-image-long"
+UNIQUES = 200
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,6 @@ SETS: dict[str, Callable[[int, Path], EvidenceSet]] = {
     "emoji": _emoji,
     "garments-new": partial(_garments, classes=UNSEEN),
     "text-to-image": _fluent,
-    UNIQUE: partial(_garments, classes=UNSEEN, once=200, tail={}),
+    UNIQUE: partial(_garments, classes=UNSEEN, once=UNIQUES, tail={}),
     LONG: _fluent,
 }

@@ -8,9 +8,14 @@ import pandas as pd
 from .arms import ARMS, COURSES
 from .matched import Interval, difference, fewer
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements, words_of
-from .sets import LONG_TAIL, ONCES
+from .sets import LONG_TAIL, ONCES, UNIQUE, UNIQUES
 
 Row = dict[str, str]
+
+
+def counted(name: str) -> dict[str, str]:
+    """What is counted in a set, by column; a set without repeats has none to be near to."""
+    return {column: words for column, words in COUNTED.items() if name != UNIQUE or "nearest" not in column}
 
 
 def equal_steps(measured: Measurements, name: str) -> list[Row]:
@@ -20,8 +25,11 @@ def equal_steps(measured: Measurements, name: str) -> list[Row]:
     for arm in (arms[0], QUARTER, STOPPED, *arms[1:]):
         last = measured.end(name, arm)
         row = {"": words_of(arm)}
-        row |= {words: percent(last[column].sum() / last["images"].sum()) for column, words in COUNTED.items()}
-        row["repeated images extracted"] = f"{last['extracted_close'].sum():.0f} of {last['repeated'].sum():.0f}"
+        row |= {words: percent(last[column].sum() / last["images"].sum()) for column, words in counted(name).items()}
+        if name == UNIQUE:
+            row["images extracted"] = f"{last['extracted_close_x1'].sum():.0f} of {UNIQUES * len(last)}"
+        else:
+            row["repeated images extracted"] = f"{last['extracted_close'].sum():.0f} of {last['repeated'].sum():.0f}"
         row[WORDS[QUALITY[name]]] = spread(last[QUALITY[name]])
         row["recall"] = percent(last["recall"].mean())
         if "caption_agreement" in last and last["caption_agreement"].notna().all():
@@ -31,7 +39,7 @@ def equal_steps(measured: Measurements, name: str) -> list[Row]:
         row["seconds"] = f"{last['seconds'].mean():.0f}"
         rows.append(row)
     base = {"": "*held-out images*"} | {
-        words: percent(measured.baseline(name, each)) for each, words in COUNTED.items()
+        words: percent(measured.baseline(name, each)) for each, words in counted(name).items()
     }
     return [*rows, base]
 
@@ -71,12 +79,41 @@ def matched(measured: Measurements, name: str) -> list[Row]:
     """Each arm beside plain training stopped at the same quality."""
     rows = []
     for arm in (arm for arm in measured.arms(name) if arm != "plain"):
-        row = {"": words_of(arm), "at quality": number(_shared_quality(measured, name, arm))}
+        row = {"": words_of(arm), "at quality": spread(pd.Series(_shared_quality(measured, name, arm)))}
         # Of MQ 0.3 the baseline is higher than what most models come to.
         for column, words in COUNTED.items():
             if column != "mq_0.3":
                 row[words] = compared(at_same_quality(measured, name, arm, column))
         rows.append(row)
+    return rows
+
+
+def matched_once(measured: Measurements, name: str) -> list[Row]:
+    """The same of a set without repeats, of all that is counted and not only of what is beyond chance."""
+    return [
+        {"": words_of(arm), "at quality": spread(pd.Series(_shared_quality(measured, name, arm)))}
+        | {
+            words: compared(at_same_quality(measured, name, arm, column, 0.0))
+            for column, words in counted(name).items()
+        }
+        for arm in measured.arms(name)
+        if arm != "plain"
+    ]
+
+
+def by_round(measured: Measurements, name: str) -> list[Row]:
+    """What was counted at each judged round, an arm after the other."""
+    rows = []
+    for arm in measured.arms(name):
+        runs = pd.concat([measured.run(name, arm, seed) for seed in measured.shared_seeds(name, arm)])
+        for number, each in runs.groupby("round"):
+            row = {"": words_of(arm), "round": str(number)}
+            row |= {
+                words: percent(each[column].sum() / each["images"].sum()) for column, words in counted(name).items()
+            }
+            row["repeated images extracted"] = f"{each['extracted_close'].sum():.0f} of {each['repeated'].sum():.0f}"
+            row[WORDS[QUALITY[name]]] = spread(each[QUALITY[name]])
+            rows.append(row)
     return rows
 
 
@@ -108,20 +145,23 @@ def tell_tales(measured: Measurements, there: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _shared_quality(measured: Measurements, name: str, arm: str) -> float:
-    """The best quality that all runs of an arm come to, and all of plain training with the same seeds."""
+def _shared_quality(measured: Measurements, name: str, arm: str) -> list[float]:
+    """The best quality that an arm's run and plain training's come to, of each seed that both have."""
     seeds = measured.shared_seeds(name, arm)
     both = [measured.trajectories(name, each, "mq_0.3", seeds) for each in (arm, "plain")]
-    return max(run.best for runs in both for run in runs)
+    return [max(one.best, other.best) for one, other in zip(*both, strict=True)]
 
 
 def at_same_quality(
-    measured: Measurements, name: str, arm: str, column: str
+    measured: Measurements, name: str, arm: str, column: str, baseline: float | None = None
 ) -> tuple[Interval, Interval, Interval] | None:
-    """What `difference` gives of an arm and plain training at the best quality that both come to."""
+    """What `difference` gives of an arm and plain training, with each seed at the best quality that both come to.
+
+    Held-out images are the baseline if none is given.
+    """
     seeds, wanted = measured.shared_seeds(name, arm), _shared_quality(measured, name, arm)
     ours, theirs = (measured.trajectories(name, each, column, seeds) for each in (arm, "plain"))
-    return difference(ours, theirs, wanted, measured.baseline(name, column))
+    return difference(ours, theirs, wanted, measured.baseline(name, column) if baseline is None else baseline)
 
 
 def signals(measured: Measurements, there: Sequence[str]) -> list[Row]:
