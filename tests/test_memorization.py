@@ -219,14 +219,14 @@ def test_runs_are_planned_by_seed_and_chosen_by_name():
         wanted(["garments/dull"], None)
 
 
-def rows_of(arm: str, seed: int, close: list[int]) -> list[dict]:
-    """What a judge writes of a run of garments, with counts that are easy to follow."""
-    course = arms.COURSES["garments"]
+def rows_of(arm: str, seed: int, close: list[int], name: str = "garments") -> list[dict]:
+    """What a judge writes of a run, with counts that are easy to follow."""
+    course = arms.COURSES[name]
     counts = ("mq_0.3", "f_mem", "nearest_exact", "nearest_near", "extracted_close")
     extracted = {f"extracted_close_x{times}": 0 for times in (1, *sets.LONG_TAIL)}
     told = {f"told_by_{each}": 0.5 for each in ("loss_all", "bank_all", "reference_all", "reference_eight")}
     return [
-        {"set": "garments", "arm": arm, "seed": seed, "round": number, "step": 120 * number, "seconds": 10.0 * number}
+        {"set": name, "arm": arm, "seed": seed, "round": number, "step": 120 * number, "seconds": 10.0 * number}
         | {"images": 400, "repeated": 22, "close": count, **dict.fromkeys(counts, count // 2), **extracted, **told}
         | {
             "frechet": 200.0 - 10 * number,
@@ -243,8 +243,14 @@ def rows_of(arm: str, seed: int, close: list[int]) -> list[dict]:
 
 def test_the_document_says_what_was_measured_and_the_same_bytes_each_time(monkeypatch, tmp_path):
     columns = ("mq_0.3", "f_mem", "close", "nearest_exact", "nearest_near")
-    rows = [{"set": "garments", "arm": "before", "seed": seed, "round": 0} for seed in (0, 1)]
+    before = [("garments", 0), ("garments", 1), (sets.UNIQUE, 0), (sets.LONG, 0)]
+    rows = [{"set": name, "arm": "before", "seed": seed, "round": 0} for name, seed in before]
     rows = [row | {"baseline_images": 1000} | {f"baseline_{each}": 10 for each in columns} for row in rows]
+    # The model that fine-tuning starts from.
+    begun = {"frechet": 300.0, "heldout_loss": 0.0, "images": 400, **dict.fromkeys(columns, 0)}
+    rows = [row | (begun if row["set"] != "garments" else {}) for row in rows]
+    rows += rows_of("plain", 0, [10, 20, 40, 60, 80], sets.UNIQUE) + rows_of("guard", 0, [0, 2, 4, 6, 8], sets.UNIQUE)
+    rows += rows_of("plain", 0, [0, 20, 40, 400], sets.LONG)
     for seed in (0, 1):
         rows += rows_of("plain", seed, [0, 20, 40, 60, 80, 100])
         rows += rows_of("iet-agc", seed, [0, 1, 2, 3, 4, 5])
@@ -258,7 +264,9 @@ def test_the_document_says_what_was_measured_and_the_same_bytes_each_time(monkey
         results.write_results(tmp_path)
         written.append([path.read_bytes() for path in sorted((tmp_path / place).rglob("*")) if path.is_file()])
     assert written[0] == written[1]
-    assert [path.name for path in sorted((tmp_path / "one" / "results").iterdir())] == ["garments.png", "summary.png"]
+    assert [path.name for path in sorted((tmp_path / "one" / "results").iterdir())] == [
+        f"{each}.png" for each in (sets.UNIQUE, "garments", "summary")
+    ]
     text = (tmp_path / "one" / "results.md").read_text()
     assert "Near copies: 10 instead of 200; repeated images extracted: 4 instead of 100 of 44" in text
     # 5 % above 1 % in 400 images, against 25 %; and stopped at a quarter of the steps.
@@ -268,6 +276,9 @@ def test_the_document_says_what_was_measured_and_the_same_bytes_each_time(monkey
     assert "0.3 %, plain 24.0 %: 99 % (" in text
     assert "not been measured yet: Garments by class, from scratch (nothing so far); Emoji, from" in text
     assert "| 0.50 | 0.50 | 0.50 | 0.50 |" in text
+    assert "| guard | 1.0 % | 1.0 % | 2.0 % | 0 of 200 | -200 |" in text
+    assert "| guard | -200 | 1.0 %, plain 10.0 %: 90 % (" in text
+    assert "| plain training | 15 | 50.0 % | 50.0 % | 100.0 % | 50.0 % | 50.0 % | 200 of 22 | -16 |" in text
     assert "| Garments, from scratch, loss over a reference's | 0.90 | 0.60 |" in text
 
 

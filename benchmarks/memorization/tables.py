@@ -18,6 +18,11 @@ def counted(name: str) -> dict[str, str]:
     return {column: words for column, words in COUNTED.items() if name != UNIQUE or "nearest" not in column}
 
 
+def _shares(runs: pd.DataFrame, name: str) -> Row:
+    """What was counted in runs of a set, by words."""
+    return {words: percent(runs[column].sum() / runs["images"].sum()) for column, words in counted(name).items()}
+
+
 def equal_steps(measured: Measurements, name: str) -> list[Row]:
     """All arms after as many steps: what was counted, and quality; plain training stopped earlier beside them."""
     arms = measured.arms(name)
@@ -25,7 +30,7 @@ def equal_steps(measured: Measurements, name: str) -> list[Row]:
     for arm in (arms[0], QUARTER, STOPPED, *arms[1:]):
         last = measured.end(name, arm)
         row = {"": words_of(arm)}
-        row |= {words: percent(last[column].sum() / last["images"].sum()) for column, words in counted(name).items()}
+        row |= _shares(last, name)
         if name == UNIQUE:
             row["images extracted"] = f"{last['extracted_close_x1'].sum():.0f} of {UNIQUES * len(last)}"
         else:
@@ -108,9 +113,7 @@ def by_round(measured: Measurements, name: str) -> list[Row]:
         runs = pd.concat([measured.run(name, arm, seed) for seed in measured.shared_seeds(name, arm)])
         for number, each in runs.groupby("round"):
             row = {"": words_of(arm), "round": str(number)}
-            row |= {
-                words: percent(each[column].sum() / each["images"].sum()) for column, words in counted(name).items()
-            }
+            row |= _shares(each, name)
             row["repeated images extracted"] = f"{each['extracted_close'].sum():.0f} of {each['repeated'].sum():.0f}"
             row[WORDS[QUALITY[name]]] = spread(each[QUALITY[name]])
             rows.append(row)
