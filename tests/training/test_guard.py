@@ -203,6 +203,19 @@ def test_a_guarded_run_has_the_same_bits_on_ranks_and_after_a_stop_and_tells_in_
     assert [row is None for row in ledger["guard_score"]] == [False] * 12 + [True] * 8
 
 
+def test_four_clones_that_leave_copies_out_rest_and_stop_have_the_same_bits_on_one_two_and_four_ranks(world, tmp_path):
+    flags = {"num_shards": 4, "train_batch_size": 1, "dedup": "near", "stop_when": "auto", "num_train_epochs": 2}
+    Trainer(config(world, tmp_path / "1", **flags)).train()
+    for ranks in (2, 4):
+        for ended in train_on_ranks(ranks, config(world, tmp_path / str(ranks), **flags)):
+            assert ended.code == 0, ended.stderr
+    ledgers = [pq.read_table(tmp_path / str(ranks) / "ledger.parquet") for ranks in (1, 2, 4)]
+    assert ledgers[0] == ledgers[1] == ledgers[2]
+    assert sum(ledgers[0].to_pydict()["skipped"]) > 0
+    for ranks in (2, 4):
+        assert_equal(weights(tmp_path / "1"), weights(tmp_path / str(ranks)))
+
+
 def test_without_images_that_rest_the_guard_changes_nothing(world, tmp_path):
     for name, flags in {"guard": {"guard_tau": 1e6}, "plain": {"skip_rule": "agc", "agc_threshold": 0.0}}.items():
         Trainer(config(world, tmp_path / name, num_train_epochs=2, **flags)).train()
