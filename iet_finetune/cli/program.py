@@ -20,8 +20,12 @@ from .ranks import split_off, start_ranks
 # Seconds for which a rank that has nothing to say waits for the one that has: launchers end all when one has ended. It
 # is longer where the ranks could not settle yet which of them that is.
 PATIENCE, LONG_PATIENCE = 2, 10
-# Of transformers, which imports its modules when they are first used.
-_IMPORTER = "transformers.utils.import_utils"
+# What transformers says by logger that is not for the people here: torchvision is needed by nothing, and captions that
+# are too long are told of, and cut off, before the model sees them.
+_NOT_FOR_PEOPLE = {
+    "transformers.utils.import_utils": "requires torchvision",
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer",
+}
 HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
 
 
@@ -240,7 +244,8 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     line on stderr. Any other exception is a bug of ours and keeps its traceback. Of several ranks one says it. After
     an interrupt it says `after_interrupt`, or what the `KeyboardInterrupt` itself knows better.
     """
-    logging.getLogger(_IMPORTER).addFilter(_is_no_advice)
+    for name in _NOT_FOR_PEOPLE:
+        logging.getLogger(name).addFilter(_is_for_people)
     try:
         with _interrupted_by_sigterm():
             function()
@@ -263,9 +268,9 @@ def run(function: Callable[[], None], after_interrupt: str = HOW_TO_GO_ON) -> in
     return 0
 
 
-def _is_no_advice(record: logging.LogRecord) -> bool:
-    """False for transformers' advice to install torchvision, which nothing here needs."""
-    return "requires torchvision" not in record.getMessage()
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """False for what `_NOT_FOR_PEOPLE` names."""
+    return _NOT_FOR_PEOPLE[record.name] not in record.getMessage()
 
 
 @contextlib.contextmanager

@@ -101,9 +101,18 @@ def test_an_interrupt_says_how_to_go_on(capsys):
     assert "`--resume_from_checkpoint latest` goes on" in the_error(capsys)
 
 
-def test_transformers_advice_to_install_torchvision_is_not_shown_but_its_other_warnings_are(caplog):
-    log = logging.getLogger("transformers.utils.import_utils")
-    assert cli.run(lambda: log.warning("`CLIPImageProcessor` requires torchvision (not installed); falling back")) == 0
+@pytest.mark.parametrize(
+    ("module", "warning"),
+    [
+        ("utils.import_utils", "`CLIPImageProcessor` requires torchvision (not installed); falling back"),
+        ("tokenization_utils_base", "Token indices sequence length is longer than the specified maximum (17 > 16)."),
+    ],
+)
+def test_what_transformers_says_that_is_not_for_people_is_not_shown_but_its_other_warnings_are(
+    caplog, module, warning
+):
+    log = logging.getLogger(f"transformers.{module}")
+    assert cli.run(lambda: log.warning(warning)) == 0
     assert cli.run(lambda: log.warning("something else")) == 0
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
