@@ -96,7 +96,7 @@ class Arm:
 # Of a network in pixels: its convolutions too, of which it mainly consists.
 _LORA_LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
 _OFF, _AGC = {"agc_threshold": 0.0}, {"agc_threshold": 0.5, "agc_decay": 0.8, "agc_bins": 50}
-_CALIBRATED = {"skip_rule": "calibrated_agc"}
+_CALIBRATED, _GUARD = {"skip_rule": "calibrated_agc"}, {"skip_rule": "guard", "guard_budget": 0.08}
 ARMS = {
     "plain": Arm("plain training", _OFF),
     "agc": Arm("AGC", _AGC),
@@ -106,8 +106,8 @@ ARMS = {
     "iet-weights": Arm("IET, without a moving average", {**_OFF, "use_ema": False}, shards=SHARDS),
     "search": Arm("de-duplicated by search", {**_OFF, "dedup": "near"}, "searched"),
     "oracle": Arm("de-duplicated by an oracle", _OFF, "originals"),
-    "guard": Arm("guard", {"skip_rule": "guard"}),
-    "search-guard": Arm("guard, de-duplicated by search", {"skip_rule": "guard", "dedup": "near"}, "searched"),
+    "guard": Arm("guard", _GUARD),
+    "search-guard": Arm("guard, de-duplicated by search", {**_GUARD, "dedup": "near"}, "searched"),
     "lora": Arm(
         "LoRA of rank 8", {**_OFF, "use_lora": True, "rank": 8, "lora_layers": _LORA_LAYERS}, only_fine_tuned=True
     ),
