@@ -17,7 +17,7 @@ from ..ensemble.budget import Need
 from ..errors import UserError
 from ..method.seeding import adapter_seed
 from .factors import as_matrix, fold_scaling, unfold_scaling
-from .spectra import LowRank, Matrix, apart, dense
+from .spectra import LowRank, Matrix, apart
 
 NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
 Tensors = Mapping[str, Tensor]
@@ -94,6 +94,13 @@ class Adapter:
                 self._put(name, *_present(remainders, name))
         self.folded = remainders
 
+    def forget_folded(self) -> None:
+        """Lets go of the remainders that are in the frozen weights: what holds them is about to be written over.
+
+        The weights stay as they are until the next `fold_remainders`, which must come before anything is saved.
+        """
+        self.folded = {}
+
     @torch.no_grad()
     def round_frozen(self, dtype: torch.dtype) -> list[nn.Parameter]:
         """Holds the frozen linear and convolution layers in the precision to which autocast rounds them in every step.
@@ -126,9 +133,21 @@ class Adapter:
             denoiser: a plain model of the same layers to write to, rounding once more if it is in half precision; the
                 adapter's own if None, which must not have been rounded.
         """
-        for name, update in self.updates(self.live).items():
+        for name in self.layers:
             weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
-            weight.copy_(self._sum(name, *_present(self.folded, name), update).view(weight.shape))
+            weight.copy_(self.fused(name, self._as_it_came(name)))
+
+    @torch.no_grad()
+    def fused(self, name: str, weight: Tensor) -> Tensor:
+        """Weight + remainder + scaling · B A, fp32, rounded once.
+
+        Args:
+            weight: of the layer as it came, in any precision and on any device.
+
+        Returns:
+            of the weight's shape, on the layer's device.
+        """
+        return self._sum(name, weight, *_present(self.folded, name), self.layers[name].update(self.live))
 
     def remove(self) -> None:
         """Takes the adapter out of the denoiser, whose layers are again those that came."""
@@ -141,16 +160,22 @@ class Adapter:
     def _put(self, name: str, *added: Matrix) -> None:
         weight = self.layers[name].weight
         if name not in self._original:
-            self._original[name] = weight.detach().to("cpu", torch.float32, copy=True)
-        weight.copy_(self._sum(name, *added).view(weight.shape))
+            # In the precision in which it is held: what that would lose is there already.
+            self._original[name] = weight.detach().to("cpu", copy=True)
+        weight.copy_(self._sum(name, self._original[name], *added))
 
-    def _sum(self, name: str, *added: Matrix) -> Tensor:
-        """The layer's weight as it came + some matrices, fp32."""
-        original = self._original[name] if name in self._original else self.layers[name].weight.detach().cpu()
-        total = original.double().flatten(1)
+    def _as_it_came(self, name: str) -> Tensor:
+        return self._original.get(name, self.layers[name].weight.detach())
+
+    def _sum(self, name: str, weight: Tensor, *added: Matrix) -> Tensor:
+        """The layer's weight as it came + some matrices, summed in float64 on the layer's device; fp32."""
+        device = self.layers[name].weight.device
+        if device.type == "mps":
+            device = torch.device("cpu")  # it has no float64
+        total = weight.to(device).to(torch.float64, copy=True).flatten(1)
         for matrix in added:
-            total += dense(matrix)
-        return total.to(torch.float32)
+            total += matrix.to(device) if isinstance(matrix, Tensor) else _to(matrix, device).dense()
+        return total.to(torch.float32).view(weight.shape)
 
     def need(self, placement: Placement) -> Need:
         """Bytes of the frozen weights as they came, which stay on the host once there are remainders."""
@@ -159,7 +184,12 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         """Of the frozen weights below the adapter in fp32."""
-        return sum(4 * layer.weight.numel() for layer in self.layers.values())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The same by layer."""
+        return {name: 4 * layer.weight.numel() for name, layer in self.layers.items()}
 
     @property
     def live(self) -> dict[str, Tensor]:
@@ -178,6 +208,10 @@ class Adapter:
     def relative(self, energies: Sequence[float]) -> float:
         """√(Σ energy) / ‖W‖; 0 if all weights are."""
         return math.sqrt(math.fsum(energies)) / self.norm if self.norm else 0.0
+
+
+def _to(matrix: LowRank, device: torch.device) -> LowRank:
+    return LowRank(matrix.up.to(device), matrix.down.to(device))
 
 
 def _present(matrices: Mapping[str, Matrix], name: str) -> list[Matrix]:
