@@ -55,8 +55,9 @@ class CollectedAdapters:
         return [value for _, value in sorted(pair for own in gathered for pair in own)]
 
     def updates(self) -> Iterator[tuple[list[str], Iterator[tuple[str, list[LowRank]]]]]:
-        """For one portion of the layers after the other: their names, and the updates of all clones, in their order, of
-        each of them that this rank merges. Every rank takes part.
+        """For each portion of the layers their names, and the updates of all clones of those that this rank merges.
+
+        The clones are in their order. Every rank takes part.
         """
         together = self.own if self._ranks.size == 1 else self._brought_together()
         owned = set(self.owned())
