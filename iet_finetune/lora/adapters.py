@@ -67,6 +67,7 @@ class Adapter:
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
         folded: module's name -> remainder that is in the frozen weights now.
         is_rounded: whether the frozen weights are held in half precision.
+        originals_are_mapped: whether the weights as they came stay on the host as they are mapped from their files.
     """
 
     def __init__(self, denoiser: Any, rank: int) -> None:
@@ -77,8 +78,21 @@ class Adapter:
         squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
         self.norm = 0.0 if is_empty else math.sqrt(math.fsum(squares))
         self._original: dict[str, Tensor] = {}
+        # Layers whose frozen weights are not as they came.
+        self._changed: set[str] = set()
         self.folded: Mapping[str, Matrix] = {}
         self.is_rounded = False
+        self.originals_are_mapped = False
+
+    def keep_originals(self, mapped: bool) -> None:
+        """Keeps the weights as they came where they are: the denoiser is about to be moved to another device.
+
+        Args:
+            mapped: whether they are mapped from their files, and so take no memory of their own.
+        """
+        self.originals_are_mapped = mapped
+        for name, layer in self.layers.items():
+            self._original.setdefault(name, layer.weight.data)
 
     @torch.no_grad()
     def fold_remainders(self, remainders: Mapping[str, Matrix]) -> None:
@@ -90,9 +104,9 @@ class Adapter:
         if remainders is self.folded:
             return
         for name in self.layers:
-            if name in remainders or name in self._original:
+            if name in remainders or name in self._changed:
                 self._put(name, *_present(remainders, name))
-        self.folded = remainders
+        self.folded, self._changed = remainders, set(remainders)
 
     def forget_folded(self) -> None:
         """Lets go of the remainders that are in the frozen weights: what holds them is about to be written over.
@@ -121,7 +135,8 @@ class Adapter:
                 exact, parameter.data = parameter.data, parameter.data.to(dtype)
                 rounded.append(parameter)
                 if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact.float()):
-                    self._original[adapted[id(parameter)]] = exact.to("cpu", copy=True)
+                    # Nobody else has it any more; one that is mapped from its file takes no memory.
+                    self._original[adapted[id(parameter)]] = exact
         self.is_rounded = True
         return rounded
 
@@ -179,7 +194,7 @@ class Adapter:
 
     def need(self, placement: Placement) -> Need:
         """Bytes of the frozen weights as they came, which stay on the host once there are remainders."""
-        return Need(host=self.nbytes if placement.num_shards > 1 else 0)
+        return Need(host=self.nbytes if placement.num_shards > 1 and not self.originals_are_mapped else 0)
 
     @property
     def nbytes(self) -> int:
