@@ -36,19 +36,23 @@ def merge_command(argv: list[str]) -> str:
     Raises:
         UserError: whatever the user can mend.
     """
-    given = parse_arguments(_parser(), argv, ["weights", "rank", "output", "base_config"])
+    given = parse_arguments(_parser(), argv, ["weights", "rank", "output", "base", "base_config"])
     inputs = [Path(expanded(name, "INPUT")) for name in given["inputs"]]
     weights = _weights(given["weights"], len(inputs))
     rank = _rank(given["rank"])
     kind = _common_kind(inputs)
     if rank is not None and kind != LORA:
         raise UserError(f"`--rank` is for LoRA files, but `{inputs[0]}` is a {kind}.")
-    base_config = given["base_config"]
-    if base_config is not None and not any(path.is_file() for path in inputs if kind == PIPELINE):
+    base, base_config = given["base"], given["base_config"]
+    base = None if base is None else expanded(base, "`--base`")
+    if base is not None and kind != LORA:
+        raise UserError(f"`--base` is for LoRA files, but `{inputs[0]}` is a {kind}.")
+    files = [*(inputs if kind == PIPELINE else []), *([Path(base)] if base is not None else [])]
+    if base_config is not None and not any(path.is_file() for path in files):
         raise UserError(f"`--base_config {base_config}` is for checkpoint files, and none is given: leave it out.")
-    output = _output(given["output"], inputs if kind != LORA else [])
+    output = _output(given["output"], inputs if kind != LORA else [Path(base)] if base is not None else [])
     if kind == LORA:
-        return _merge_lora_files(inputs, weights, rank, output)
+        return _merge_lora_files(inputs, weights, rank, output, base, base_config)
     return _merge_whole(kind, inputs, weights, output, base_config)
 
 
@@ -79,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="R",
         help="For LoRA: cut the result to this rank; what is lost is printed. Without it nothing is cut, and the rank "
         "is what the exact merge needs: at most the sum of the ranks.",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="BASE",
+        help="For LoRA: folder, checkpoint file or Hub id of a pipeline. The result is this pipeline with the merged "
+        "update in its weights, in the precision in which they are stored, instead of a LoRA file.",
     )
     parser.add_argument(
         "--base_config",
@@ -186,19 +196,31 @@ def _publish(output: Path, save: Callable[[Path], None]) -> None:
         partial.rename(output)
 
 
-def _merge_lora_files(inputs: Sequence[Path], weights: Sequence[float], rank: int | None, output: Path) -> str:
+def _merge_lora_files(
+    inputs: Sequence[Path],
+    weights: Sequence[float],
+    rank: int | None,
+    output: Path,
+    base: str | None,
+    base_config: str | None,
+) -> str:
     from ..lora.file import merge_loras, write_lora
     from ..lora.reading import read_lora
 
     files = [read_lora(path / LORA_NAME if path.is_dir() else path) for path in inputs]
     _check_same_layers(inputs, files)
     merged = merge_loras(files, weights, rank)
-    _publish(output, lambda folder: write_lora(folder / LORA_NAME, merged.layers))
+    load, into = f"pipeline.load_lora_weights({str(output)!r})", ""
+    if base is None:
+        _publish(output, lambda folder: write_lora(folder / LORA_NAME, merged.layers))
+    else:
+        from .merge_models import fuse_into
+
+        load, into = f"DiffusionPipeline.from_pretrained({str(output)!r})", f", into {base}"
+        _publish(output, lambda folder: fuse_into(base, base_config, merged.layers, folder))
     ranks = sorted({layer.rank for layer in merged.layers.values()})
     span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    return (
-        f"{_done(LORA, weights)}: {span}, {_energy(merged)} Load it with pipeline.load_lora_weights({str(output)!r})."
-    )
+    return f"{_done(LORA, weights)}{into}: {span}, {_energy(merged)} Load it with {load}."
 
 
 def _check_same_layers(inputs: Sequence[Path], files: "Sequence[Mapping[str, LoraLayer]]") -> None:
@@ -233,12 +255,13 @@ def _merge_whole(
     kind: str, inputs: Sequence[Path], weights: Sequence[float], output: Path, base_config: str | None
 ) -> str:
     from ..publish.model_folder import CONFIG_NAME, merge_models, merge_pipelines, read_json
+    from .merge_models import as_folder
 
     merge = merge_pipelines if kind == PIPELINE else merge_models
 
     def save(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            folders = [_unpacked(path, Path(scratch) / str(n), base_config) for n, path in enumerate(inputs)]
+            folders = [as_folder(path, Path(scratch) / str(n), base_config) for n, path in enumerate(inputs)]
             merge(folders, weights, folder)
 
     _publish(output, save)
@@ -246,22 +269,6 @@ def _merge_whole(
     if kind == MODEL:
         loader = read_json(output / CONFIG_NAME).get("_class_name", "ModelMixin")
     return f"{_done(kind, weights)}. Load it with {loader}.from_pretrained({str(output)!r})."
-
-
-def _unpacked(path: Path, folder: Path, base_config: str | None) -> Path:
-    """A model's folder; a checkpoint file is written there as one first."""
-    if path.is_dir():
-        return path
-    from ..config.settings import ModelConfig
-    from ..families import find_pipeline, load_as_stored, save_pipeline
-
-    model = ModelConfig(pretrained_model_name_or_path=str(path), base_config=base_config)
-    try:
-        source = find_pipeline(model)
-        save_pipeline(load_as_stored(source, model), folder, source.dtypes, source.own_index)
-    except UserError as error:
-        raise UserError(str(error).replace(f"--pretrained_model_name_or_path {path}", str(path))) from None
-    return folder
 
 
 def _done(kind: str, weights: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ from . import finding
 from .base import Conditions, Family, in_chunks
 from .finding import PipelineSource, source_of
 from .inputs import TEXT_TO_IMAGE, check_loaded_inputs, check_stored_inputs
-from .loading import load_as_stored, load_pipeline, move_pipeline, save_pipeline
+from .loading import amend_saved, load_as_stored, load_pipeline, move_pipeline, save_pipeline
 from .precision import round_pipeline, widen
 from .scratch import build_pipeline, scratch_source
 
@@ -22,6 +22,7 @@ __all__ = [
     "Conditions",
     "Family",
     "PipelineSource",
+    "amend_saved",
     "family_class",
     "find_pipeline",
     "in_chunks",

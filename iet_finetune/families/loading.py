@@ -114,6 +114,11 @@ def save_pipeline(
     with quiet_loading():
         pipeline.save_pretrained(folder, safe_serialization=True)
         _save_tokenizers_as_loaded(pipeline, folder)
+    amend_saved(folder, own_index)
+
+
+def amend_saved(folder: Path, own_index: dict[str, Any] | None = None) -> None:
+    """Amends the configurations of a saved pipeline in place; see `save_pipeline`."""
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
     if own_index is not None and "_class_name" in own_index:
@@ -144,7 +149,9 @@ def _amend_config(file: Path) -> None:
     if not isinstance(content, dict):
         return
     amended = {key: value for key, value in content.items() if key not in _OF_LOADING}
-    if amended.get("dtype") in ("float16", "bfloat16"):
-        amended["dtype"] = "float32"
+    # transformers before 5 wrote the second.
+    for key in ("dtype", "torch_dtype"):
+        if amended.get(key) in ("float16", "bfloat16"):
+            amended[key] = "float32"
     if amended != content:
         file.write_text(json.dumps(amended, indent=2) + "\n", encoding="utf-8")

@@ -48,6 +48,11 @@ class Stored:
         return torch.float32 if self.has_others or not self.dtypes else most_common(self.dtypes)
 
     @property
+    def stays_mapped(self) -> bool:
+        """Whether all of it stays mapped from its files when it is loaded in its own precision."""
+        return self.own_bytes == 0
+
+    @property
     def own_bytes(self) -> int:
         """Bytes of memory that a rank takes to load it, at most; a mapped file takes none of the rank's own."""
         if self.has_others or len(set(self.dtypes.values())) > 1:
@@ -77,7 +82,7 @@ def stored_weights(folders: dict[str, Path], variant: str | None) -> dict[str, S
     """
     found = {}
     for name, folder in folders.items():
-        files = _weight_files(folder, variant) if folder.is_dir() else []
+        files = weight_files(folder, variant) if folder.is_dir() else []
         if files:
             found[name] = sum((_stored_in(file) for file in files), Stored())
     return found
@@ -98,7 +103,7 @@ def summary(dtypes_by_part: dict[str, dict[str, torch.dtype]]) -> dict[str, torc
 
 def has_weights(folder: Path, variant: str | None) -> bool:
     """Whether the folder of a component has files of weights."""
-    return bool(_weight_files(folder, variant))
+    return bool(weight_files(folder, variant))
 
 
 def only_variant(folders: Mapping[str, Path]) -> str | None:
@@ -121,7 +126,8 @@ def only_variant(folders: Mapping[str, Path]) -> str | None:
     return common[0]
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of a component's weights: safetensors, or else pickles; those of the variant where it has some."""
     for suffix in (".safetensors", ".bin"):
         files = sorted(folder.glob(f"*{suffix}"))
         chosen = [file for file in files if variant is not None and f".{variant}" in file.name]

@@ -17,7 +17,7 @@ from ..ensemble.budget import Need
 from ..errors import UserError
 from ..method.seeding import adapter_seed
 from .factors import as_matrix, fold_scaling, unfold_scaling
-from .spectra import LowRank, Matrix, apart, dense
+from .spectra import LowRank, Matrix, apart
 
 NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
 Tensors = Mapping[str, Tensor]
@@ -67,6 +67,7 @@ class Adapter:
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
         folded: module's name -> remainder that is in the frozen weights now.
         is_rounded: whether the frozen weights are held in half precision.
+        originals_are_mapped: whether the weights as they came stay on the host as they are mapped from their files.
     """
 
     def __init__(self, denoiser: Any, rank: int) -> None:
@@ -77,8 +78,21 @@ class Adapter:
         squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
         self.norm = 0.0 if is_empty else math.sqrt(math.fsum(squares))
         self._original: dict[str, Tensor] = {}
+        # Layers whose frozen weights are not as they came.
+        self._changed: set[str] = set()
         self.folded: Mapping[str, Matrix] = {}
         self.is_rounded = False
+        self.originals_are_mapped = False
+
+    def keep_originals(self, mapped: bool) -> None:
+        """Keeps the weights as they came where they are: the denoiser is about to be moved to another device.
+
+        Args:
+            mapped: whether they are mapped from their files, and so take no memory of their own.
+        """
+        self.originals_are_mapped = mapped
+        for name, layer in self.layers.items():
+            self._original.setdefault(name, layer.weight.data)
 
     @torch.no_grad()
     def fold_remainders(self, remainders: Mapping[str, Matrix]) -> None:
@@ -90,9 +104,16 @@ class Adapter:
         if remainders is self.folded:
             return
         for name in self.layers:
-            if name in remainders or name in self._original:
+            if name in remainders or name in self._changed:
                 self._put(name, *_present(remainders, name))
-        self.folded = remainders
+        self.folded, self._changed = remainders, set(remainders)
+
+    def forget_folded(self) -> None:
+        """Lets go of the remainders that are in the frozen weights: what holds them is about to be written over.
+
+        The weights stay as they are until the next `fold_remainders`, which must come before anything is saved.
+        """
+        self.folded = {}
 
     @torch.no_grad()
     def round_frozen(self, dtype: torch.dtype) -> list[nn.Parameter]:
@@ -114,7 +135,8 @@ class Adapter:
                 exact, parameter.data = parameter.data, parameter.data.to(dtype)
                 rounded.append(parameter)
                 if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact.float()):
-                    self._original[adapted[id(parameter)]] = exact.to("cpu", copy=True)
+                    # Nobody else has it any more; one that is mapped from its file takes no memory.
+                    self._original[adapted[id(parameter)]] = exact
         self.is_rounded = True
         return rounded
 
@@ -126,9 +148,21 @@ class Adapter:
             denoiser: a plain model of the same layers to write to, rounding once more if it is in half precision; the
                 adapter's own if None, which must not have been rounded.
         """
-        for name, update in self.updates(self.live).items():
+        for name in self.layers:
             weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
-            weight.copy_(self._sum(name, *_present(self.folded, name), update).view(weight.shape))
+            weight.copy_(self.fused(name, self._as_it_came(name)))
+
+    @torch.no_grad()
+    def fused(self, name: str, weight: Tensor) -> Tensor:
+        """Weight + remainder + scaling · B A, fp32, rounded once.
+
+        Args:
+            weight: of the layer as it came, in any precision and on any device.
+
+        Returns:
+            of the weight's shape, on the layer's device.
+        """
+        return self._sum(name, weight, *_present(self.folded, name), self.layers[name].update(self.live))
 
     def remove(self) -> None:
         """Takes the adapter out of the denoiser, whose layers are again those that came."""
@@ -141,25 +175,36 @@ class Adapter:
     def _put(self, name: str, *added: Matrix) -> None:
         weight = self.layers[name].weight
         if name not in self._original:
-            self._original[name] = weight.detach().to("cpu", torch.float32, copy=True)
-        weight.copy_(self._sum(name, *added).view(weight.shape))
+            # In the precision in which it is held: what that would lose is there already.
+            self._original[name] = weight.detach().to("cpu", copy=True)
+        weight.copy_(self._sum(name, self._original[name], *added))
 
-    def _sum(self, name: str, *added: Matrix) -> Tensor:
-        """The layer's weight as it came + some matrices, fp32."""
-        original = self._original[name] if name in self._original else self.layers[name].weight.detach().cpu()
-        total = original.double().flatten(1)
+    def _as_it_came(self, name: str) -> Tensor:
+        return self._original.get(name, self.layers[name].weight.detach())
+
+    def _sum(self, name: str, weight: Tensor, *added: Matrix) -> Tensor:
+        """The layer's weight as it came + some matrices, summed in float64 on the layer's device; fp32."""
+        device = self.layers[name].weight.device
+        if device.type == "mps":
+            device = torch.device("cpu")  # it has no float64
+        total = weight.to(device).to(torch.float64, copy=True).flatten(1)
         for matrix in added:
-            total += dense(matrix)
-        return total.to(torch.float32)
+            total += matrix.to(device) if isinstance(matrix, Tensor) else _to(matrix, device).dense()
+        return total.to(torch.float32).view(weight.shape)
 
     def need(self, placement: Placement) -> Need:
         """Bytes of the frozen weights as they came, which stay on the host once there are remainders."""
-        return Need(host=self.nbytes if placement.num_shards > 1 else 0)
+        return Need(host=self.nbytes if placement.num_shards > 1 and not self.originals_are_mapped else 0)
 
     @property
     def nbytes(self) -> int:
         """Of the frozen weights below the adapter in fp32."""
-        return sum(4 * layer.weight.numel() for layer in self.layers.values())
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The same by layer."""
+        return {name: 4 * layer.weight.numel() for name, layer in self.layers.items()}
 
     @property
     def live(self) -> dict[str, Tensor]:
@@ -178,6 +223,10 @@ class Adapter:
     def relative(self, energies: Sequence[float]) -> float:
         """√(Σ energy) / ‖W‖; 0 if all weights are."""
         return math.sqrt(math.fsum(energies)) / self.norm if self.norm else 0.0
+
+
+def _to(matrix: LowRank, device: torch.device) -> LowRank:
+    return LowRank(matrix.up.to(device), matrix.down.to(device))
 
 
 def _present(matrices: Mapping[str, Matrix], name: str) -> list[Matrix]:

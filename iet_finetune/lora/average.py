@@ -1,6 +1,6 @@
 """The merge of the moving averages of LoRA clones that are merged exactly."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from ..ensemble.merger import MergesClones
 from ..ensemble.pieces import Piece, tensors_piece
 from ..ensemble.trainable import Trainable
 from .adapters import Adapter
-from .clones import CollectedAdapters, matrices_of, matrices_piece, share_matrices
+from .clones import CollectedAdapters, matrices_of, matrices_piece
 from .low_rank import combine, weighted_sum
 from .merger import ExactMerger, mean_of
+from .sharing import in_fp32, share_matrices
 from .spectra import Matrix
 
 Tensors = Mapping[str, Tensor]
@@ -53,13 +54,9 @@ class ExactAverageMerger(MergesClones):
         return sum(self._clones.weights)
 
     @property
-    def remainders(self) -> dict[str, Matrix]:
-        """Module's name -> remainder + s C, float64."""
-        share = self.tensors[START_SHARE].item()
-        parts = {name: [(1.0, matrix)] for name, matrix in self._main.remainders.items()}
-        for name, away in self._away.items():
-            parts.setdefault(name, []).append((share, away))
-        return {name: combine(terms) for name, terms in parts.items()}
+    def remainders(self) -> Mapping[str, Matrix]:
+        """Module's name -> remainder + s C, float64, added up whenever it is asked for."""
+        return _Sums(self._main.remainders, self.tensors[START_SHARE].item(), self._away)
 
     def load_into(self, trainable: Trainable) -> None:
         """Puts the average into the live adapter and the weights below it."""
@@ -89,16 +86,19 @@ class ExactAverageMerger(MergesClones):
     def _take_apart(self) -> None:
         weights = self._clones.weights
         share = float(mean_of(self._clones.numbers(START_SHARE), weights))
-        own: dict[str, Matrix] = {}
-        for name, updates in self._clones.updates():
-            mean = weighted_sum(updates, weights)
-            terms: list[tuple[float, Matrix]] = [(1.0, mean), (-1.0, self._main.means[name])]
-            if name in self._away:
-                terms.append((share, self._away[name]))
-            away = combine(terms)
-            if isinstance(away, Tensor) or away.rank:
-                own[name] = away
-        self._away = self._host.keep(share_matrices(self._ranks, list(self._adapter.layers), own))
+        before, self._away = self._away, {}
+        for names, updates in self._clones.updates():
+            own: dict[str, Matrix] = {}
+            for name, of_clones in updates:
+                terms: list[tuple[float, Matrix]] = [(1.0, weighted_sum(of_clones, weights))]
+                terms.append((-1.0, self._main.means[name]))
+                if name in before:
+                    terms.append((share, before[name]))
+                away = combine(terms)
+                if isinstance(away, Tensor) or away.rank:
+                    own[name] = in_fp32(away)
+            old = {name: before.pop(name) for name in names if name in before}
+            self._away |= self._host.keep(share_matrices(self._ranks, names, own), into=old)
 
     def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
         """What this rank writes of it into a checkpoint; see `Merger.pieces`."""
@@ -120,3 +120,27 @@ class ExactAverageMerger(MergesClones):
     def rest(self) -> None:
         """Releases resident pages of tensors mapped from `--offload_dir`."""
         self._host.rest(self._away, self._clones.own)
+
+
+class _Sums(Mapping[str, Matrix]):
+    """remainder + s C by layer; all at once would take twice the memory of what they are made of."""
+
+    def __init__(self, remainders: Mapping[str, Matrix], share: float, away: Mapping[str, Matrix]) -> None:
+        self._remainders, self._share, self._away = remainders, share, away
+
+    def __getitem__(self, name: str) -> Matrix:
+        terms = [
+            (factor, of[name]) for factor, of in ((1.0, self._remainders), (self._share, self._away)) if name in of
+        ]
+        if not terms:
+            raise KeyError(name)
+        return combine(terms)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._remainders or name in self._away
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._remainders, **self._away})
+
+    def __len__(self) -> int:
+        return len(self._remainders.keys() | self._away.keys())

@@ -11,6 +11,7 @@ from ..ensemble.host import HostMemory
 from ..ensemble.pieces import Piece, state_piece, tensors_piece
 from ..method.merging import Layout
 from .adapters import Adapter
+from .sharing import parts_of, portions
 from .spectra import LowRank, Matrix
 
 Tensors = Mapping[str, Tensor]
@@ -53,11 +54,16 @@ class CollectedAdapters:
         gathered = self._ranks.all_gather_object([[number, clone[name].item()] for number, clone in self.own.items()])
         return [value for _, value in sorted(pair for own in gathered for pair in own)]
 
-    def updates(self) -> Iterator[tuple[str, list[LowRank]]]:
-        """The updates of all clones, in their order, of each layer that this rank merges. Every rank takes part."""
+    def updates(self) -> Iterator[tuple[list[str], Iterator[tuple[str, list[LowRank]]]]]:
+        """For each portion of the layers their names, and the updates of all clones of those that this rank merges.
+
+        The clones are in their order. Every rank takes part.
+        """
         together = self.own if self._ranks.size == 1 else self._brought_together()
-        # One layer at a time: in float64 all together would be twice the adapters.
-        return ((name, self._of_layer(name, together)) for name in self.owned())
+        owned = set(self.owned())
+        for names in portions(self._adapter.sizes, self._ranks.size):
+            # One layer at a time: in float64 all together would be twice the adapters.
+            yield names, ((name, self._of_layer(name, together)) for name in names if name in owned)
 
     def _of_layer(self, name: str, clones: Mapping[int, Tensors]) -> list[LowRank]:
         return [self._adapter.layers[name].update(clones[number]) for number in sorted(clones)]
@@ -120,45 +126,10 @@ class CollectedAdapters:
         return f"{self._name}_clone-{number:05d}.safetensors"
 
 
-def share_matrices(ranks: Ranks, layers: Sequence[str], own: Mapping[str, Matrix]) -> dict[str, Matrix]:
-    """Gives every rank the matrices of all ranks, in fp32 on the host, in the order of the layers.
-
-    Args:
-        layers: the names of all layers, the same on every rank; one for which no rank has a matrix is left out.
-        own: those of this rank.
-    """
-    rounded = {name: _in_fp32(matrix) for name, matrix in own.items()}
-    if ranks.size == 1:
-        return {name: rounded[name] for name in layers if name in rounded}
-    shapes_here = {name: [tuple(part.shape) for part in _parts(matrix)] for name, matrix in rounded.items()}
-    gathered = ranks.all_gather_object(shapes_here)
-    sources = {name: (rank, shapes) for rank, found in enumerate(gathered) for name, shapes in found.items()}
-    return {name: _broadcast(ranks, rounded.get(name), *sources[name]) for name in layers if name in sources}
-
-
-def _broadcast(ranks: Ranks, matrix: Matrix | None, source: int, shapes: Sequence[tuple[int, ...]]) -> Matrix:
-    sizes = [torch.Size(shape).numel() for shape in shapes]
-    vector = torch.empty(sum(sizes), device=ranks.device)
-    if matrix is not None:
-        vector.copy_(torch.cat([part.reshape(-1) for part in _parts(matrix)]))
-    ranks.broadcast(vector, source, barrier=False)
-    parts = [part.view(shape) for part, shape in zip(vector.cpu().split(sizes), shapes, strict=True)]
-    return parts[0] if len(parts) == 1 else LowRank(*parts)
-
-
-def _parts(matrix: Matrix) -> tuple[Tensor, ...]:
-    return (matrix,) if isinstance(matrix, Tensor) else (matrix.up, matrix.down)
-
-
-def _in_fp32(matrix: Matrix) -> Matrix:
-    parts = [part.to(torch.float32) for part in _parts(matrix)]
-    return parts[0] if isinstance(matrix, Tensor) else LowRank(*parts)
-
-
 def matrices_piece(version: str, matrices: Mapping[str, Matrix]) -> Piece:
     """A piece holding named matrices, as factors or dense."""
     suffixes = {1: ("dense",), 2: ("up", "down")}
-    parts = {name: _parts(matrix) for name, matrix in matrices.items()}
+    parts = {name: parts_of(matrix) for name, matrix in matrices.items()}
     named = {f"{n}.{end}": t for n, p in parts.items() for end, t in zip(suffixes[len(p)], p, strict=True)}
     return tensors_piece(version, named)
 

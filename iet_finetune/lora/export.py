@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .adapters import AdaptedLayer, Adapter
 from .factors import as_weights
@@ -57,6 +58,12 @@ def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch
     words = _words(adapter.rank, saved, lost, would_lose)
     rounded = "" if dtype == torch.float32 else f", rounded to {str(dtype).removeprefix('torch.')}"
     return Export(layers, words + rounded, cut=lost > NOTHING, higher=saved > adapter.rank)
+
+
+def plain_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a denoiser's tensors by the names that they have without the adapter that it has."""
+    state = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    return {name.replace(".base_layer.", "."): shape for name, shape in state.items() if ".lora_" not in name}
 
 
 def _share_lost(made: "Iterable[_Made]") -> float:

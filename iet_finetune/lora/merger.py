@@ -14,8 +14,9 @@ from ..ensemble.merger import Merger, MergesClones
 from ..ensemble.pieces import Piece, tensors_piece
 from ..ensemble.trainable import Trainable
 from .adapters import Adapter
-from .clones import CollectedAdapters, matrices_of, matrices_piece, share_matrices
+from .clones import CollectedAdapters, matrices_of, matrices_piece
 from .low_rank import align, merge_layer, weighted_sum
+from .sharing import in_fp32, share_matrices
 from .spectra import LowRank, Matrix, apart, energy
 
 Tensors = Mapping[str, Tensor]
@@ -28,7 +29,7 @@ class _Settled(NamedTuple):
 
     Attributes:
         kept: the adapter's matrices B and A, fp32.
-        rest: what is left of the update beside it; None if nothing is.
+        rest: what is left of the update beside it, fp32; None if nothing is.
         facts: gathered on all ranks: energies of the rest, of what is kept and of the change, and whether the
             optimizer state starts anew.
     """
@@ -144,21 +145,33 @@ class ExactMerger(MergesClones):
         self.rebased, self.means = (), {}
         if not self._clones.weights:
             return 0.0
-        settled = {name: self._settle(name, updates) for name, updates in self._clones.updates()}
-        facts = self._gather(settled)
+        facts: dict[str, dict[str, float]] = {}
+        before = self.remainders
+        self.remainders = {}
+        # A new remainder is written over the old one where it fits there.
+        self._adapter.forget_folded()
+        for names, updates in self._clones.updates():
+            settled = {name: self._settle(name, of_clones, before.get(name)) for name, of_clones in updates}
+            facts |= self._gather(names, settled, before)
         self.rebased = [key for name in facts if facts[name]["rebased"] for key in self._keys(name)]
         lost, kept, moved = ([each[what] for each in facts.values()] for what in ("lost", "kept", "moved"))
         self.facts = {"remainder_share": sum(lost) / (sum(lost) + sum(kept)) if sum(lost) else 0.0}
         self._clones.clear()
         return self._adapter.relative(moved)
 
-    def _gather(self, settled: Mapping[str, _Settled]) -> dict[str, dict[str, float]]:
-        """Gives every rank what each made of its layers; returns the facts by layer."""
-        layers = list(self._adapter.layers)
+    def _gather(
+        self, layers: Sequence[str], settled: Mapping[str, _Settled], before: dict[str, Matrix]
+    ) -> dict[str, dict[str, float]]:
+        """Gives every rank what each made of some layers; returns the facts by layer.
+
+        Args:
+            before: the remainders of before the merge; loses those of these layers.
+        """
         gathered = self._ranks.all_gather_object({name: layer.facts for name, layer in settled.items()})
         kept = share_matrices(self._ranks, layers, {name: layer.kept for name, layer in settled.items()})
         rests = {name: layer.rest for name, layer in settled.items() if layer.rest is not None}
-        self.remainders = self._host.keep(share_matrices(self._ranks, layers, rests))
+        old = {name: before.pop(name) for name in layers if name in before}
+        self.remainders |= self._host.keep(share_matrices(self._ranks, layers, rests), into=old)
         for name, factors in kept.items():
             for key, matrix in zip(self._keys(name), factors, strict=True):
                 self.tensors[key].copy_(matrix.view_as(self.tensors[key]))
@@ -169,9 +182,9 @@ class ExactMerger(MergesClones):
         layer = self._adapter.layers[name]
         return layer.up, layer.down
 
-    def _settle(self, name: str, updates: list[LowRank]) -> _Settled:
+    def _settle(self, name: str, updates: list[LowRank], remainder: Matrix | None) -> _Settled:
         weights, layer = self._clones.weights, self._adapter.layers[name]
-        merged = merge_layer(updates, weights, self._adapter.rank, self.remainders.get(name))
+        merged = merge_layer(updates, weights, self._adapter.rank, remainder)
         self.means[name] = mean = weighted_sum(updates, weights)
         kept, rebased = merged.kept, False
         if not (torch.equal(kept.up, updates[0].up) and torch.equal(kept.down, updates[0].down)):
@@ -184,8 +197,8 @@ class ExactMerger(MergesClones):
             "moved": apart(mean, layer.update(self.tensors)),
             "rebased": rebased,
         }
-        rest = merged.rest if isinstance(merged.rest, Tensor) or merged.rest.rank else None
-        return _Settled(layer.factors(kept), rest, facts)
+        is_empty = isinstance(merged.rest, LowRank) and not merged.rest.rank
+        return _Settled(layer.factors(kept), None if is_empty else in_fp32(merged.rest), facts)
 
     def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
         """What this rank writes of it into a checkpoint; see `Merger.pieces`."""

@@ -3,16 +3,16 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserError, one_line
 from ..method.merging import merge_state_dicts
+from .safetensors_files import write_like
 from .upload_list import INDEX_NAME, component_names
 
 CONFIG_NAME = "config.json"
@@ -68,7 +68,7 @@ def merge_models(folders: Sequence[Path], weights: Sequence[float], output: Path
             _check_same_tensors(models[0], model)
         output.mkdir(exist_ok=True)
         for file in models[0].files:
-            _write_like(file, output / file.name, lambda name: _merged(name, models, weights))
+            write_like(file, output / file.name, lambda name: _merged(name, models, weights))
     for name in (CONFIG_NAME, SHARDS_NAME):
         if (folders[0] / name).is_file():
             shutil.copyfile(folders[0] / name, output / name)
@@ -155,18 +155,3 @@ def _check_same_tensors(first: _Model, other: _Model) -> None:
 def _merged(name: str, models: Sequence[_Model], weights: Sequence[float]) -> Tensor:
     tensors: list[Mapping[str, Tensor]] = [{name: model.tensor(name)} for model in models]
     return merge_state_dicts(tensors, weights)[name]
-
-
-def _write_like(source: Path, target: Path, tensor: Callable[[str], Tensor]) -> None:
-    """A safetensors file with the header of another and its own numbers, written one tensor at a time.
-
-    The format: 8 bytes with the length of the header, the header in JSON, and the numbers, without a gap.
-    """
-    with source.open("rb") as original, target.open("wb") as file:
-        length = original.read(8)
-        header = original.read(int.from_bytes(length, "little"))
-        file.write(length + header)
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
-            file.write(tensor(name).contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..config.config import Config
-from ..families import Family, PipelineSource, load_as_stored, round_pipeline, save_pipeline
+from ..families import Family, PipelineSource, amend_saved, load_as_stored, round_pipeline, save_pipeline
 from ..files import LORA_NAME
 from ..lora.adapters import Adapter
-from ..lora.export import Export, plan_export
+from ..lora.export import Export, plain_shapes, plan_export
 from ..lora.file import write_lora
+from .base_files import are_plain, header_of, take_over
 from .card import TEXT_LOADER
 
 
@@ -88,11 +90,37 @@ class Result:
         return plan_export(self._adapter, family.denoiser_name, form, self._dtype or torch.float32)
 
     def _save_pipeline(self, folder: Path) -> None:
+        if self._adapter is not None and self._base_is_there():
+            self._fuse_files(self._adapter, folder)
+            return
         name, dtypes = self._family.denoiser_name, dict(self._source.dtypes)
         if self._dtype is not None:
             dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
             dtypes[name] = self._dtype
         save_pipeline(self._plain_pipeline(dtypes), folder, dtypes, self._source.own_index)
+
+    def _base_is_there(self) -> bool:
+        """Whether the base's files hold the denoiser as it came, tensor by tensor."""
+        source, name = self._source, self._family.denoiser_name
+        if not are_plain(source) or name not in source.stored or source.stored[name].has_others:
+            return False
+        stored = {tensor: shape for tensor, (_, shape) in header_of(source, name).items()}
+        return stored == plain_shapes(self._family.denoiser)
+
+    def _fuse_files(self, adapter: Adapter, folder: Path) -> None:
+        """Adds the update to the weights on their way from the base's files to the result's; nothing else is read."""
+
+        def fused(tensor: str, weight: Tensor) -> Tensor:
+            layer = tensor.removesuffix(".weight")
+            return adapter.fused(layer, weight) if layer != tensor and layer in adapter.layers else weight
+
+        pipeline, name = self._family.pipeline, self._family.denoiser_name
+        dtypes = {} if self._dtype is None else {name: self._dtype}
+        take_over(self._source, folder, {name: fused}, dtypes, but=("scheduler",))
+        # What the run wrote into it, such as `--prediction_type`.
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+        pipeline.save_config(folder)
+        amend_saved(folder, self._source.own_index)
 
     def _plain_pipeline(self, dtypes: dict[str, torch.dtype]) -> Any:
         """The pipeline with the trained denoiser, without an adapter; `dtypes` are those that it will be saved in."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_sd, tiny_sd
 
 from iet_finetune import cli, merge_state_dicts
+from iet_finetune.families.tiny import save_tiny_pipeline
 from iet_finetune.lora.reading import read_lora
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +147,62 @@ def test_a_rank_that_is_enough_is_exact(adapters, tmp_path, capsys):
     paths, _ = adapters
     assert merge(*paths, "--rank", 12, "--output", tmp_path / "out") == 0
     assert "ranks 2 to 12, exact." in the_line(capsys)
+
+
+@pytest.mark.parametrize("how", ["fp32", "halves in shards of a variant", "pickled"])
+def test_with_a_base_the_result_is_this_pipeline_with_the_updates_in_its_weights(adapters, tmp_path, capsys, how):
+    paths, updates = adapters
+    variant, half = ("fp16" if "variant" in how else None), torch.float16 if "halves" in how else torch.float32
+    settings = {"variant": variant, "safe_serialization": how != "pickled"}
+    tiny_sd().to(half).save_pretrained(tmp_path / "base", **settings, max_shard_size="100KB" if variant else "10GB")
+    capsys.readouterr()  # the progress bars of saving
+    given = [*paths, "--weights", 5, 3, 2, "--base", tmp_path / "base", "--output", tmp_path / "out"]
+    assert merge(*given) == 0
+    assert the_line(capsys) == (
+        f"Merged 3 LoRA files, in shares of 0.5, 0.3, 0.2, into {tmp_path / 'base'}: ranks 2 to 12, exact. "
+        f"Load it with DiffusionPipeline.from_pretrained({str(tmp_path / 'out')!r})."
+    )
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    stored = {
+        name: t for file in (tmp_path / "out" / "unet").glob("*.safetensors") for name, t in load_file(file).items()
+    }
+    assert {tensor.dtype for tensor in stored.values()} == {half}
+    assert (len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) > 1) == (variant is not None)
+    if half == torch.float32:
+        assert_same_answers(pipeline, with_dense(updates, [0.5, 0.3, 0.2]))
+    else:
+        base = tiny_sd().to(half).to(torch.float32)
+        for name, tensor in stored.items():
+            expected = base.unet.state_dict()[name].double()
+            layer = f"unet.{name.removesuffix('.weight')}"
+            for deltas, share in zip(updates, [0.5, 0.3, 0.2], strict=True):
+                expected = expected + share * deltas.get(layer, torch.zeros(()))
+            torch.testing.assert_close(tensor.double(), expected, rtol=2**-10, atol=1e-6)
+    assert not list((tmp_path / "out").rglob("*.bin"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base", "c", "out"]
+
+
+def test_a_base_that_the_adapter_is_not_for_is_refused_and_nothing_is_left(adapters, tmp_path, capsys):
+    paths, _ = adapters
+    save_tiny_sd(tmp_path / "base")
+    wide = tiny_sd()
+    wide.unet = UNet2DConditionModel.from_config(dict(wide.unet.config) | {"block_out_channels": (32, 64)})
+    wide.save_pretrained(tmp_path / "wide")
+    save_tiny_pipeline("FluxPipeline", tmp_path / "flux")
+    wrong = {
+        "wide": "but the adapter is for",
+        "flux": "has no layer unet.",
+        "nowhere/at/all": "`--base nowhere/at/all`: there is no such folder.",
+        "base/unet": "is not a diffusers pipeline",
+    }
+    capsys.readouterr()
+    for name, said in wrong.items():
+        base = name if name.startswith("nowhere") else tmp_path / name
+        assert merge(paths[0], "--base", base, "--output", tmp_path / "out") == 2
+        assert said in the_line(capsys, "err")
+        assert not (tmp_path / "out").exists()
+    assert merge(tmp_path / "base", tmp_path / "wide", "--base", tmp_path / "base", "--output", tmp_path / "out") == 2
+    assert "`--base` is for LoRA files" in the_line(capsys, "err")
 
 
 def test_a_merged_lora_loads_in_a_fresh_process(adapters, tmp_path):
