@@ -14,6 +14,7 @@ from ..config.config import Config
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
 from ..files import (
+    CLASS_FOLDER,
     LOCK_NAME,
     LORA_NAME,
     FolderLock,
@@ -85,7 +86,8 @@ def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | N
 
 def _check_content(folder: Path, resuming: bool) -> None:
     names = [entry.name for entry in folder.iterdir()]
-    entries = [name for name in names if name != LOCK_NAME and not name.endswith(".partial")]
+    # Class images may be there before anything else of a run, and a new start goes on drawing them.
+    entries = [name for name in names if name not in (LOCK_NAME, CLASS_FOLDER) and not name.endswith(".partial")]
     if entries and not resuming:
         raise UserError(
             f"`--output_dir {folder}` is not empty. Choose another, or go on from its newest checkpoint with "

@@ -7,7 +7,6 @@ _STEPS = "counts the steps of all clones, and what it writes is for resuming"
 _BUCKETS = unsupported("images are cropped to squares of `--resolution`")
 _TAGS = unsupported("write several captions into a text file, a line each, and one is drawn at each visit")
 _ATTENTION = unneeded("torch's own attention is used")
-_PRIOR = unsupported("put images of the class, with captions of their own, among the training images")
 _TEXT_ENCODER = unsupported("only the denoiser is trained, text encoders stay as they are")
 _FP32 = unsupported("weights are trained in fp32, and `--mixed_precision bf16` computes in bf16")
 _FROZEN = unsupported("with `--use_lora`, `--mixed_precision bf16` stores the frozen weights in bf16")
@@ -52,8 +51,8 @@ KOHYA = Trainer(
         "config_file": renamed("config", "a YAML file with the flags of this program"),
         "in_json": unneeded("a file metadata.json in `--train_data_dir` is read"),
         "dataset_repeats": unsupported("raise `--num_train_epochs`"),
-        "reg_data_dir": _PRIOR,
-        "prior_loss_weight": _PRIOR,
+        "reg_data_dir": renamed("class_data_dir", "together with `--class_prompt`, the caption of those without one"),
+        "prior_loss_weight": same("together with `--class_prompt`"),
         "caption_extension": unneeded(".txt and .caption files beside the images are read"),
         "shuffle_caption": _TAGS,
         "keep_tokens": _TAGS,

@@ -55,7 +55,7 @@ SIMPLETUNER = Trainer(
         "caption_strategy": unneeded(
             "captions are read from tables and text files, and `--caption_from folder` takes the folder's name"
         ),
-        "instance_prompt": renamed("default_caption", "for images without a caption of their own"),
+        "instance_prompt": same("for images without a caption of their own"),
         "only_instance_prompt": _CAPTIONS,
         "prepend_instance_prompt": _CAPTIONS,
         "parquet_caption_column": renamed("caption_column"),
