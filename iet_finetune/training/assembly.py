@@ -24,6 +24,7 @@ from ..ensemble.meter import RoundMeter
 from ..ensemble.optimizers import build_optimizer, learning_rate_schedule
 from ..errors import UserError
 from ..families import family_class, find_pipeline, source_of
+from ..lora.beginning import read_beginning
 from ..method.rules import SkipRule
 from .class_images import find_class_images
 from .compiling import TOLERANCE
@@ -88,6 +89,7 @@ def assemble(
     entering("reading")
     _check_same_everywhere(ranks, common_flags(config))
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
+    beginning = read_beginning(config.adapter.init_lora, config.adapter.rank)
     with ranks.first_on_machine():
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
         needs_captions = family_class(source, config.model).needs_captions
@@ -104,6 +106,7 @@ def assemble(
         entering("drawing class images")
     beside = find_class_images(config, family, ranks, accelerator)
     identity = run_identity(config, found.images.fingerprint, family.fingerprint())
+    identity["the adapter of `--init_lora`"] = beginning.digest if beginning is not None else None
     if beside is not None:
         identity["the class data"] = beside.images.fingerprint
     if compares_with(config):
@@ -122,7 +125,7 @@ def assemble(
     entering("preparing")
     data = Data(*found, indices, shards, schedule, beside)
     group = ranks.group(placement)
-    model = prepare_model(source, family, config, accelerator, group)
+    model = prepare_model(source, family, config, accelerator, group, beginning)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
     if config.training.compile:
         mine = placement.shards_of(ranks.rank)

@@ -96,6 +96,7 @@ def _card_facts(
         class_names=images.class_names,
         absent=source.absent,
         saved_as=source.saved_as,
+        init_lora_rank=model.beginning.rank if model.beginning is not None else None,
         num_class_images=len(data.beside.images) if data.beside is not None else 0,
         num_class_images_drawn=data.beside.drawn if data.beside is not None else 0,
     )

@@ -19,7 +19,7 @@ from iet_finetune.publish.upload_list import public_flags
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 PLACES = sorted(spec.name for spec in all_flags().values() if spec.is_place)
 # Flags without which a place is refused.
-NEEDED = {"class_data_dir": {"class_prompt": "a dog"}}
+NEEDED = {"class_data_dir": {"class_prompt": "a dog"}, "init_lora": {"use_lora": True}}
 ODD = ["exp:1e-4", "a b", "#1", "50%20", "?", "[x]", "{a,b}", 'it\'s "it"', "a::b", "s3://x", "$HOME", "a~"]
 ODD += [unicodedata.normalize(form, "ä") for form in ("NFC", "NFD")]
 
@@ -52,7 +52,7 @@ def test_every_flag_that_may_name_a_file_or_folder_counts_as_a_place():
                     "features",
                     "generated_dir",
                 ),
-                "holdout_data_dir",
+                *("holdout_data_dir", "init_lora"),
                 *(
                     "logging_dir",
                     "model_config",

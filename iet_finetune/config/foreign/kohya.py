@@ -37,7 +37,9 @@ KOHYA = Trainer(
         "network_alpha": renamed("lora_alpha", "together with `--use_lora`, the rank if not given, and not 1"),
         "network_dropout": renamed("lora_dropout", "together with `--use_lora`"),
         "network_args": unsupported("`--lora_layers` names the layers that get an adapter"),
-        "network_weights": unsupported("fuse the LoRA file into the pipeline, save that, and give its folder"),
+        "network_weights": renamed(
+            "init_lora", "together with `--use_lora` and the `--rank` of the file, or a higher one"
+        ),
         "network_train_unet_only": unneeded("only the denoiser is ever trained"),
         "network_train_text_encoder_only": _TEXT_ENCODER,
         "scale_weight_norms": unsupported("`--adam_weight_decay` keeps weights small"),

@@ -46,7 +46,7 @@ SIMPLETUNER = Trainer(
         "lycoris_config": unsupported("adapters are LoRA as in peft, not LyCORIS"),
         "lora_format": same("takes `kohya` in place of `comfyui`, and if not given, names that most tools match"),
         "lora_init_type": unsupported("A begins random and B at 0, as in peft"),
-        "init_lora": unsupported("fuse the LoRA file into the pipeline, save that, and give its folder"),
+        "init_lora": same("together with `--use_lora` and the `--rank` of the file, or a higher one"),
         "flux_lora_target": renamed("lora_layers", "takes the names of the layers"),
         "peft_lora_target_modules": renamed("lora_layers", "takes the names of the layers, separated by commas"),
         "use_dora": same("refused, as clones could not be merged exactly"),
