@@ -104,4 +104,7 @@ def disk(config: Config, trial: Trial, rounds: int) -> dict[str, int]:
     """Bytes of what the run leaves on the disk, and of one checkpoint more while it is written."""
     limit = config.checkpoint.checkpoints_total_limit or rounds
     kept = min(limit, rounds) + 1 + (config.training.stop_when == "auto")
-    return {f"{kept} checkpoints": kept * trial.needs.run.checkpoint, "the result": trial.result}
+    parts = {f"{kept} checkpoints": kept * trial.needs.run.checkpoint, "the result": trial.result}
+    if config.checkpoint.save_every_rounds is not None and (saved := rounds // config.checkpoint.save_every_rounds):
+        parts[f"{saved} rounds"] = saved * trial.result
+    return parts

@@ -139,6 +139,7 @@ def shortened(config: Config, found: Found, output: Path) -> Config:
         "logging_steps": 1,
         "checkpointing_steps": 10**9,
         "checkpoints_total_limit": 1,
+        "save_every_rounds": None,
         "validation_prompts": list(config.validation.validation_prompts[:1]),
         "validation_rounds": ROUNDS,
         "validation_inference_steps": min(config.validation.validation_inference_steps, MOST_DENOISING),

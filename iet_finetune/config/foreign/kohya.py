@@ -128,7 +128,7 @@ KOHYA = Trainer(
         "lr_scheduler_power": unsupported("the power is 1"),
         "max_grad_norm": same(),
         # What a run keeps and shows.
-        "save_every_n_epochs": renamed("checkpointing_steps", _STEPS),
+        "save_every_n_epochs": renamed("save_every_rounds", _ROUNDS),
         "save_every_n_steps": renamed("checkpointing_steps", _STEPS),
         "save_last_n_epochs": renamed("checkpoints_total_limit"),
         "save_last_n_steps": renamed("checkpoints_total_limit"),
