@@ -188,7 +188,7 @@ class WithClassImages(Reference):
         return (self.gamma * (1 - alphas) / alphas).clamp(max=1.0)
 
     def class_losses(self, k, pass_, positions, unet):
-        streams = [rng(self.seed, 7, k, pass_, position) for position in positions]
+        streams = [rng(self.seed, 8, k, pass_, position) for position in positions]
         chosen = [self.class_samples[int(stream.integers(len(self.class_samples)))] for stream in streams]
         prediction, target, timesteps = self.predicted(chosen, streams, unet)
         return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)), timesteps

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS, _IMAGE, _BESIDE, _CLASS_IMAGE = range(9)
+_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS, _IMAGE = range(7)
+_BESIDE, _CLASS_IMAGE = 8, 9
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:

@@ -209,7 +209,7 @@ BELOW_ONE = {
     "total_train_steps",
     "num_validation_images",
     *("validation_rounds", "validation_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("logging_steps", "max_sequence_length"),
+    *("logging_steps", "max_sequence_length", "save_every_rounds"),
 }
 BELOW_ZERO = {
     *("dataloader_num_workers", "seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
