@@ -13,6 +13,8 @@ from .errors import UserError, disk_full, one_line
 LOCK_NAME = ".iet_finetune.lock"
 # What diffusers calls a LoRA file, in a folder of its own or in a repository.
 LORA_NAME = "pytorch_lora_weights.safetensors"
+# Where a run keeps the class images of prior preservation, unless it is told a folder.
+CLASS_FOLDER = "class_images"
 
 
 def partial_name(path: Path) -> Path:

@@ -123,10 +123,12 @@ class Reference:
         return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)), timesteps
 
     def predictions(self, k, pass_, positions, shard, order, unet):
+        streams = [rng(self.seed, 2, k, pass_, position) for position in positions]
+        return self.predicted([self.samples[shard[order[position]]] for position in positions], streams, unet)
+
+    def predicted(self, samples, streams, unet):
         pixels, captions, noise, posterior, timesteps = [], [], [], [], []
-        for position in positions:
-            image, caption = self.samples[shard[order[position]]]
-            stream = rng(self.seed, 2, k, pass_, position)
+        for (image, caption), stream in zip(samples, streams, strict=True):
             uniform = stream.random(4)
             shape = (unet.config.in_channels, image.shape[1] // 2, image.shape[2] // 2)
             noise.append(torch.from_numpy(stream.standard_normal(shape, dtype=np.float32)))
@@ -167,6 +169,48 @@ class TeachingOddOnes(Reference):
             total.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), self.clip)
             optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+class WithClassImages(Reference):
+    """Prior preservation: a step's loss is its kept samples' mean plus `weight` times that of the class images beside.
+
+    One is beside each sample, and every loss has its min-SNR weight.
+    """
+
+    def __init__(self, *args, class_samples, weight, gamma, **settings):
+        super().__init__(*args, **settings)
+        self.class_samples, self.weight, self.gamma, self.steps_without = class_samples, weight, gamma, 0
+
+    def weights(self, timesteps):
+        alphas = self.noise_scheduler.alphas_cumprod[timesteps]
+        return (self.gamma * (1 - alphas) / alphas).clamp(max=1.0)
+
+    def class_losses(self, k, pass_, positions, unet):
+        streams = [rng(self.seed, 8, k, pass_, position) for position in positions]
+        chosen = [self.class_samples[int(stream.integers(len(self.class_samples)))] for stream in streams]
+        prediction, target, timesteps = self.predicted(chosen, streams, unet)
+        return F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3)), timesteps
+
+    def one_pass(self, k, pass_, unet, ema, optimizer, schedule, bank, counter):
+        shard, size = self.shards[k], self.batch * self.accumulate
+        order = rng(self.seed, 1, k, pass_).permutation(len(shard))
+        for start in range(0, len(shard), size):
+            positions = range(start, min(start + size, len(shard)))
+            loss, timesteps = self.losses(k, pass_, positions, shard, order, unet)
+            pairs = list(zip(loss.tolist(), timesteps.tolist(), strict=True))
+            keep = torch.tensor([float(value >= self.threshold * bank[t]) for value, t in pairs])
+            of_class, at = self.class_losses(k, pass_, positions, unet)
+            kept = (keep * self.weights(timesteps) * loss).sum() / max(keep.sum(), 1)
+            (kept + self.weight * (self.weights(at) * of_class).mean()).backward()
+            for value, t in pairs:
+                bank[t] = self.decay * bank[t] + (1 - self.decay) * value
+            self.steps_without += int(keep.sum() == 0)
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), self.clip)
+            optimizer.step()
+            counter[0] += 1
+            self.update_average(ema, unet, counter[0])
             optimizer.zero_grad()
             schedule.step()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..files import CLASS_FOLDER
 from .command_line import parse_arguments, training_parser
 from .flags import FlagSpec, convert, flag_specs
 from .recipes import read_yaml
@@ -22,6 +23,7 @@ from .settings import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    PriorConfig,
     TrainingConfig,
     ValidationConfig,
     require,
@@ -31,6 +33,7 @@ from .unknown import unknown
 GROUPS: dict[str, tuple[str, type]] = {
     "model": ("Model", ModelConfig),
     "data": ("Data", DataConfig),
+    "prior": ("Prior preservation", PriorConfig),
     "ensemble": ("Iterative ensemble training", EnsembleConfig),
     "adapter": ("LoRA", AdapterConfig),
     "agc": ("Anti-gradient control", AGCConfig),
@@ -65,6 +68,7 @@ class Config:
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
     adapter: AdapterConfig = AdapterConfig()
     agc: AGCConfig = AGCConfig()
@@ -228,6 +232,11 @@ class Config:
     def output_path(self) -> Path:
         """`--output_dir` as a path."""
         return Path(self.training.output_dir)
+
+    @property
+    def class_path(self) -> Path:
+        """The folder of the class images, `--class_data_dir` or one in the output folder."""
+        return Path(self.prior.class_data_dir or self.output_path / CLASS_FOLDER)
 
 
 def flag_groups() -> dict[str, type]:

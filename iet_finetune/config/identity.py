@@ -48,6 +48,12 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: s
             )
 
 
+def check_flags(saved: dict[str, Any], config: Config, checkpoint: str) -> None:
+    """As `check_identity`, of the flags alone: before data or a model is loaded, and anything is made of them."""
+    current = run_identity(config, "", "")
+    check_identity(saved, {name: value for name, value in current.items() if not name.startswith("the ")}, checkpoint)
+
+
 def free_settings(config: Config, mixed_precision: str) -> dict[str, Any]:
     """The settings that a resumed run may change, at the price of other weights than an uninterrupted run's.
 

@@ -193,7 +193,7 @@ def _columns(data: DataConfig, captions: bool, label: str | None = None) -> Colu
         data.caption_column if captions else None,
         label,
         data.class_column,
-        data.default_caption,
+        data.usual_caption,
         data.caption_from == "folder",
     )
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config.settings import DataConfig
 from ..errors import UserError
 from ..method.schedule import Step
-from ..method.seeding import SampleDraws, pass_order, sample_draws
+from ..method.seeding import SampleDraws, beside_draws, pass_order, sample_draws
 from .dataset import TrainingImages
 from .encoded import Encoded, EncodedData
 from .transforms import ImageTransform
@@ -91,6 +91,9 @@ class Shard(Dataset):
         latent_shape: (C, H, W) of the noise.
         noise_offset: scale of noise that is constant over each channel.
         encoded: the cached rows of all images and captions; without them, images are read and captions passed on.
+
+    Attributes:
+        beside: the class images to train beside the samples, at the same visits; None without prior preservation.
     """
 
     def __init__(
@@ -115,18 +118,23 @@ class Shard(Dataset):
         self._latent_shape = latent_shape
         self._noise_offset = noise_offset
         self.encoded = encoded
+        self.beside: BesideShard | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, visit: Visit) -> "MicroBatch | UserError":
-        member = int(self._pass_order(visit.pass_)[visit.position])
-        draws = sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
+        member, draws = self._drawn(visit)
         index = int(self.indices[member])
         flip, caption = self._data.random_flip and draws.flip < 0.5, self._caption(index, draws)
         noise = draws.noise + self._noise_offset * draws.offset if self._noise_offset else draws.noise
         return self._read(index, member, flip, caption, noise, draws.posterior, draws.timestep)
+
+    def _drawn(self, visit: Visit) -> tuple[int, SampleDraws]:
+        """Which member of the shard a visit is of, and its draws."""
+        member = int(self._pass_order(visit.pass_)[visit.position])
+        return member, sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
 
     def of_others(self, images: TrainingImages) -> "Shard":
         """Other images, all of them, read in the same way; they are not cached."""
@@ -180,6 +188,17 @@ class Shard(Dataset):
             return ""
         captions = self.images.captions[index]
         return captions[int(draws.caption * len(captions))]
+
+
+class BesideShard(Shard):
+    """The class images that are trained beside one shard's samples: one at each visit, drawn anew each time.
+
+    Takes the arguments of `Shard`, `images` being the class images.
+    """
+
+    def _drawn(self, visit: Visit) -> tuple[int, SampleDraws]:
+        where = self._seed, self._number, visit.pass_, visit.position
+        return beside_draws(*where, self._latent_shape, len(self))
 
 
 def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError":

@@ -85,7 +85,7 @@ def survey(data: DataConfig, *, seed: int, cache_dir: str | None) -> Survey:
 def _load(data: DataConfig, seed: int, cache_dir: str | None) -> tuple[TrainingImages, bool]:
     """The images, and whether they have captions; those of a folder need none."""
     captions = True
-    if data.train_data_dir is not None and data.default_caption is None and data.caption_from != "folder":
+    if data.train_data_dir is not None and data.usual_caption is None and data.caption_from != "folder":
         # A folder that is not there is told by `load_images`.
         captions = has_captions(find_files(data.train_data_dir))
     everything = replace(data, holdout_fraction=0.0, max_train_samples=None)

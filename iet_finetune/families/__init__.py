@@ -14,7 +14,7 @@ from .base import Conditions, Family, in_chunks
 from .finding import PipelineSource, source_of
 from .inputs import TEXT_TO_IMAGE, check_loaded_inputs, check_stored_inputs
 from .loading import amend_saved, load_as_stored, load_pipeline, move_pipeline, save_pipeline
-from .precision import round_pipeline, widen
+from .precision import restored, round_pipeline, widen
 from .scratch import build_pipeline, scratch_source
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "load_pipeline",
     "move_pipeline",
     "register_family",
+    "restored",
     "round_pipeline",
     "save_pipeline",
     "source_of",

@@ -44,6 +44,24 @@ def widened(module: nn.Module, device: torch.device) -> Iterator[None]:
             module.to(home)
 
 
+@contextmanager
+def restored(pipeline: Any) -> Iterator[None]:
+    """All models of the pipeline have their tensors again afterwards, whatever is made of them inside.
+
+    Parameters stay the same objects throughout, and only what they hold is exchanged.
+    """
+    modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    held = [(parameter, parameter.data) for module in modules for parameter in module.parameters()]
+    buffers = [(each, dict(each._buffers)) for module in modules for each in module.modules()]
+    try:
+        yield
+    finally:
+        for parameter, data in held:
+            parameter.data = data
+        for each, before in buffers:
+            each._buffers.update(before)
+
+
 def round_pipeline(pipeline: Any, dtypes: Dtypes) -> None:
     """Puts each model of the pipeline into its precision, given as in `PipelineSource.dtypes`."""
     for name, component in pipeline.components.items():

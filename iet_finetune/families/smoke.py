@@ -13,7 +13,7 @@ from ..config.flags import KEPT
 from ..config.registry import SKIP_RULES
 from ..errors import UserError, one_line
 
-IMAGES_A_SHARD = 2
+IMAGES_A_SHARD, IMAGES_OF_CLASS = 2, 2
 # Pipelines of recipes by their ids on the Hub, which need not be reached then.
 KNOWN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "StableDiffusionPipeline",
@@ -55,6 +55,8 @@ def shrink(config: Config, folder: Path) -> Config:
         changes |= {"prediction_type": config.model.prediction_type}
         needs_captions = kind not in ("DDPMPipeline", "DDIMPipeline")
     changes |= _images(config, folder / "images", changes["resolution"], needs_captions)
+    if config.prior.is_on:
+        changes |= {"class_data_dir": None, "num_class_images": IMAGES_OF_CLASS}
     # Names of classes are those of the recipe's own data.
     prompts = config.validation.validation_prompts[:1] if config.data.class_column is None else ()
     changes["validation_prompts"] = list(prompts)

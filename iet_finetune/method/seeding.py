@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS, _IMAGE = range(7)
+_BESIDE, _CLASS_IMAGE = 8, 9
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -41,6 +42,11 @@ def adapter_seed(seed: int) -> int:
 def weights_seed(seed: int) -> int:
     """The seed (63 bits) of torch's global generator while the weights of a new denoiser are drawn."""
     return _torch_seed(seed, _WEIGHTS)
+
+
+def class_image_seed(seed: int, number: int) -> int:
+    """The seed (63 bits) of the generator from which class image `number` is drawn."""
+    return _torch_seed(seed, _CLASS_IMAGE, number)
 
 
 def _torch_seed(seed: int, *key: int) -> int:
@@ -84,7 +90,21 @@ def sample_draws(seed: int, shard: int, pass_: int, position: int, shape: tuple[
     Args:
         shape: (C, H, W) of a latent.
     """
-    rng = _generator(seed, _SAMPLE, shard, pass_, position)
+    return _draws(_generator(seed, _SAMPLE, shard, pass_, position), shape)
+
+
+def beside_draws(
+    seed: int, shard: int, pass_: int, position: int, shape: tuple[int, ...], count: int
+) -> tuple[int, SampleDraws]:
+    """Which of `count` class images is trained beside the sample at a position of a pass, and its draws.
+
+    They are a stream of their own, so that the sample's draws are the same with and without class images.
+    """
+    rng = _generator(seed, _BESIDE, shard, pass_, position)
+    return int(rng.integers(count)), _draws(rng, shape)
+
+
+def _draws(rng: np.random.Generator, shape: tuple[int, ...]) -> SampleDraws:
     flip, caption, caption_dropout, timestep = rng.random(4).tolist()
     noise = rng.standard_normal(shape, dtype=np.float32)
     posterior = rng.standard_normal(shape, dtype=np.float32)

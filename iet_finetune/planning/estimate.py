@@ -3,6 +3,7 @@
 from ..config.config import Config
 from ..distributed.placement import Placement
 from ..method.schedule import Schedule
+from ..training.class_images import missing
 from .trial import STEPS, Trial
 
 # Phases in which everything that training keeps is there.
@@ -34,6 +35,7 @@ def seconds(
     checkpoints = rounds + sum(schedule.total_steps) // config.checkpoint.checkpointing_steps
     estimate = {
         "getting ready": sum(sum(took.get(phase, ())) for phase in ("reading", "loading", "preparing")),
+        "class images": _drawing_class(config, trial) / placement.num_ranks,
         "encoding": _encoding(config, trial, num_images) / placement.num_ranks,
         "training": by_image * sum(one_after_the_other) / placement.group_size + rounds * waves * checked_out,
         "merging": rounds * waves * merged,
@@ -47,6 +49,13 @@ def seconds(
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _drawing_class(config: Config, trial: Trial) -> float:
+    """Of the class images that are not there yet; 0 if all are."""
+    if not config.prior.is_on or not (left := missing(config)):
+        return 0.0
+    return sum(trial.seconds["drawing class images"]) / trial.drawn * len(left)
 
 
 def _encoding(config: Config, trial: Trial, num_images: int) -> float:
@@ -95,4 +104,7 @@ def disk(config: Config, trial: Trial, rounds: int) -> dict[str, int]:
     """Bytes of what the run leaves on the disk, and of one checkpoint more while it is written."""
     limit = config.checkpoint.checkpoints_total_limit or rounds
     kept = min(limit, rounds) + 1 + (config.training.stop_when == "auto")
-    return {f"{kept} checkpoints": kept * trial.needs.run.checkpoint, "the result": trial.result}
+    parts = {f"{kept} checkpoints": kept * trial.needs.run.checkpoint, "the result": trial.result}
+    if config.checkpoint.save_every_rounds is not None and (saved := rounds // config.checkpoint.save_every_rounds):
+        parts[f"{saved} rounds"] = saved * trial.result
+    return parts

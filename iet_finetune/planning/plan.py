@@ -106,11 +106,12 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
         about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")
+    num_class_images = config.prior.num_class_images if config.prior.is_on else 0
     in_files = config.ensemble.offload_dir is not None
     return Plan(
         about,
         list(doubts(config, found.images, schedule, trial.family)),
-        estimate.seconds(config, trial, schedule, placement, len(found.images)),
+        estimate.seconds(config, trial, schedule, placement, len(found.images) + num_class_images),
         estimate.drawing_for_audit(config, trial) if config.audit.audit else 0.0,
         estimate.memory(trial, device_is_host=machine.gpu is None, offloaded=in_files),
         trial.device,

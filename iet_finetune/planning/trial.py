@@ -18,7 +18,9 @@ from ..distributed.placement import Placement
 from ..ensemble.budget import Need
 from ..ensemble.ema import EMA
 from ..families import Family
+from ..files import CLASS_FOLDER
 from ..training.callbacks import Callback, StepFacts
+from ..training.class_images import AT_ONCE, missing
 from ..training.data import Found, compares_with
 from ..training.needs import need_of_run
 from ..training.trainer import Trainer
@@ -47,7 +49,8 @@ class Trial:
         step_seconds: of these steps together.
         seconds: of each phase of `Callback.on_phase`, as often as it was entered.
         host, device: the most bytes in each phase, of this process's memory and of tensors on the GPU.
-        encoded: how many images there were to train on.
+        encoded: how many images there were to train on, and beside them.
+        drawn: how many of the latter were drawn.
         result: bytes of the finished pipeline or LoRA file.
         needs: what training keeps, here and in the run.
         family: the pipeline.
@@ -61,6 +64,7 @@ class Trial:
     host: dict[str, int] = field(default_factory=dict)
     device: dict[str, int] = field(default_factory=dict)
     encoded: int = 0
+    drawn: int = 0
     result: int = 0
     needs: Needs = Needs()
     family: Family | None = None
@@ -94,7 +98,9 @@ def try_out(config: Config, found: Found, placement: Placement) -> Trial:
             raise KeyboardInterrupt("the same command starts anew") from None
         watch.close()
         trial.result = _size_of_result(output)
-    trial.family, trial.encoded = trainer.model.family, len(trainer.data.images)
+    data = trainer.data
+    trial.family, trial.drawn = trainer.model.family, data.beside.drawn if data.beside is not None else 0
+    trial.encoded = len(data.images) + (len(data.beside.images) if data.beside is not None else 0)
     return trial
 
 
@@ -133,10 +139,16 @@ def shortened(config: Config, found: Found, output: Path) -> Config:
         "logging_steps": 1,
         "checkpointing_steps": 10**9,
         "checkpoints_total_limit": 1,
+        "save_every_rounds": None,
         "validation_prompts": list(config.validation.validation_prompts[:1]),
         "validation_rounds": ROUNDS,
         "validation_inference_steps": min(config.validation.validation_inference_steps, MOST_DENOISING),
     }
+    if config.prior.is_on and missing(config):
+        # A few are drawn in its own folder.
+        changes |= {"class_data_dir": None, "num_class_images": AT_ONCE}
+    elif config.prior.is_on:
+        changes["class_data_dir"] = str(config.class_path)
     return Config.from_flags(**(config.to_flags() | changes))
 
 
@@ -190,7 +202,7 @@ def _reset_peaks() -> None:
 
 def _size_of_result(output: Path) -> int:
     """Bytes of the pipeline or LoRA file in an output folder."""
-    beside = ("checkpoint-", "validation", "audit", "logs")
+    beside = ("checkpoint-", "validation", "audit", "logs", CLASS_FOLDER)
     files = (file for file in output.rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files if not file.relative_to(output).parts[0].startswith(beside))
 

@@ -56,6 +56,9 @@ class CardFacts:
     class_names: tuple[str, ...] | None = None  # of the classes by number; None: the model takes no classes
     num_left_out: int = 0  # copies of those trained on
     absent: tuple[str, ...] = ()  # components that the pipeline does without, and that loading must be given as None
+    init_lora_rank: int | None = None  # of the LoRA file that the adapter began from; None: an update of 0
+    num_class_images: int = 0  # trained beside them for prior preservation
+    num_class_images_drawn: int = 0  # those of them that the base model drew
     saved_as: str | None = None  # the class of the saved pipeline, where that draws from a picture
 
 

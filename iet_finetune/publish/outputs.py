@@ -14,6 +14,7 @@ from ..config.config import Config
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
 from ..files import (
+    CLASS_FOLDER,
     LOCK_NAME,
     LORA_NAME,
     FolderLock,
@@ -31,6 +32,8 @@ INDEX = "model_index.json"
 CONFIG = "training_config.yaml"
 # Without one of these there is no finished result in a folder.
 MARKS = (INDEX, LORA_NAME)
+# The folder of what is saved of single rounds.
+ROUNDS = "rounds"
 AUDIT_FILES = ("audit/audit.json", "audit/pairs.json", "audit/report.html")
 
 
@@ -48,6 +51,7 @@ def claim(folder: Path, resuming: bool) -> FolderLock:
         _check_content(folder, resuming)
         clean(folder)
         clean(folder / "validation")
+        clean(folder / ROUNDS)
     except BaseException:
         lock.release()
         raise
@@ -85,7 +89,8 @@ def claim_together(folder: Path, ranks: Ranks, resuming: bool) -> FolderLock | N
 
 def _check_content(folder: Path, resuming: bool) -> None:
     names = [entry.name for entry in folder.iterdir()]
-    entries = [name for name in names if name != LOCK_NAME and not name.endswith(".partial")]
+    # Class images may be there before anything else of a run, and a new start goes on drawing them.
+    entries = [name for name in names if name not in (LOCK_NAME, CLASS_FOLDER) and not name.endswith(".partial")]
     if entries and not resuming:
         raise UserError(
             f"`--output_dir {folder}` is not empty. Choose another, or go on from its newest checkpoint with "
@@ -137,6 +142,27 @@ def publish(folder: Path, save: Callable[[Path], None]) -> None:
         else:
             entry.replace(folder / entry.name)
     partial.rmdir()
+
+
+def publish_round(folder: Path, round_: int, save: Callable[[Path], None], *, again: bool) -> None:
+    """Calls `save` with a new folder and moves it to `rounds/round-N`.
+
+    Args:
+        again: whether to replace what is there, which came from a run that went on from an earlier round; otherwise it
+            stays.
+
+    Raises:
+        UserError: no space left on the device.
+    """
+    target = folder / ROUNDS / f"round-{round_}"
+    if target.is_dir() and not again:
+        return
+    target.parent.mkdir(exist_ok=True)
+    partial = partial_name(target)
+    with no_space_named(target), removed_on_error(partial):
+        save(partial)
+    with replaced_folder(target):
+        partial.rename(target)
 
 
 @contextlib.contextmanager

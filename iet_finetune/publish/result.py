@@ -1,7 +1,9 @@
 """A run's result: a pipeline or a LoRA file in the requested precision, and the line that loads it."""
 
+import copy
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..config.config import Config
-from ..families import Family, PipelineSource, amend_saved, load_as_stored, round_pipeline, save_pipeline
+from ..families import Family, PipelineSource, amend_saved, load_as_stored, restored, round_pipeline, save_pipeline
 from ..files import LORA_NAME
 from ..lora.adapters import Adapter
 from ..lora.export import Export, plain_shapes, plan_export
@@ -67,10 +69,18 @@ class Result:
     def save(self, folder: Path) -> None:
         """Creates the folder and writes the pipeline or LoRA file into it; call it once."""
         if self._export is None or self._export.layers is None:
-            self._save_pipeline(folder)
+            self._save_pipeline(folder, self._plain_pipeline)
         else:
             folder.mkdir()
             write_lora(folder / LORA_NAME, self._export.layers, self._config.adapter.lora_format)
+
+    def save_copy(self, folder: Path) -> None:
+        """As `save`, of a pipeline that is trained on afterwards, as if nothing had been saved."""
+        if self._export is not None and self._export.layers is not None:
+            self.save(folder)
+            return
+        with restored(self._family.pipeline):
+            self._save_pipeline(folder, self._copied_pipeline)
 
     def how_to_load(self, folder: Path) -> str:
         """The expression that loads it from `folder`."""
@@ -89,7 +99,7 @@ class Result:
         form = self._config.adapter.lora_export if family.loads_lora else "fuse"
         return plan_export(self._adapter, family.denoiser_name, form, self._dtype or torch.float32)
 
-    def _save_pipeline(self, folder: Path) -> None:
+    def _save_pipeline(self, folder: Path, made: Callable[[dict[str, torch.dtype]], Any]) -> None:
         if self._adapter is not None and self._base_is_there():
             self._fuse_files(self._adapter, folder)
             return
@@ -97,7 +107,7 @@ class Result:
         if self._dtype is not None:
             dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
             dtypes[name] = self._dtype
-        save_pipeline(self._plain_pipeline(dtypes), folder, dtypes, self._source.own_index)
+        save_pipeline(made(dtypes), folder, dtypes, self._source.own_index)
 
     def _base_is_there(self) -> bool:
         """Whether the base's files hold the denoiser as it came, tensor by tensor."""
@@ -137,9 +147,29 @@ class Result:
             adapter.fuse()
             adapter.remove()
         self._accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
-        # Files hold weights in the usual order.
-        family.denoiser.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
-        return family.pipeline
+        return self._with_usual_order()
+
+    def _copied_pipeline(self, dtypes: dict[str, torch.dtype]) -> Any:
+        """The same, of which nothing is taken apart: an adapter is added to the weights of another denoiser."""
+        family, adapter = self._family, self._adapter
+        if adapter is None:
+            return self._with_usual_order()
+        if adapter.is_rounded:
+            return self._plain_pipeline(dtypes)
+        live: Any = family.denoiser
+        with torch.random.fork_rng(devices=[]):
+            plain = type(live).from_config(live.config)
+        weights = {name: tensor for name, tensor in live.state_dict().items() if "lora_" not in name}
+        plain.load_state_dict({name.replace(".base_layer.", "."): tensor for name, tensor in weights.items()})
+        adapter.fuse(plain)
+        pipeline = copy.copy(family.pipeline)
+        pipeline.register_modules(**{family.denoiser_name: plain})
+        return pipeline
+
+    def _with_usual_order(self) -> Any:
+        """The pipeline, its denoiser's weights laid out as files hold them."""
+        self._family.denoiser.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # not in torch's stubs
+        return self._family.pipeline
 
 
 def _quoted(folder: Path) -> str:

@@ -24,7 +24,9 @@ from ..ensemble.meter import RoundMeter
 from ..ensemble.optimizers import build_optimizer, learning_rate_schedule
 from ..errors import UserError
 from ..families import family_class, find_pipeline, source_of
+from ..lora.beginning import read_beginning
 from ..method.rules import SkipRule
+from .class_images import find_class_images
 from .compiling import TOLERANCE
 from .data import LEAST_HELDOUT, Data, compares_with, find_images, read_shards, split
 from .lending import Lender
@@ -87,6 +89,7 @@ def assemble(
     entering("reading")
     _check_same_everywhere(ranks, common_flags(config))
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
+    beginning = read_beginning(config.adapter.init_lora, config.adapter.rank)
     with ranks.first_on_machine():
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
         needs_captions = family_class(source, config.model).needs_captions
@@ -99,23 +102,30 @@ def assemble(
             check_room(config, source, placement, ranks, accelerator.device)
         family = load_model(source, config, found.images, pipeline)
     latent_shape = family.latent_shape(config.data.resolution)
+    if config.prior.is_on:
+        entering("drawing class images")
+    beside = find_class_images(config, family, ranks, accelerator)
     identity = run_identity(config, found.images.fingerprint, family.fingerprint())
+    identity["the adapter of `--init_lora`"] = beginning.digest if beginning is not None else None
+    if beside is not None:
+        identity["the class data"] = beside.images.fingerprint
     if compares_with(config):
         identity["the held-out images"] = found.watched.fingerprint
     # Before a group is made, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
     if ranks.is_main:
         # Before anything takes time.
-        print(*source.notes, *overview(config, found, schedule, family), sep="\n", flush=True)
+        print(*source.notes, *overview(config, found, schedule, family, beside), sep="\n", flush=True)
     entering("encoding")
-    shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
+    of_class = beside.images if beside is not None else None
+    shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device, of_class)
     if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
         # Only the main rank draws and saves, and held-out images alone are encoded later.
         family.drop_encoders()
     entering("preparing")
-    data = Data(*found, indices, shards, schedule)
+    data = Data(*found, indices, shards, schedule, beside)
     group = ranks.group(placement)
-    model = prepare_model(source, family, config, accelerator, group)
+    model = prepare_model(source, family, config, accelerator, group, beginning)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
     if config.training.compile:
         mine = placement.shards_of(ranks.rank)

@@ -128,8 +128,11 @@ class Callback:
     wants_losses: ClassVar[bool] = False
 
     def on_phase(self, phase: str) -> None:
-        """The run turns to something else: before `on_run_begin` reading, loading, encoding and preparing, after it
-        drawing, looking (at losses, of images that rest or are held out), training, merging, saving and auditing."""
+        """The run turns to something else.
+
+        Before `on_run_begin` reading, loading, drawing class images, encoding and preparing, after it drawing, looking
+        (at losses, of images that rest or are held out), training, merging, saving and auditing.
+        """
 
     def on_run_begin(self, facts: RunFacts) -> None:
         """The run begins, or goes on from a checkpoint; no step has been taken yet."""

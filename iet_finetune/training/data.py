@@ -1,7 +1,8 @@
 """The images of a run: loaded, split into shards, scheduled, and made ready to be read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from ..config.registry import SHARDINGS, SKIP_RULES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
 from ..data.dataset import TrainingImages, load_images
 from ..data.dedup import LeftOut, nothing_left_out, without_copies
-from ..data.loader import Shard
+from ..data.loader import BesideShard, Shard
 from ..data.transforms import ImageTransform
 from ..distributed.groups import Ranks
 from ..errors import UserError
 from ..families import Family
 from ..method.schedule import Schedule
 from ..method.sharding import checked_shards
+from .class_images import ClassImages
 
+S = TypeVar("S", bound=Shard)
 # Fewer held-out images say too little of when to stop.
 LEAST_HELDOUT = 8
 
@@ -36,6 +39,7 @@ class Data:
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
         schedule: when each clone steps and when the clones are merged.
+        beside: the class images that are trained beside them; None without prior preservation.
     """
 
     images: TrainingImages
@@ -45,6 +49,7 @@ class Data:
     indices: tuple[np.ndarray, ...]
     shards: list[Shard]
     schedule: Schedule
+    beside: ClassImages | None = None
 
 
 class Found(NamedTuple):
@@ -152,11 +157,13 @@ def read_shards(
     latent_shape: tuple[int, int, int],
     ranks: Ranks,
     device: torch.device,
+    beside: TrainingImages | None = None,
 ) -> list[Shard]:
     """What the clones read; encodes the data if it is to be cached, while nothing else is on the device.
 
     Args:
         latent_shape: (C, H, W) of an image's latent.
+        beside: class images, one of which is read beside each sample of every shard; None for none.
 
     Raises:
         UserError: an image cannot be read.
@@ -167,21 +174,30 @@ def read_shards(
         interpolation=config.data.image_interpolation_mode,
         seed=config.training.seed,
     )
-    encoded = None
     if config.data.cache_latents:
         family.freeze()
-        encoded = encode_data(config, family, images, transform, ranks, device)
-    return [
-        Shard(
-            images,
-            part,
-            transform,
-            config.data,
-            number=number,
-            seed=config.training.seed,
-            latent_shape=latent_shape,
-            noise_offset=config.training.noise_offset,
-            encoded=encoded,
-        )
-        for number, part in enumerate(indices)
-    ]
+
+    def made(kind: type[S], images: TrainingImages, parts: Sequence[np.ndarray]) -> list[S]:
+        cached = config.data.cache_latents
+        encoded = encode_data(config, family, images, transform, ranks, device) if cached else None
+        return [
+            kind(
+                images,
+                part,
+                transform,
+                config.data,
+                number=number,
+                seed=config.training.seed,
+                latent_shape=latent_shape,
+                noise_offset=config.training.noise_offset,
+                encoded=encoded,
+            )
+            for number, part in enumerate(parts)
+        ]
+
+    shards = made(Shard, images, indices)
+    if beside is not None:
+        everything = [np.arange(len(beside))] * len(shards)
+        for shard, companions in zip(shards, made(BesideShard, beside, everything), strict=True):
+            shard.beside = companions
+    return shards

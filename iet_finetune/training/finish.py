@@ -44,8 +44,7 @@ def finish(
     entering("saving")
     output = config.output_path
     run.ensemble.load_result()
-    by_class = data.images.classes is not None
-    result = Result(model.family, model.adapter, model.source, by_class, run.accelerator, config)
+    result = _result(config, data, model, run)
     with outputs.audit_of_other_weights_removed(output):
         outputs.publish(output, result.save)
     about = run.ensemble.clones[0].rule.about_images()
@@ -63,6 +62,28 @@ def finish(
         _audit(output, model, run)
     if config.hub.push_to_hub:
         print(f"pushed to {push(output, config.hub)}")
+
+
+def save_round(config: Config, data: Data, model: Model, run: Run, *, again: bool) -> None:
+    """Saves the pipeline or LoRA file of the round that has been merged, if it is to be. For rank 0 alone.
+
+    Args:
+        again: whether it has been trained just now; otherwise what is there of it stays.
+    """
+    every, round_ = config.checkpoint.save_every_rounds, run.ensemble.round
+    if every is None or round_ == 0 or round_ % every:
+        return
+
+    def save(folder: Path) -> None:
+        run.ensemble.load_result()
+        _result(config, data, model, run).save_copy(folder)
+
+    outputs.publish_round(config.output_path, round_, save, again=again)
+
+
+def _result(config: Config, data: Data, model: Model, run: Run) -> Result:
+    by_class = data.images.classes is not None
+    return Result(model.family, model.adapter, model.source, by_class, run.accelerator, config)
 
 
 def _card_facts(
@@ -96,6 +117,9 @@ def _card_facts(
         class_names=images.class_names,
         absent=source.absent,
         saved_as=source.saved_as,
+        init_lora_rank=model.beginning.rank if model.beginning is not None else None,
+        num_class_images=len(data.beside.images) if data.beside is not None else 0,
+        num_class_images_drawn=data.beside.drawn if data.beside is not None else 0,
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..method.objective import per_sample_loss
 from ..method.rules import Samples, SkipRule
 from ..method.schedule import Step
 from .compiling import check_gradients, failure_explained
-from .noising import Noised, Noising
+from .noising import Noised, Noising, calling_as_is
 
 _DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
 
@@ -37,6 +37,7 @@ class SampleLosses(NamedTuple):
         learns: bool, whether it is kept or learns something instead.
         members: int64, indices in the shard.
         noted: fp32, what the rule wants to know of a sample after the step; NaN if nothing.
+        beside: fp32, the unweighted loss of the class image trained beside a sample; 0 without one.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class SampleLosses(NamedTuple):
     learns: Tensor
     members: Tensor
     noted: Tensor
+    beside: Tensor
 
 
 class LocalTraining:
@@ -90,8 +92,9 @@ class LocalTraining:
         self._noising = noising
         # Of the shard that is trained on: its images' indices among all training images.
         self._images = torch.empty(0, dtype=torch.int64, device=device)
-        # Of the step that is taken: gradients of what skipped samples learn instead, by parameter.
-        self._instead: list[Tensor] | None = None
+        # Of the step that is taken, by parameter: gradients that the number of kept samples must not rescale, of what
+        # skipped samples learn instead and of class images.
+        self._apart: list[Tensor] | None = None
 
     def run(
         self, clone: Clone, shard: Shard, steps: Sequence[Step], learning_rate: Callable[[int], float]
@@ -105,32 +108,45 @@ class LocalTraining:
             self._scaler.load_state_dict(clone.scaler or self._fresh_scaler)
         self._images = torch.from_numpy(shard.indices).to(self._device)
         size = self._config.training.train_batch_size
-        batches = micro_batches(
-            shard,
-            Visits(steps, size, self._group.local_slice),
-            num_workers=self._config.data.dataloader_num_workers,
-            pin_memory=self._device.type == "cuda",
-        )
+        batches = self._read(shard, steps)
+        beside = self._read(shard.beside, steps) if shard.beside is not None else repeat(None)
         for step in steps:
             self._set_learning_rate(learning_rate(step.number))
             parts = step.micro_batches(size)
-            self._step(clone, step, zip(parts, islice(batches, len(parts)), strict=True))
+            count = len(parts)
+            self._step(clone, step, zip(parts, islice(batches, count), islice(beside, count), strict=True))
             yield step
+
+    def _read(self, shard: Shard, steps: Sequence[Step]) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the steps."""
+        return micro_batches(
+            shard,
+            Visits(steps, self._config.training.train_batch_size, self._group.local_slice),
+            num_workers=self._config.data.dataloader_num_workers,
+            pin_memory=self._device.type == "cuda",
+        )
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
 
-    def _step(self, clone: Clone, step: Step, batches: Iterator[tuple[range, MicroBatch]]) -> None:
-        """One optimizer step; the skip rule stands still until it has judged all micro-batches."""
+    def _step(self, clone: Clone, step: Step, batches: Iterator[tuple[range, MicroBatch, MicroBatch | None]]) -> None:
+        """One optimizer step; the skip rule stands still until it has judged all micro-batches.
+
+        Args:
+            batches: positions of each whole micro-batch, this rank's part of it, and the class images beside that.
+        """
         samples, size = step.stop - step.start, self._config.training.train_batch_size
         judged = []
-        for positions, batch in batches:
+        for positions, batch, beside in batches:
             last, own_samples = positions.stop == step.stop, len(self._group.local_slice(positions))
             # A group averages its gradients once a step, with the last micro-batch.
             local = contextlib.nullcontext() if last else self._group.no_sync(self._family.network)
             with local, failure_explained() if self._config.training.compile else contextlib.nullcontext():
-                judged.append(self._backward(clone.rule, batch.to(self._device), own_samples, samples))
+                losses = self._backward(clone.rule, batch.to(self._device), own_samples, samples)
+                if beside is not None:
+                    losses = losses._replace(beside=self._learn_class(beside.to(self._device), own_samples, samples))
+                judged.append(losses)
         own = SampleLosses(*(torch.cat(part) for part in zip(*judged, strict=True)))
         everyone = self._of_group(own, [len(positions) for positions in step.micro_batches(size)])
         masked, broken = self._prepare_gradients(clone.rule, everyone)
@@ -145,7 +161,7 @@ class LocalTraining:
 
     def _record(self, clone: Clone, step: Step, everyone: SampleLosses, broken: Tensor) -> None:
         self.judged = everyone
-        loss, timesteps, keep, _, members, noted = everyone
+        loss, timesteps, keep, _, members, noted, _ = everyone
         samples = replace(self._samples(loss, timesteps, members), noted=noted)
         clone.ledger.record(members, keep, loss, clone.rule.expected_loss(samples))
         clone.rule.update(samples)
@@ -176,7 +192,7 @@ class LocalTraining:
             # Rows of kept samples may hold anything, which must not reach a gradient even times 0.
             target = torch.where(keep.view(-1, *[1] * (prediction.ndim - 1)), seen.target, instead.target)
             total = (weight * weights * per_sample_loss(prediction, target)).sum() / samples
-            self._add_instead(total if self._scaler is None else self._scaler.scale(total))
+            self._add_apart(total, retain_graph=True)
         weighted = loss * weights
         total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
         if self._group.size > 1:
@@ -186,15 +202,42 @@ class LocalTraining:
         # Now that the activations are freed: another network's take their place.
         noted = rule.note(seen) if own else None
         noted = torch.full_like(seen.loss, torch.nan) if noted is None else noted
-        return SampleLosses(*(part[:own] for part in (seen.loss, seen.timesteps, keep, learns, seen.members, noted)))
+        beside = torch.zeros_like(seen.loss)
+        parts = (seen.loss, seen.timesteps, keep, learns, seen.members, noted, beside)
+        return SampleLosses(*(part[:own] for part in parts))
 
-    def _add_instead(self, total: Tensor) -> None:
-        """Adds the gradient of what skipped samples learn instead, which the number of kept ones must not rescale."""
-        parts = torch.autograd.grad(total, self._parameters, retain_graph=True, allow_unused=True)
-        if self._instead is None:
-            self._instead = [torch.zeros_like(parameter) for parameter in self._parameters]
-        used = [(sum_, part) for sum_, part in zip(self._instead, parts, strict=True) if part is not None]
+    def _learn_class(self, batch: MicroBatch, own: int, samples: int) -> Tensor:
+        """Adds w Σ l_j / (samples of the step) over class images to the gradient, w being `--prior_loss_weight`.
+
+        Takes the arguments of `_backward`.
+
+        Returns:
+            (own,) fp32, their unweighted losses.
+        """
+        if not own:
+            self._sums_apart()
+            return batch.noise.new_zeros(0)
+        # Not by DDP, which would average gradients with the last micro-batch's: these are summed once a step.
+        with calling_as_is(self._family, self._family.denoiser):
+            noised = self._noising(batch)
+            loss = per_sample_loss(noised.predict(), noised.target)
+        weighted = loss * self._family.objective.loss_weights(noised.timesteps, self._config.training.snr_gamma)
+        self._add_apart(self._config.prior.prior_loss_weight * weighted.sum() / samples)
+        return loss.detach()
+
+    def _add_apart(self, total: Tensor, retain_graph: bool = False) -> None:
+        """Adds the gradient of what the number of kept samples must not rescale."""
+        if self._scaler is not None:
+            total = self._scaler.scale(total)
+        parts = torch.autograd.grad(total, self._parameters, retain_graph=retain_graph, allow_unused=True)
+        used = [(sum_, part) for sum_, part in zip(self._sums_apart(), parts, strict=True) if part is not None]
         torch._foreach_add_([sum_ for sum_, _ in used], [part for _, part in used])
+
+    def _sums_apart(self) -> list[Tensor]:
+        """The sums of such gradients in this step, which begin at 0."""
+        if self._apart is None:
+            self._apart = [torch.zeros_like(parameter) for parameter in self._parameters]
+        return self._apart
 
     def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Samples]:
         """The prediction and the unweighted loss of each sample, with gradient, and what a skip rule sees of them."""
@@ -227,7 +270,7 @@ class LocalTraining:
         self._optimizer.zero_grad()
 
     def _prepare_gradients(self, rule: SkipRule, samples: SampleLosses) -> tuple[Tensor, Tensor]:
-        """Normalises by the kept samples, adds what the skipped ones learn instead, and clips.
+        """Normalises by the kept samples, adds what the skipped ones learn instead and the class images, and clips.
 
         Returns:
             masked: scalar fp32, 1 where the step must change nothing: nothing was learnt, or it is not finite.
@@ -237,21 +280,22 @@ class LocalTraining:
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         if not rule.is_off:
             torch._foreach_mul_(gradients, len(samples.keep) / samples.keep.sum().clamp(min=1))
-        if self._instead is not None:
-            self._group.all_reduce(self._instead)
-            used = zip(self._parameters, self._instead, strict=True)
+        if self._apart is not None:
+            self._group.all_reduce(self._apart)
+            used = zip(self._parameters, self._apart, strict=True)
             torch._foreach_add_(gradients, [part for parameter, part in used if parameter.grad is not None])
-            self._instead = None
+            self._apart = None
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._config.optimizer.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.optimizer.max_grad_norm, norm)
-        loss_is_finite = samples.loss.isfinite().all()
+        loss_is_finite = samples.loss.isfinite().all() & samples.beside.isfinite().all()
         finite = loss_is_finite & norm.isfinite()
         may_overflow = self._scaler._scale >= 1 if self._scaler is not None else torch.zeros_like(finite)
         broken = ~(finite | (loss_is_finite & may_overflow))
-        masked = (~finite | ~samples.learns.any()).to(torch.float32)
+        learns = samples.learns.any() | self._config.prior.is_on
+        masked = (~finite | ~learns).to(torch.float32)
         return masked, broken
 
     def park(self, clone: Clone) -> None:

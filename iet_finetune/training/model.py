@@ -14,6 +14,7 @@ from ..ensemble.trainable import Trainable
 from ..errors import UserError
 from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline, widen
 from ..lora.adapters import Adapter, add_adapter
+from ..lora.beginning import Beginning, begin_from
 from ..lora.formats import check_kohya
 from .compiling import compile_denoiser
 
@@ -30,12 +31,14 @@ class Model:
         family: the pipeline, behind what is particular to its kind.
         adapter: the LoRA layers of the denoiser, or None if all of it is trained.
         trainable: the tensors that are trained, live on the device.
+        beginning: what the adapter began from; None for an update of 0.
     """
 
     source: PipelineSource
     family: Family
     adapter: Adapter | None
     trainable: Trainable
+    beginning: Beginning | None = None
 
 
 def load_model(source: PipelineSource, config: Config, images: TrainingImages, pipeline: Any = None) -> Family:
@@ -52,11 +55,23 @@ def load_model(source: PipelineSource, config: Config, images: TrainingImages, p
 
 
 def prepare_model(
-    source: PipelineSource, family: Family, config: Config, accelerator: Accelerator, group: Group
+    source: PipelineSource,
+    family: Family,
+    config: Config,
+    accelerator: Accelerator,
+    group: Group,
+    beginning: Beginning | None = None,
 ) -> Model:
-    """Puts onto the device what training needs of the pipeline, with an adapter or compiled if the settings say so."""
-    adapter = _prepare_denoiser(source, family, config, accelerator, group)
-    return Model(source, family, adapter, Trainable(family.denoiser, buffers=adapter is None))
+    """Puts onto the device what training needs of the pipeline, with an adapter or compiled if the settings say so.
+
+    Args:
+        beginning: what the adapter begins from; None for an update of 0.
+
+    Raises:
+        UserError: the adapter cannot be that of `--lora_layers`, `--lora_format` or `--init_lora`.
+    """
+    adapter = _prepare_denoiser(source, family, config, accelerator, group, beginning)
+    return Model(source, family, adapter, Trainable(family.denoiser, buffers=adapter is None), beginning)
 
 
 def hand_back(model: Model, accelerator: Accelerator, device: torch.device) -> None:
@@ -92,7 +107,12 @@ def _check_format(config: Config, family: Family, adapter: Adapter) -> None:
 
 
 def _prepare_denoiser(
-    source: PipelineSource, family: Family, config: Config, accelerator: Accelerator, group: Group
+    source: PipelineSource,
+    family: Family,
+    config: Config,
+    accelerator: Accelerator,
+    group: Group,
+    beginning: Beginning | None,
 ) -> Adapter | None:
     # What is cached is not encoded again: the encoders stay on the host.
     family.place(accelerator.device, encoders=not config.data.cache_latents)
@@ -100,6 +120,8 @@ def _prepare_denoiser(
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
         _check_format(config, family, adapter)
+        if beginning is not None:
+            begin_from(adapter, family.denoiser_name, beginning)
         # What is rounded must be read again to be saved.
         if accelerator.mixed_precision in HALF and source.folder is not None:
             rounded = adapter.round_frozen(HALF[accelerator.mixed_precision])

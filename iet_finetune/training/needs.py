@@ -30,6 +30,8 @@ def need_of_run(
         policy.need(state_bytes(size, config.optimizer), placement, rank),
         need_of_mergers(config, trainable, adapter, ema, placement),
         *([ema.need(placement)] if ema is not None else []),
-        need_of_rule(config.chosen(SKIP_RULES)[0].load(), size, below),
+        need_of_rule(rule := config.chosen(SKIP_RULES)[0].load(), size, below),
+        # Gradients of class images are kept apart, where those of what skipped samples learn instead are too.
+        Need(device=size if config.prior.is_on and not rule.teaches() else 0),
     ]
     return sum(needs, Need())

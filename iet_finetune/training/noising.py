@@ -88,12 +88,19 @@ class Noising:
 @contextmanager
 def calling(family: Family, network: Network) -> Iterator[None]:
     """Inside, `family.predict` calls this network, without dropout if it is a module."""
-    own, family.network = family.network, network
-    try:
+    with calling_as_is(family, network):
         if isinstance(network, torch.nn.Module):
             with evaluating(network):
                 yield
         else:
             yield
+
+
+@contextmanager
+def calling_as_is(family: Family, network: Network) -> Iterator[None]:
+    """Inside, `family.predict` calls this network, in the mode that it is in."""
+    own, family.network = family.network, network
+    try:
+        yield
     finally:
         family.network = own

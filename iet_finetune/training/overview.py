@@ -10,14 +10,21 @@ from ..data.dataset import TrainingImages
 from ..families import Family
 from ..method.rules import SkipRule
 from ..method.schedule import Schedule
+from .class_images import ClassImages
 from .data import Found
 from .tracking import tensorboard_command
 
 UNREADABLE = "unreadable_images.txt"
 
 
-def overview(config: Config, found: Found, schedule: Schedule, family: Family) -> Iterator[str]:
-    """What a run has and does, in lines."""
+def overview(
+    config: Config, found: Found, schedule: Schedule, family: Family, beside: ClassImages | None = None
+) -> Iterator[str]:
+    """What a run has and does, in lines.
+
+    Args:
+        beside: its class images, once they are there.
+    """
     images = found.images
     distinct = len(images) - images.num_duplicates
     count = count_in_words(len(images), distinct, "distinct")
@@ -28,6 +35,8 @@ def overview(config: Config, found: Found, schedule: Schedule, family: Family) -
         yield f"left out {len(images.unreadable)} images that cannot be read, listed in {UNREADABLE}"
     if len(found.left_out.images):
         yield found.left_out.words
+    if beside is not None:
+        yield f"class images: {beside.words}"
     if family.reader is not None:
         yield f"captions: {_captions(images, family)}"
     if (cut := cut_in_words(images, config.data.resolution)) is not None:
@@ -43,7 +52,7 @@ def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: F
     if config.training.smoke:
         return
     yield from doubts_of_pixels(images, config.data.resolution)
-    if family.needs_captions and config.data.default_caption is None:
+    if family.needs_captions and config.data.usual_caption is None:
         yield from doubts_of_captions(images)
     doubt = doubt_of_rule(config, schedule, family)
     if doubt is not None:

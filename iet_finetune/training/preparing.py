@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from ..audit.flags import check_audit
 from ..config.config import Config
+from ..config.identity import check_flags
 from ..distributed.groups import Ranks
 from ..ensemble.checkpoint import Checkpoint, CheckpointStore
 from ..errors import warn
@@ -63,6 +64,9 @@ def prepare(
         check_audit(config)
     store = CheckpointStore(output, config.checkpoint.checkpoints_total_limit, ranks)
     checkpoint = open_checkpoint(store, ranks, config.checkpoint.resume_from_checkpoint)
+    if checkpoint is not None and config.prior.is_on:
+        # Class images that are drawn with other flags would be there to stay.
+        check_flags(checkpoint.manifest["identity"], config, str(checkpoint.path))
     data, model, run = assemble(config, accelerator, ranks, **objects, entering=entering)
     if checkpoint is not None:
         restore(checkpoint, config, data, run)

@@ -20,7 +20,7 @@ from ..method.schedule import Step, Wave
 from ..publish import outputs
 from .callbacks import Callback, CheckpointFacts, ImagesFacts, RoundFacts
 from .device_memory import out_of_memory_explained
-from .finish import finish
+from .finish import finish, save_round
 from .interrupts import Interrupts, how_to_go_on
 from .model import hand_back
 from .overview import doubt_of_rule
@@ -128,6 +128,7 @@ class Trainer:
         self._call("on_run_begin", run_facts(self.data, self.run, self.output, self._total_rounds))
         self._draw(0)
         if not self.ensemble.in_midst_of_round:
+            self.save_round(again=False)
             self.draw()
         for _ in self.rounds():
             self._enter("looking")
@@ -147,6 +148,7 @@ class Trainer:
             self._enter("saving")
             self.save_checkpoint(self.ensemble.step)
             self._interrupts.end_if_asked()
+            self.save_round(again=True)
             self.draw()
         self.keep_best()
 
@@ -244,6 +246,11 @@ class Trainer:
         if self.validation.is_missing(best.round):
             self.ensemble.load_result()
             self._draw(best.round)
+
+    def save_round(self, *, again: bool) -> None:
+        """Saves what the merged round has made, if `--save_every_rounds` asks for it; unless `again`, not twice."""
+        if self.ranks.is_main:
+            save_round(self.config, self.data, self.model, self.run, again=again)
 
     def draw(self) -> None:
         """Draws the validation images of the merged denoiser, if this round is to have some."""

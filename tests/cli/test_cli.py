@@ -108,9 +108,7 @@ def test_an_interrupt_says_how_to_go_on(capsys):
         ("tokenization_utils_base", "Token indices sequence length is longer than the specified maximum (17 > 16)."),
     ],
 )
-def test_what_transformers_says_to_nobody_here_is_not_shown_but_its_other_warnings_are(
-    caplog, module, warning
-):
+def test_what_transformers_says_to_nobody_here_is_not_shown_but_its_other_warnings_are(caplog, module, warning):
     log = logging.getLogger(f"transformers.{module}")
     assert cli.run(lambda: log.warning(warning)) == 0
     assert cli.run(lambda: log.warning("something else")) == 0

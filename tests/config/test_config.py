@@ -17,6 +17,8 @@ SPECS = {spec.name: spec for _, group in GROUPS.values() for spec in flag_specs(
 # Flags of LoRA, which need `use_lora`; one of them is always refused.
 ADAPTER = [spec.name for spec in flag_specs(GROUPS["adapter"][1])]
 REFUSED = "use_dora"
+# Flags of prior preservation, which need `class_prompt`.
+PRIOR = [spec.name for spec in flag_specs(GROUPS["prior"][1])]
 # Flags by the skip rule without which they are refused.
 OF_RULES = {rule: [spec.name for spec in flag_specs(GROUPS[rule][1])] for rule in ("agc", "guard", "calibrated_agc")}
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
@@ -78,6 +80,10 @@ def configs(draw: st.DrawFn) -> Config:
         flags = {name: value for name, value in flags.items() if name not in OF_RULES[rule]}
     if flags.get("stop_when", "end") != "auto":
         flags.pop("stop_patience", None)
+    if names & set(PRIOR):
+        flags["class_prompt"] = f"a {flags.get('class_prompt') or 'dog'}"
+    if flags.get("default_caption") is not None:
+        flags.pop("instance_prompt", None)
     if flags.get("guard_levels") == ():
         flags.pop("guard_levels")
     stratified = flags.get("shard_strategy") == "stratified"
@@ -148,6 +154,7 @@ def test_every_flag_can_be_given(name):
     flags = {spec.name: [value] if spec.many else value}
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
+    flags |= {"class_prompt": "x"} if name in PRIOR else {}
     flags |= {"stop_when": "auto"} if name == "stop_patience" else {}
     flags |= next(({"skip_rule": rule} for rule in ("guard", "calibrated_agc") if name in OF_RULES[rule]), {})
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
@@ -202,7 +209,7 @@ BELOW_ONE = {
     "total_train_steps",
     "num_validation_images",
     *("validation_rounds", "validation_inference_steps", "checkpointing_steps", "checkpoints_total_limit"),
-    *("logging_steps", "max_sequence_length"),
+    *("logging_steps", "max_sequence_length", "save_every_rounds"),
 }
 BELOW_ZERO = {
     *("dataloader_num_workers", "seed", "learning_rate", "lr_warmup_steps", "adam_weight_decay", "adam_epsilon"),
@@ -249,6 +256,7 @@ def test_the_ends_of_a_range_are_in_it(name, value):
         {"train_data_dir": "cats", "dataset_name": "dogs"},
         {"merge_every_epochs": 1, "merge_every_steps": 1},
         {"max_train_steps": 1, "total_train_steps": 1},
+        {"default_caption": "a", "instance_prompt": "b"},
         {"shard_strategy": "stratified"},
         {"shard_by_column": "label"},
     ],

@@ -18,6 +18,8 @@ from iet_finetune.publish.upload_list import public_flags
 
 SOURCES = ("--pretrained_model_name_or_path", "sd", "--train_data_dir", "cats")
 PLACES = sorted(spec.name for spec in all_flags().values() if spec.is_place)
+# Flags without which a place is refused.
+NEEDED = {"class_data_dir": {"class_prompt": "a dog"}, "init_lora": {"use_lora": True}}
 ODD = ["exp:1e-4", "a b", "#1", "50%20", "?", "[x]", "{a,b}", 'it\'s "it"', "a::b", "s3://x", "$HOME", "a~"]
 ODD += [unicodedata.normalize(form, "ä") for form in ("NFC", "NFD")]
 
@@ -41,8 +43,16 @@ def test_every_flag_that_may_name_a_file_or_folder_counts_as_a_place():
     assert (
         sorted(
             [
-                *("base_config", "cache_dir", "clip_model", "dataset_name", "features", "generated_dir"),
-                "holdout_data_dir",
+                *(
+                    "base_config",
+                    "cache_dir",
+                    "class_data_dir",
+                    "clip_model",
+                    "dataset_name",
+                    "features",
+                    "generated_dir",
+                ),
+                *("holdout_data_dir", "init_lora"),
                 *(
                     "logging_dir",
                     "model_config",
@@ -62,12 +72,13 @@ def test_every_flag_that_may_name_a_file_or_folder_counts_as_a_place():
 def test_a_tilde_is_the_home_folder_wherever_it_is_written(home, name):
     value = ["~/a b"] if all_flags()[name].many else "~/a b"
     file = home / "run.yaml"
-    file.write_text(yaml.safe_dump({name: value}), encoding="utf-8")
+    flags = {name: value, **NEEDED.get(name, {})}
+    file.write_text(yaml.safe_dump(flags), encoding="utf-8")
     ways = {
-        "python": Config.from_flags(**{name: value}),
+        "python": Config.from_flags(**flags),
         "file": Config.layered({"config": "~/run.yaml"}),
-        "command line": Config.layered({name: value}),
-        "below": Config.layered({}, {name: value}),
+        "command line": Config.layered(flags),
+        "below": Config.layered({}, flags),
     }
     expected = [f"{home}/a b"] if all_flags()[name].many else f"{home}/a b"
     assert {way: config.to_flags()[name] for way, config in ways.items()} == dict.fromkeys(ways, expected)

@@ -73,7 +73,7 @@ def test_the_whole_run_from_python_works_and_the_result_loads(tmp_path, monkeypa
     tree = re.search(r"```\nmy_model/\n(.*?)```", README, flags=re.DOTALL)[1]
     named = re.findall(r"^    ([\w.]+(?:, [\w.]+)*)", tree, flags=re.MULTILINE)
     for name in [name for line in named for name in line.split(", ")]:
-        assert (tmp_path / "my_model" / name).exists() or name in ("validation", "checkpoint"), name
+        assert (tmp_path / "my_model" / name).exists() or name in ("validation", "rounds", "checkpoint"), name
 
 
 def test_the_run_with_objects_and_a_callback_works_as_shown(tmp_path, monkeypatch, capsys):

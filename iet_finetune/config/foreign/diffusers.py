@@ -2,7 +2,6 @@
 
 from .answers import Trainer, renamed, same, unneeded, unsupported
 
-_PRIOR = unsupported("put images of the class, with captions of their own, among the training images")
 _BIAS = unsupported("`--snr_gamma` weighs noise levels, by another rule")
 _PRODIGY = unsupported("AdamW is the only optimizer")
 _ATTENTION = unneeded("torch's own attention is used")
@@ -36,17 +35,17 @@ DIFFUSERS = Trainer(
         "caption_column": same(),
         "max_train_samples": same(),
         "instance_data_dir": renamed("train_data_dir"),
-        "instance_prompt": renamed("default_caption", "for images without a caption of their own"),
+        "instance_prompt": same("for images without a caption of their own"),
         "repeats": unsupported(
             "raise `--num_train_epochs`, or name the folder `10_dog` and give `--caption_from folder`"
         ),
-        "class_data_dir": _PRIOR,
-        "class_prompt": _PRIOR,
-        "with_prior_preservation": _PRIOR,
-        "prior_loss_weight": _PRIOR,
-        "prior_generation_precision": _PRIOR,
-        "num_class_images": _PRIOR,
-        "sample_batch_size": _PRIOR,
+        "class_data_dir": same("all its images are used, and `class_images` in `--output_dir` if not given"),
+        "class_prompt": same(),
+        "with_prior_preservation": unneeded("`--class_prompt` is enough"),
+        "prior_loss_weight": same(),
+        "prior_generation_precision": unneeded("class images are drawn in the precision of training"),
+        "num_class_images": same(),
+        "sample_batch_size": unneeded("class images are always drawn four at a time"),
         "resolution": same("512 if not given, where the SDXL scripts have 1024"),
         "center_crop": same("without it, an image is cropped at one random place in all passes"),
         "random_flip": same(),

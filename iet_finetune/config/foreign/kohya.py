@@ -7,7 +7,6 @@ _STEPS = "counts the steps of all clones, and what it writes is for resuming"
 _BUCKETS = unsupported("images are cropped to squares of `--resolution`")
 _TAGS = unsupported("write several captions into a text file, a line each, and one is drawn at each visit")
 _ATTENTION = unneeded("torch's own attention is used")
-_PRIOR = unsupported("put images of the class, with captions of their own, among the training images")
 _TEXT_ENCODER = unsupported("only the denoiser is trained, text encoders stay as they are")
 _FP32 = unsupported("weights are trained in fp32, and `--mixed_precision bf16` computes in bf16")
 _FROZEN = unsupported("with `--use_lora`, `--mixed_precision bf16` stores the frozen weights in bf16")
@@ -38,7 +37,9 @@ KOHYA = Trainer(
         "network_alpha": renamed("lora_alpha", "together with `--use_lora`, the rank if not given, and not 1"),
         "network_dropout": renamed("lora_dropout", "together with `--use_lora`"),
         "network_args": unsupported("`--lora_layers` names the layers that get an adapter"),
-        "network_weights": unsupported("fuse the LoRA file into the pipeline, save that, and give its folder"),
+        "network_weights": renamed(
+            "init_lora", "together with `--use_lora` and the `--rank` of the file, or a higher one"
+        ),
         "network_train_unet_only": unneeded("only the denoiser is ever trained"),
         "network_train_text_encoder_only": _TEXT_ENCODER,
         "scale_weight_norms": unsupported("`--adam_weight_decay` keeps weights small"),
@@ -52,8 +53,8 @@ KOHYA = Trainer(
         "config_file": renamed("config", "a YAML file with the flags of this program"),
         "in_json": unneeded("a file metadata.json in `--train_data_dir` is read"),
         "dataset_repeats": unsupported("raise `--num_train_epochs`"),
-        "reg_data_dir": _PRIOR,
-        "prior_loss_weight": _PRIOR,
+        "reg_data_dir": renamed("class_data_dir", "together with `--class_prompt`, the caption of those without one"),
+        "prior_loss_weight": same("together with `--class_prompt`"),
         "caption_extension": unneeded(".txt and .caption files beside the images are read"),
         "shuffle_caption": _TAGS,
         "keep_tokens": _TAGS,
@@ -127,7 +128,7 @@ KOHYA = Trainer(
         "lr_scheduler_power": unsupported("the power is 1"),
         "max_grad_norm": same(),
         # What a run keeps and shows.
-        "save_every_n_epochs": renamed("checkpointing_steps", _STEPS),
+        "save_every_n_epochs": renamed("save_every_rounds", _ROUNDS),
         "save_every_n_steps": renamed("checkpointing_steps", _STEPS),
         "save_last_n_epochs": renamed("checkpoints_total_limit"),
         "save_last_n_steps": renamed("checkpoints_total_limit"),

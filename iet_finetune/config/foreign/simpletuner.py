@@ -46,7 +46,7 @@ SIMPLETUNER = Trainer(
         "lycoris_config": unsupported("adapters are LoRA as in peft, not LyCORIS"),
         "lora_format": same("takes `kohya` in place of `comfyui`, and if not given, names that most tools match"),
         "lora_init_type": unsupported("A begins random and B at 0, as in peft"),
-        "init_lora": unsupported("fuse the LoRA file into the pipeline, save that, and give its folder"),
+        "init_lora": same("together with `--use_lora` and the `--rank` of the file, or a higher one"),
         "flux_lora_target": renamed("lora_layers", "takes the names of the layers"),
         "peft_lora_target_modules": renamed("lora_layers", "takes the names of the layers, separated by commas"),
         "use_dora": same("refused, as clones could not be merged exactly"),
@@ -55,7 +55,7 @@ SIMPLETUNER = Trainer(
         "caption_strategy": unneeded(
             "captions are read from tables and text files, and `--caption_from folder` takes the folder's name"
         ),
-        "instance_prompt": renamed("default_caption", "for images without a caption of their own"),
+        "instance_prompt": same("for images without a caption of their own"),
         "only_instance_prompt": _CAPTIONS,
         "prepend_instance_prompt": _CAPTIONS,
         "parquet_caption_column": renamed("caption_column"),

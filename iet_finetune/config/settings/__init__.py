@@ -10,6 +10,7 @@ from .method import AGCConfig as AGCConfig
 from .method import CalibratedConfig as CalibratedConfig
 from .method import EnsembleConfig as EnsembleConfig
 from .method import GuardConfig as GuardConfig
+from .prior import PriorConfig as PriorConfig
 from .results import AuditConfig as AuditConfig
 from .results import CheckpointConfig as CheckpointConfig
 from .results import HubConfig as HubConfig

@@ -129,6 +129,14 @@ class DataConfig:
         scope="public",
         audit="run",
     )
+    instance_prompt: str | None = other(
+        None,
+        "The same, as DreamBooth's scripts call it.",
+        needs="captions",
+        scope="public",
+        instead_of="default_caption",
+        audit="run",
+    )
     caption_from: str = other(
         "files",
         "folder: the name of its folder is the caption of an image without another one. A name such as `10_sks dog` "
@@ -217,6 +225,10 @@ class DataConfig:
             self.train_data_dir is None or self.dataset_name is None,
             "`--train_data_dir` and `--dataset_name` cannot both be given: choose one source of images.",
         )
+        require(
+            self.default_caption is None or self.instance_prompt is None,
+            "`--default_caption` and `--instance_prompt` are the same and cannot both be given: choose one.",
+        )
         require(self.resolution >= 8, f"`--resolution` must be at least 8 pixels, not {self.resolution}.")
         at_least_one("max_train_samples", self.max_train_samples)
         at_least_one("max_image_pixels", self.max_image_pixels)
@@ -225,3 +237,8 @@ class DataConfig:
             0 <= self.holdout_fraction < 1, f"`--holdout_fraction` must be in [0, 1), not {self.holdout_fraction}."
         )
         not_negative("dataloader_num_workers", self.dataloader_num_workers)
+
+    @property
+    def usual_caption(self) -> str | None:
+        """The caption of images without another one, `--default_caption` or `--instance_prompt`; None if not given."""
+        return self.default_caption if self.instance_prompt is None else self.instance_prompt

@@ -87,6 +87,13 @@ class AdapterConfig:
         scope="public",
     )
     use_rslora: bool = fixed(False, "Multiply by alpha / sqrt(r) instead, as rsLoRA does.")
+    init_lora: str | None = other(
+        None,
+        "LoRA file, or a folder that holds one, whose update the adapter begins with; of any format, and of `--rank` "
+        "at most.",
+        scope="local",
+        smoke=None,
+    )
     use_dora: bool = other(False, "Refused: a DoRA update is not low-rank, so clones could not be merged exactly.")
     lora_merge: str = fixed(
         "exact",

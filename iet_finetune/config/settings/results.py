@@ -107,6 +107,10 @@ class CheckpointConfig:
         500, "Write a checkpoint every this many steps of all clones, and at every merge."
     )
     checkpoints_total_limit: int | None = other(None, "How many checkpoints to keep; all if not given.", smoke=1)
+    save_every_rounds: int | None = other(
+        None,
+        "Save the pipeline or LoRA file after every this many rounds, too, in `rounds` in `--output_dir`.",
+    )
     resume_from_checkpoint: str | None = other(
         None,
         'Checkpoint folder to go on from, or "latest" (which starts anew if there is none).',
@@ -118,6 +122,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         at_least_one("checkpointing_steps", self.checkpointing_steps)
         at_least_one("checkpoints_total_limit", self.checkpoints_total_limit)
+        at_least_one("save_every_rounds", self.save_every_rounds)
 
 
 @dataclass(frozen=True)
