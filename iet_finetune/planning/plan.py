@@ -100,9 +100,10 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     placement = Placement.plan(config.ensemble.num_shards, ranks.all)
     source, machine = find_pipeline(config.model), Machine.this_one(config.output_path, ranks)
     found = find_images(config, family_class(source, config.model).needs_captions)
-    _, schedule = split(config, found.images)
+    split(config, found.images)  # raises an error where that cannot be, before anything takes time
     trial = try_out(config, found, placement)
     assert trial.family is not None
+    _, schedule = split(config, found.images, trial.family.buckets(config.data))
     about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
         about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from ..config.config import Config
 from ..config.identity import common_flags, run_identity
 from ..config.registry import SKIP_RULES
+from ..data.buckets import numbers_of
 from ..distributed.groups import Group, Placement, Ranks
 from ..ensemble.across_rounds import POLICIES
 from ..ensemble.budget import Need, check_memory
@@ -91,14 +92,19 @@ def assemble(
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
         needs_captions = family_class(source, config.model).needs_captions
         found = find_images(config, needs_captions, dataset, heldout_images)
-    indices, schedule = split(config, found.images)
+    split(config, found.images)  # raises an error where that cannot be, before anything is loaded
     entering("loading")
     with ranks.first_on_machine():
         if ranks.local_rank == 0:
             # For all ranks of the machine, before any of them takes memory.
             check_room(config, source, placement, ranks, accelerator.device)
         family = load_model(source, config, found.images, pipeline)
-    latent_shape = family.latent_shape(config.data.resolution)
+    family.latent_shape(config.data.resolution)  # raises an error where images of that size cannot be drawn
+    buckets = family.buckets(config.data)
+    latent_shapes = {size: family.latent_shape_of(size) for size in buckets.sizes}
+    for each in (found.images, found.watched):
+        numbers_of(each, buckets)  # raises an error where an image is too small
+    indices, schedule = split(config, found.images, buckets)
     identity = run_identity(config, found.images.fingerprint, family.fingerprint())
     if compares_with(config):
         identity["the held-out images"] = found.watched.fingerprint
@@ -108,7 +114,7 @@ def assemble(
         # Before anything takes time.
         print(*source.notes, *overview(config, found, schedule, family), sep="\n", flush=True)
     entering("encoding")
-    shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device)
+    shards = read_shards(config, family, found.images, indices, buckets, latent_shapes, ranks, accelerator.device)
     if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
         # Only the main rank draws and saves, and held-out images alone are encoded later.
         family.drop_encoders()
@@ -119,7 +125,8 @@ def assemble(
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
     if config.training.compile:
         mine = placement.shards_of(ranks.rank)
-        run.local.check_compiled(shards[mine[0]], TOLERANCE[accelerator.mixed_precision])
+        first = schedule.steps(mine[0], 0, 1)
+        run.local.check_compiled(shards[mine[0]], first, TOLERANCE[accelerator.mixed_precision])
     return data, model, run
 
 

@@ -1,5 +1,6 @@
 """The images of a run: loaded, split into shards, scheduled, and made ready to be read."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ from ..cache.caching import encode_data
 from ..config.config import Config
 from ..config.registry import SHARDINGS, SKIP_RULES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
+from ..config.sizes import Size
+from ..data.buckets import Buckets, numbers_of
 from ..data.dataset import TrainingImages, load_images
 from ..data.dedup import LeftOut, nothing_left_out, without_copies
-from ..data.loader import Shard
+from ..data.loader import Shape, Shard
 from ..data.transforms import ImageTransform
 from ..distributed.groups import Ranks
 from ..errors import UserError
@@ -100,11 +103,16 @@ def compares_with(config: Config) -> int:
     return max(of_rule, LEAST_HELDOUT if config.training.stop_when == "auto" else 0)
 
 
-def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
+def split(
+    config: Config, images: TrainingImages, buckets: Buckets | None = None
+) -> tuple[tuple[np.ndarray, ...], Schedule]:
     """Which images are in each shard, and the schedule that follows from the shards' sizes.
 
+    Args:
+        buckets: the sizes of images, which follow from the pipeline; None if all have one.
+
     Raises:
-        UserError: the sharding leaves images out, or uses them twice.
+        UserError: the sharding leaves images out or uses them twice, or an image is too small for every size.
     """
     entry, settings = config.chosen(SHARDINGS)
     clones, seed = config.ensemble.num_shards, config.training.seed
@@ -113,7 +121,7 @@ def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...
         indices = checked_shards(parts, len(images), clones)
     except ValueError as error:
         raise UserError(f"`--shard_strategy {entry.name}`: {error}.") from None
-    return indices, _schedule(config, tuple(len(part) for part in indices))
+    return indices, _schedule(config, images, indices, buckets)
 
 
 def _check_enough(config: Config, images: int, watched: int) -> None:
@@ -131,16 +139,23 @@ def _check_enough(config: Config, images: int, watched: int) -> None:
         )
 
 
-def _schedule(config: Config, shard_sizes: tuple[int, ...]) -> Schedule:
-    training, ensemble = config.training, config.ensemble
+def _schedule(
+    config: Config, images: TrainingImages, indices: tuple[np.ndarray, ...], buckets: Buckets | None
+) -> Schedule:
+    training, ensemble, bucket_sizes = config.training, config.ensemble, None
+    if buckets is not None and len(buckets.sizes) > 1:
+        numbers = numbers_of(images, buckets)
+        bucket_sizes = tuple(tuple(np.bincount(numbers[part]).tolist()) for part in indices)
     return Schedule.plan(
-        shard_sizes,
+        tuple(len(part) for part in indices),
         training.train_batch_size * training.gradient_accumulation_steps,
         num_train_epochs=training.num_train_epochs,
         max_train_steps=training.max_train_steps,
         total_train_steps=training.total_train_steps,
         merge_every_epochs=ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS,
         merge_every_steps=ensemble.merge_every_steps,
+        bucket_sizes=bucket_sizes,
+        seed=training.seed,
     )
 
 
@@ -149,20 +164,22 @@ def read_shards(
     family: Family,
     images: TrainingImages,
     indices: tuple[np.ndarray, ...],
-    latent_shape: tuple[int, int, int],
+    buckets: Buckets,
+    latent_shapes: Mapping[Size, Shape],
     ranks: Ranks,
     device: torch.device,
 ) -> list[Shard]:
     """What the clones read; encodes the data if it is to be cached, while nothing else is on the device.
 
     Args:
-        latent_shape: (C, H, W) of an image's latent.
+        buckets: the sizes of images.
+        latent_shapes: of each (width, height) (C, H, W) of its latent.
 
     Raises:
         UserError: an image cannot be read.
     """
     transform = ImageTransform(
-        config.data.resolution,
+        buckets,
         center_crop=config.data.center_crop,
         interpolation=config.data.image_interpolation_mode,
         seed=config.training.seed,
@@ -179,9 +196,10 @@ def read_shards(
             config.data,
             number=number,
             seed=config.training.seed,
-            latent_shape=latent_shape,
+            latent_shapes=latent_shapes,
             noise_offset=config.training.noise_offset,
             encoded=encoded,
+            samples_per_step=config.training.train_batch_size * config.training.gradient_accumulation_steps,
         )
         for number, part in enumerate(indices)
     ]
