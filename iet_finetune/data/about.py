@@ -35,11 +35,9 @@ def cut_in_words(images: TrainingImages, buckets: Buckets) -> str | None:
     shares = shares_cut(images, buckets)
     if shares is None or not shares.any():
         return None
-    one = (
-        f"to make {in_words(buckets.sizes[0])} of them" if len(buckets.sizes) == 1 else "to bring them to their sizes"
-    )
+    single = f"make {in_words(buckets.sizes[0])} of them" if len(buckets.sizes) == 1 else None
     return (
-        f"{shares.mean():.0%} of the pixels are cut off {one}, "
+        f"{shares.mean():.0%} of the pixels are cut off to {single or 'bring them to their sizes'}, "
         f"{shares.max():.0%} of `{images.names[int(shares.argmax())]}`"
     )
 
