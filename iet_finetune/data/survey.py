@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..config.settings import DataConfig
+from ..config.sizes import named_sizes
 from ..errors import UserError
 from ..pages.page import embedded, render, write_page
 from .about import (
@@ -76,7 +77,7 @@ def survey(data: DataConfig, *, seed: int, cache_dir: str | None) -> Survey:
         UserError: all that is wrong with the data.
     """
     images, captions = _load(data, seed, cache_dir)
-    buckets = chosen_buckets(data, USUAL_MULTIPLE)
+    buckets = chosen_buckets(data, USUAL_MULTIPLE if named_sizes(data.aspect_ratio_buckets) is None else 1)
     numbers_of(images, buckets)  # raises an error where an image is too small
     representative, exact = find_copies(images, "near", data.resolution, cache_dir)
     members: dict[int, list[int]] = defaultdict(list)

@@ -13,6 +13,8 @@ from ..errors import UserError, one_line
 TOLERANCE = {"no": 0.01, "bf16": 0.1, "fp16": 0.1}
 # Graphs of one function, one for each width and kind of batch. With more torch would go on uncompiled.
 _MOST_GRAPHS = 64
+# torch's own limit for all functions together.
+_MOST_IN_ALL = 256
 
 
 def compile_denoiser(denoiser: nn.Module, *, backward_twice: bool = False, sizes: int = 1) -> None:
@@ -31,9 +33,8 @@ def compile_denoiser(denoiser: nn.Module, *, backward_twice: bool = False, sizes
         # Otherwise the first pass overwrites what the forward pass has saved.
         torch._functorch.config.donated_buffer = False
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS * sizes
-    if sizes > 1:
-        torch._dynamo.config.automatic_dynamic_shapes = False
-        torch._dynamo.config.accumulated_recompile_limit = max(256, _MOST_GRAPHS * sizes)
+    torch._dynamo.config.accumulated_recompile_limit = max(_MOST_IN_ALL, _MOST_GRAPHS * sizes)
+    torch._dynamo.config.automatic_dynamic_shapes = sizes == 1
     model: Any = denoiser
     if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks()
