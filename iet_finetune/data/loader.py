@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..method.bucketing import bucketed_order
 from ..method.schedule import Step
 from ..method.seeding import SampleDraws, pass_order, sample_draws
-from .buckets import numbers_of, size_of
+from .buckets import size_of
 from .dataset import TrainingImages
 from .encoded import Encoded, EncodedData
 from .transforms import ImageTransform
@@ -170,7 +170,7 @@ class Shard(Dataset):
             if self.encoded is not None:
                 encoded, place = self.encoded(index, flip, caption)
             else:
-                pixel_values, place = self._transform.load(self.images, index, flip)
+                pixel_values, place = self._transform.at(self.size(index)).load(self.images, index, flip)
         except UserError as error:
             # Returned as a value: a worker process would wrap an exception in its own traceback.
             return error
@@ -192,10 +192,12 @@ class Shard(Dataset):
         return self._order[1]
 
     def _new_order(self, pass_: int) -> np.ndarray:
-        if len(self._transform.buckets.sizes) == 1:
+        buckets = self._transform.buckets
+        if len(buckets.sizes) == 1:
             return pass_order(self._seed, self._number, pass_, len(self))
-        buckets = numbers_of(self.images.subset(self.indices), self._transform.buckets)
-        return bucketed_order(self._seed, self._number, pass_, buckets, self._samples_per_step)
+        assert self.images.sizes is not None
+        numbers = buckets.numbers(self.images.sizes[self.indices])
+        return bucketed_order(self._seed, self._number, pass_, numbers, self._samples_per_step)
 
     def _caption(self, index: int, draws: SampleDraws) -> str:
         if draws.caption_dropout < self._data.caption_dropout:

@@ -27,7 +27,7 @@ from ..errors import UserError
 from ..families import family_class, find_pipeline, source_of
 from ..method.rules import SkipRule
 from .compiling import TOLERANCE
-from .data import LEAST_HELDOUT, Data, compares_with, find_images, read_shards, split
+from .data import LEAST_HELDOUT, Data, compares_with, find_images, read_shards, schedule_of, split
 from .lending import Lender
 from .local import LocalTraining
 from .mergers import build_mergers
@@ -92,7 +92,7 @@ def assemble(
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
         needs_captions = family_class(source, config.model).needs_captions
         found = find_images(config, needs_captions, dataset, heldout_images)
-    split(config, found.images)  # raises an error where that cannot be, before anything is loaded
+    indices, schedule = split(config, found.images)
     entering("loading")
     with ranks.first_on_machine():
         if ranks.local_rank == 0:
@@ -104,7 +104,7 @@ def assemble(
     latent_shapes = {size: family.latent_shape_of(size) for size in buckets.sizes}
     for each in (found.images, found.watched):
         numbers_of(each, buckets)  # raises an error where an image is too small
-    indices, schedule = split(config, found.images, buckets)
+    schedule = schedule_of(config, found.images, indices, buckets)
     identity = run_identity(config, found.images.fingerprint, family.fingerprint())
     if compares_with(config):
         identity["the held-out images"] = found.watched.fingerprint

@@ -103,16 +103,11 @@ def compares_with(config: Config) -> int:
     return max(of_rule, LEAST_HELDOUT if config.training.stop_when == "auto" else 0)
 
 
-def split(
-    config: Config, images: TrainingImages, buckets: Buckets | None = None
-) -> tuple[tuple[np.ndarray, ...], Schedule]:
+def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
     """Which images are in each shard, and the schedule that follows from the shards' sizes.
 
-    Args:
-        buckets: the sizes of images, which follow from the pipeline; None if all have one.
-
     Raises:
-        UserError: the sharding leaves images out or uses them twice, or an image is too small for every size.
+        UserError: the sharding leaves images out, or uses them twice.
     """
     entry, settings = config.chosen(SHARDINGS)
     clones, seed = config.ensemble.num_shards, config.training.seed
@@ -121,7 +116,7 @@ def split(
         indices = checked_shards(parts, len(images), clones)
     except ValueError as error:
         raise UserError(f"`--shard_strategy {entry.name}`: {error}.") from None
-    return indices, _schedule(config, images, indices, buckets)
+    return indices, schedule_of(config, images, indices)
 
 
 def _check_enough(config: Config, images: int, watched: int) -> None:
@@ -139,9 +134,18 @@ def _check_enough(config: Config, images: int, watched: int) -> None:
         )
 
 
-def _schedule(
-    config: Config, images: TrainingImages, indices: tuple[np.ndarray, ...], buckets: Buckets | None
+def schedule_of(
+    config: Config, images: TrainingImages, indices: tuple[np.ndarray, ...], buckets: Buckets | None = None
 ) -> Schedule:
+    """When each clone steps and when the clones are merged.
+
+    Args:
+        indices: the images of each shard.
+        buckets: the sizes of images, which follow from the pipeline; None if all have one.
+
+    Raises:
+        UserError: an image is too small for every size.
+    """
     training, ensemble, bucket_sizes = config.training, config.ensemble, None
     if buckets is not None and len(buckets.sizes) > 1:
         numbers = numbers_of(images, buckets)
