@@ -54,7 +54,9 @@ def images_ready(clock: Clock, config: Any) -> str:
     ranks, device = groups.Ranks.alone(), import_module("torch").device("cpu")
 
     def first_batch() -> None:
-        shards = data.read_shards(config, None, found.images, indices, LATENT, ranks, device)
+        buckets = import_module("iet_finetune.data.buckets").Buckets.square(config.data.resolution)
+        latents = dict.fromkeys(buckets.sizes, LATENT)
+        shards = data.read_shards(config, None, found.images, indices, buckets, latents, ranks, device)
         visits = loader.Visits(schedule.steps(0, 0, 1), config.training.train_batch_size)
         next(iter(loader.micro_batches(shards[0], visits, num_workers=0, pin_memory=False)))
 

@@ -150,7 +150,7 @@ def test_a_planted_circle_is_found():
 
 
 # numpy's SeedSequence makes the random draws.
-PAPER = {Path("seeding.py"): {"numpy"}, Path("sharding.py"): {"numpy"}}
+PAPER = {Path(f"{name}.py"): {"numpy"} for name in ("bucketing", "seeding", "sharding")}
 
 
 def paper(file: Path, names: set[str]) -> bool:

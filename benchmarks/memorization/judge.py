@@ -259,7 +259,7 @@ def _losses(
         # Always a full batch: the bits of a loss may depend on its size.
         places = [min(place, len(pixels) - 1) for place in range(start, start + BATCH)]
         values = torch.from_numpy(pixels[places]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        sizes = torch.tensor([[size, size, 0, 0]] * BATCH)
+        sizes = torch.tensor([[size, size, 0, 0, size, size]] * BATCH)
         words, classes = [str(caption) for caption in captions[places]], torch.from_numpy(labels[places])
         part = image_losses(family, values, words, sizes, classes, draws, torch.device("cpu"))
         rows.append(part[: min(BATCH, len(pixels) - start)])

@@ -56,8 +56,8 @@ is in excess; – where plain training has none to lose:
 """
 
 ONCE_ONLY = f"""{UNIQUES} images of the two classes that the base has never seen, each in the data once: nothing can be
-left out. Some 150 passes. Beside plain training *stopped at the same quality*, all that was drawn, not only what is beyond
-held-out images:
+left out. Some 150 passes. Beside plain training *stopped at the same quality*, all that was drawn, not only what is
+beyond held-out images:
 """
 
 MUCH_LONGER = """Plain training of this set is best, by its held-out loss, after round {best} of those that were

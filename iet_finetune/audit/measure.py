@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..config.config import Config
+from ..data.buckets import numbers_of
 from ..data.dataset import TrainingImages
 from ..errors import UserError
 from .inputs.context import AuditContext
@@ -115,6 +116,8 @@ def _data(
         classes = (*(training.classes or (0,)), *(heldout.classes or ()))
         subject.family.take_classes(training.class_names, max(classes))
         subject.family.latent_shape(config.data.resolution)  # raises an error where it cannot be of that size
+        for images in (training, heldout):
+            numbers_of(images, subject.family.buckets(config.data))  # raises an error where one is too small
     grey = subject is not None and subject.is_grey
     return prepare(config, work, training, heldout, grey=grey), config
 

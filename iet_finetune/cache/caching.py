@@ -15,6 +15,8 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor
 
 from ..config.config import Config
+from ..config.sizes import Size
+from ..data.buckets import Buckets, in_words, numbers_of
 from ..data.dataset import TrainingImages
 from ..data.encoded import MEAN, PLACE, STD, EncodedData
 from ..data.rows import Places, Row, Rows, digests
@@ -49,16 +51,30 @@ def encode_data(
         UserError: an image cannot be read, or the cache folder cannot be written or is full.
     """
     folder, encoder = cache_folder(config.model.cache_dir), Encoder(family, config.training.train_batch_size, device)
-    image_rows = ImageRows(folder, family, encoder, device, images, transform, mirrored=config.data.random_flip)
-    complete(image_rows, ranks)
+    sizes, numbers = _by_size(images, transform.buckets)
+    places, rows = np.full((len(images), 2, 2), -1, dtype=np.int32), []
+    for number, size in enumerate(sizes):
+        own = np.flatnonzero(numbers == number) if len(sizes) > 1 else np.arange(len(images))
+        part, mirrored = images.subset(own) if len(sizes) > 1 else images, config.data.random_flip
+        image_rows = ImageRows(folder, family, encoder, device, part, transform.at(size), mirrored=mirrored)
+        complete(image_rows, ranks)
+        places[own] = image_rows.places
+        rows.append(image_rows.rows)
+    of_images = tuple(rows), numbers if len(sizes) > 1 else None, places
     if not family.needs_captions:
-        return EncodedData(image_rows.rows, image_rows.places, None, Places.nothing())
+        return EncodedData(*of_images, None, Places.nothing())
     texts = {text for captions in images.captions for text in captions}
     if config.data.caption_dropout:
         texts.add("")
     caption_rows = CaptionRows(folder, family, encoder, device, sorted(texts))
     complete(caption_rows, ranks)
-    return EncodedData(image_rows.rows, image_rows.places, caption_rows.rows, caption_rows.places)
+    return EncodedData(*of_images, caption_rows.rows, caption_rows.places)
+
+
+def _by_size(images: TrainingImages, buckets: Buckets) -> tuple[list[Size], np.ndarray]:
+    """The sizes that images have, and which of them is that of each image, (N,) int64."""
+    used, numbers = np.unique(numbers_of(images, buckets), return_inverse=True)
+    return [buckets.sizes[number] for number in used.tolist()], numbers
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -89,6 +105,7 @@ class ImageRows:
 
     Args:
         folder: the cache folder.
+        transform: of one size.
         encoder: the family's.
         mirrored: whether mirrored copies have rows too.
     """
@@ -106,6 +123,9 @@ class ImageRows:
         *,
         mirrored: bool,
     ) -> None:
+        ((width, height),) = transform.buckets.sizes
+        if width != height:
+            self.words = f"images of {in_words((width, height))}"
         facts = image_facts(family, encoder, transform, device)
         self.rows = Rows(folder, {**facts, "max_pixels": images.max_pixels})
         self._family = family

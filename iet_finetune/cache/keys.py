@@ -24,11 +24,16 @@ _PACKAGES = ("iet_finetune", "torch", "diffusers", "transformers", "tokenizers")
 
 
 def image_facts(family: Family, encoder: Encoder, transform: ImageTransform, device: torch.device) -> dict[str, Any]:
-    """Returns everything that image rows depend on besides the images and their crops."""
+    """Returns everything that image rows depend on besides the images and their crops.
+
+    Args:
+        transform: of images of one size, so that rows have one shape. Squares have the same rows in all runs.
+    """
+    (size,) = transform.buckets.sizes
     return {
         **_common_facts(family, encoder, device),
         "images": transform.scaling,
-        "latents": list(family.latent_shape(transform.resolution)),
+        "latents": list(family.latent_shape_of(size)),
         "models": _models(family, family.image_encoders),
     }
 

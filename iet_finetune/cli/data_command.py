@@ -13,7 +13,8 @@ from .parsing import PROGRAM
 
 FLAGS = (
     *("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "image_column", "caption_column"),
-    *("caption_from", "default_caption", "instance_prompt", "resolution", "center_crop", "image_interpolation_mode"),
+    *("caption_from", "default_caption", "instance_prompt", "resolution", "aspect_ratio_buckets", "upscale"),
+    *("center_crop", "image_interpolation_mode"),
     *("max_image_pixels", "skip_bad_images", "seed", "cache_dir"),
 )
 

@@ -1,9 +1,11 @@
-"""What is to be said of a set of images before it is trained on: sizes, what a square cuts off, and doubts."""
+"""What is to be said of a set of images before it is trained on: sizes, what is cut off, and doubts."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from .buckets import Buckets, in_words, shares_outside, targets
 from .dataset import TrainingImages
 
 
@@ -21,30 +23,53 @@ def sizes_in_words(images: TrainingImages) -> str:
     return f"{least} pixels" if least == most else f"{least} to {most} pixels"
 
 
-def shares_cut(images: TrainingImages) -> np.ndarray | None:
-    """(N,) which share of each image is cut off to make it square; None if sizes are not known, or there are none."""
+def shares_cut(images: TrainingImages, buckets: Buckets) -> np.ndarray | None:
+    """(N,) which share of each image is cut off to bring it to its size; None if sizes are not known, or no images."""
     if images.sizes is None or not len(images):
         return None
-    shares: np.ndarray = 1 - images.sizes.min(axis=1) / images.sizes.max(axis=1)
-    return shares
+    return shares_outside(images.sizes, targets(images.sizes, buckets))
 
 
-def cut_in_words(images: TrainingImages, resolution: int) -> str | None:
-    """How much of the images is cut off to make them square; None if nothing is, or sizes are not known."""
-    shares = shares_cut(images)
+def cut_in_words(images: TrainingImages, buckets: Buckets) -> str | None:
+    """How much of the images is cut off to bring them to their sizes; None if nothing is, or sizes are not known."""
+    shares = shares_cut(images, buckets)
     if shares is None or not shares.any():
         return None
+    single = f"make {in_words(buckets.sizes[0])} of them" if len(buckets.sizes) == 1 else None
     return (
-        f"{shares.mean():.0%} of the pixels are cut off to make {resolution} x {resolution} of them, "
+        f"{shares.mean():.0%} of the pixels are cut off to {single or 'bring them to their sizes'}, "
         f"{shares.max():.0%} of `{images.names[int(shares.argmax())]}`"
     )
 
 
-def doubts_of_pixels(images: TrainingImages, resolution: int) -> Iterator[str]:
+def buckets_in_words(images: TrainingImages, buckets: Buckets, most: int = 6) -> str | None:
+    """How many images are brought to which size; None where all have one, or their sizes are not known."""
+    if images.sizes is None or len(buckets.sizes) == 1:
+        return None
+    numbers = buckets.numbers(images.sizes)
+    counts = np.bincount(numbers, minlength=len(buckets.sizes))
+    order = [number for number in np.argsort(-counts, kind="stable").tolist() if counts[number]]
+    shown = order if len(order) <= most + 1 else order[:most]
+    words = ", ".join(f"{counts[number]} of {in_words(buckets.sizes[number])}" for number in shown)
+    others = order[len(shown) :]
+    rest = f", {counts[others].sum()} of {len(others)} other sizes" if others else ""
+    smaller = 0
+    if not buckets.upscale:
+        smaller = int((replace(buckets, upscale=True).numbers(images.sizes) != numbers).sum())
+    less = f"; {smaller} are smaller than the size of their shape, and have a smaller one" if smaller else ""
+    return f"{words}{rest}{less}"
+
+
+def doubts_of_pixels(images: TrainingImages, buckets: Buckets) -> Iterator[str]:
     """What makes little sense of sizes and brightness, in lines."""
-    if images.sizes is not None and (small := int((images.sizes.min(axis=1) * 2 < resolution).sum())):
+    small = 0
+    if images.sizes is not None and len(images):
+        small = int((images.sizes * 2 < targets(images.sizes, buckets)).any(axis=1).sum())
+    if small:
+        (width, height), several = buckets.sizes[0], len(buckets.sizes) > 1
+        wanted = f"`--resolution {width}`" if width == height and not several else "the size of their shape"
         yield (
-            f"{small} of {len(images)} images are less than half as large as `--resolution {resolution}`: they are "
+            f"{small} of {len(images)} images are less than half as large as {wanted}: they are "
             "blown up, and the model learns to draw blurred"
         )
     if images.narrow is not None and (narrow := int(images.narrow.sum())):

@@ -263,8 +263,8 @@ def _most_alike(small: np.ndarray, leading: np.ndarray) -> np.ndarray:
         here = slice(start, start + rows)
         earlier = plain[: start + len(plain[here])]
         alike = room[: len(plain[here]) * 2 * len(earlier)].view(-1, 2, len(earlier))
-        for side, pattern in enumerate((plain, mirrored)):
-            torch.mm(pattern[here], earlier.T, out=alike[:, side])
+        for place, pattern in enumerate((plain, mirrored)):
+            torch.mm(pattern[here], earlier.T, out=alike[:, place])
         later = torch.arange(len(earlier)) >= torch.arange(start, start + len(alike))[:, None]
         alike.masked_fill_(later[:, None], -1.0)
         best = alike.flatten(1).topk(min(tried, 2 * len(earlier)), dim=1)

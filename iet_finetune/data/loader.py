@@ -1,7 +1,7 @@
 """The micro-batches of a shard: images, captions and random draws of each visit, prefetched."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -12,12 +12,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config.settings import DataConfig
+from ..config.sizes import Size
 from ..errors import UserError
+from ..method.bucketing import bucketed_order
 from ..method.schedule import Step
 from ..method.seeding import SampleDraws, beside_draws, pass_order, sample_draws
+from .buckets import size_of
 from .dataset import TrainingImages
 from .encoded import Encoded, EncodedData
 from .transforms import ImageTransform
+
+Shape = tuple[int, int, int]
 
 
 class Visit(NamedTuple):
@@ -54,13 +59,14 @@ class MicroBatch(NamedTuple):
     """The inputs of one forward pass of a clone.
 
     Attributes:
-        pixel_values: (B, 3, R, R) fp32 in [-1, 1]; None with the cache.
+        pixel_values: (B, 3, R, R) fp32 in [-1, 1], or of another size than the square; None with the cache.
         encoded: the encoded images and captions; None without the cache.
         captions: B texts, "" for a dropped caption.
         noise, posterior_noise: (B, C, H, W) fp32.
         uniform: (B,) float64 in [0, 1) on the host, determines the timestep.
         members: (B,) int64, indices within the shard.
-        sizes: (B, 4) int64: height and width of the stored image; top and left of the crop (`ImageTransform.place`).
+        sizes: (B, 6) int64: height and width of the stored image; top and left of the crop (`ImageTransform.place`);
+            height and width of the crop.
         labels: (B,) int64, the class; 0 without `--class_column`.
     """
 
@@ -88,9 +94,10 @@ class Shard(Dataset):
     Args:
         images: the whole training data.
         indices: the images of the shard, int64.
-        latent_shape: (C, H, W) of the noise.
+        latent_shapes: (C, H, W) of the noise, by the (width, height) of an image.
         noise_offset: scale of noise that is constant over each channel.
         encoded: the cached rows of all images and captions; without them, images are read and captions passed on.
+        samples_per_step: of the schedule, for images of several sizes: those of a step have one.
 
     Attributes:
         beside: the class images to train beside the samples, at the same visits; None without prior preservation.
@@ -105,9 +112,10 @@ class Shard(Dataset):
         *,
         number: int,
         seed: int,
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Mapping[Size, Shape],
         noise_offset: float,
         encoded: EncodedData | None = None,
+        samples_per_step: int = 1,
     ) -> None:
         self.images = images
         self.indices = indices
@@ -115,9 +123,10 @@ class Shard(Dataset):
         self._data = data
         self._number = number
         self._seed = seed
-        self._latent_shape = latent_shape
+        self._latent_shapes = latent_shapes
         self._noise_offset = noise_offset
         self.encoded = encoded
+        self._samples_per_step = samples_per_step
         self.beside: BesideShard | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -134,7 +143,8 @@ class Shard(Dataset):
     def _drawn(self, visit: Visit) -> tuple[int, SampleDraws]:
         """Which member of the shard a visit is of, and its draws."""
         member = int(self._pass_order(visit.pass_)[visit.position])
-        return member, sample_draws(self._seed, self._number, visit.pass_, visit.position, self._latent_shape)
+        shape = self._latent_shape(int(self.indices[member]))
+        return member, sample_draws(self._seed, self._number, visit.pass_, visit.position, shape)
 
     def of_others(self, images: TrainingImages) -> "Shard":
         """Other images, all of them, read in the same way; they are not cached."""
@@ -142,9 +152,16 @@ class Shard(Dataset):
         other.images, other.indices, other.encoded = images, np.arange(len(images)), None
         return other
 
+    def size(self, index: int) -> Size:
+        """(width, height) in pixels of one of `images` as it is trained on."""
+        return size_of(self.images, index, self._transform.buckets)
+
+    def _latent_shape(self, index: int) -> Shape:
+        return self._latent_shapes[self.size(index)]
+
     def plain(self, index: int) -> "MicroBatch | UserError":
         """One of `images` with its first caption, not mirrored, and with noise of 0."""
-        zeros = np.zeros(self._latent_shape, dtype=np.float32)
+        zeros = np.zeros(self._latent_shape(index), dtype=np.float32)
         return self._read(index, 0, False, self.images.captions[index][0], zeros, zeros, 0.0)
 
     def _read(
@@ -160,9 +177,9 @@ class Shard(Dataset):
         pixel_values = encoded = None
         try:
             if self.encoded is not None:
-                encoded, sizes = self.encoded(index, flip, caption)
+                encoded, place = self.encoded(index, flip, caption)
             else:
-                pixel_values, sizes = self._transform.load(self.images, index, flip)
+                pixel_values, place = self._transform.at(self.size(index)).load(self.images, index, flip)
         except UserError as error:
             # Returned as a value: a worker process would wrap an exception in its own traceback.
             return error
@@ -174,14 +191,22 @@ class Shard(Dataset):
             torch.from_numpy(posterior),
             torch.tensor(uniform, dtype=torch.float64),
             torch.tensor(member),
-            sizes,
+            with_size(place, self.size(index)),
             torch.tensor(self.images.classes[index] if self.images.classes is not None else 0),
         )
 
     def _pass_order(self, pass_: int) -> np.ndarray:
         if self._order is None or self._order[0] != pass_:
-            self._order = (pass_, pass_order(self._seed, self._number, pass_, len(self)))
+            self._order = pass_, self._new_order(pass_)
         return self._order[1]
+
+    def _new_order(self, pass_: int) -> np.ndarray:
+        buckets = self._transform.buckets
+        if len(buckets.sizes) == 1:
+            return pass_order(self._seed, self._number, pass_, len(self))
+        assert self.images.sizes is not None
+        numbers = buckets.numbers(self.images.sizes[self.indices])
+        return bucketed_order(self._seed, self._number, pass_, numbers, self._samples_per_step)
 
     def _caption(self, index: int, draws: SampleDraws) -> str:
         if draws.caption_dropout < self._data.caption_dropout:
@@ -193,12 +218,17 @@ class Shard(Dataset):
 class BesideShard(Shard):
     """The class images that are trained beside one shard's samples: one at each visit, drawn anew each time.
 
-    Takes the arguments of `Shard`, `images` being the class images.
+    Takes the arguments of `Shard`, `images` being the class images, which all have one size.
     """
 
     def _drawn(self, visit: Visit) -> tuple[int, SampleDraws]:
         where = self._seed, self._number, visit.pass_, visit.position
-        return beside_draws(*where, self._latent_shape, len(self))
+        return beside_draws(*where, self._latent_shape(0), len(self))
+
+
+def with_size(place: Tensor, size: Size) -> Tensor:
+    """An image's `ImageTransform.place` (4,) and (width, height) as `Family.details` takes them, (6,) int64."""
+    return torch.cat([place, torch.tensor([size[1], size[0]])])
 
 
 def collate(samples: list["MicroBatch | UserError"]) -> "MicroBatch | UserError":

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from ..config.settings import DataConfig
+from ..config.sizes import named_sizes
 from ..errors import UserError
 from ..pages.page import embedded, render, write_page
 from .about import (
+    buckets_in_words,
     count_in_words,
     cut_in_words,
     doubts_of_captions,
@@ -22,6 +24,7 @@ from .about import (
     shares_cut,
     sizes_in_words,
 )
+from .buckets import chosen_buckets, in_words, numbers_of, shares_outside
 from .dataset import TrainingImages, load_images
 from .dedup import find_copies
 from .files import find_files, has_captions
@@ -30,6 +33,9 @@ from .transforms import ImageTransform
 TEMPLATE = Path(__file__).with_name("survey.html.jinja")
 # How many are shown at most: groups of copies, images of a group, crops, captions.
 MOST_GROUPS, MOST_OF_GROUP, MOST_CROPS, MOST_CAPTIONS = 40, 6, 12, 10
+
+# Of how many pixels sides are multiples where no model says it; a small one may take smaller steps.
+USUAL_MULTIPLE = 8
 
 Part = dict[str, Any]
 
@@ -43,7 +49,7 @@ class Survey:
         has_captions: whether there are any.
         groups: indices of images that show the same thing, the first one first; the largest groups first.
         exact: (N,) bool, whether an earlier image has the same pixels, as they are or mirrored.
-        transform: what makes squares of them.
+        transform: what brings them to the sizes of training.
         folder: that the images' names are shown without; None if they are in none.
     """
 
@@ -71,13 +77,15 @@ def survey(data: DataConfig, *, seed: int, cache_dir: str | None) -> Survey:
         UserError: all that is wrong with the data.
     """
     images, captions = _load(data, seed, cache_dir)
+    buckets = chosen_buckets(data, USUAL_MULTIPLE if named_sizes(data.aspect_ratio_buckets) is None else 1)
+    numbers_of(images, buckets)  # raises an error where an image is too small
     representative, exact = find_copies(images, "near", data.resolution, cache_dir)
     members: dict[int, list[int]] = defaultdict(list)
     for index, one in enumerate(representative.tolist()):
         members[one].append(index)
     groups = sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))
     transform = ImageTransform(
-        data.resolution, center_crop=data.center_crop, interpolation=data.image_interpolation_mode, seed=seed
+        buckets, center_crop=data.center_crop, interpolation=data.image_interpolation_mode, seed=seed
     )
     return Survey(images, captions, groups, exact, transform, data.train_data_dir)
 
@@ -108,7 +116,9 @@ def lines(found: Survey) -> Iterator[str]:
             "`--dedup near` trains on one of each"
         )
     yield f"captions: {_captions_in_words(found)}"
-    if (cut := cut_in_words(images, found.transform.resolution)) is not None:
+    if (sizes := buckets_in_words(images, found.transform.buckets)) is not None:
+        yield f"sizes: {sizes}"
+    if (cut := cut_in_words(images, found.transform.buckets)) is not None:
         yield f"crops: {cut}"
     yield from (f"look at: {doubt}" for doubt in _doubts(found))
 
@@ -121,7 +131,7 @@ def _captions_in_words(found: Survey) -> str:
 
 
 def _doubts(found: Survey) -> Iterator[str]:
-    yield from doubts_of_pixels(found.images, found.transform.resolution)
+    yield from doubts_of_pixels(found.images, found.transform.buckets)
     if found.has_captions:
         yield from doubts_of_captions(found.images)
 
@@ -139,7 +149,7 @@ def write_survey(path: Path, name: str, found: Survey) -> Path:
         groups=[_group(found, group) for group in found.groups[:MOST_GROUPS]],
         more=max(len(found.groups) - MOST_GROUPS, 0),
         crops=[_crop(found, index) for index in _most_cut(found)],
-        resolution=found.transform.resolution,
+        squares=found.transform.buckets.sizes[0][0] if len(found.transform.buckets.sizes) == 1 else None,
         captions=_frequent(found.images) if found.has_captions else [],
         unreadable=found.images.unreadable,
     )
@@ -167,7 +177,7 @@ def _group(found: Survey, group: list[int]) -> Part:
 
 def _most_cut(found: Survey) -> list[int]:
     """The images of which most is cut off, or the first ones if nothing is."""
-    shares = shares_cut(found.images)
+    shares = shares_cut(found.images, found.transform.buckets)
     order = range(len(found.images)) if shares is None else np.argsort(-shares, kind="stable").tolist()
     return list(order)[:MOST_CROPS]
 
@@ -176,13 +186,15 @@ def _crop(found: Survey, index: int) -> Part:
     """An image as it is, and as it will be trained on."""
     image, content = found.images.load(index), found.images.content_hashes[index]
     pixels = found.transform(image, content, flip=False).add(1).mul(127.5).round().clamp(0, 255)
-    square = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+    trained = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).numpy())
+    cut = float(shares_outside(np.array([image.size]), np.array([trained.size]))[0])
     return {
         "name": found.name(index),
         "size": f"{image.width} x {image.height}",
-        "cut": f"{1 - min(image.size) / max(image.size):.0%}",
+        "cut": f"{cut:.0%}",
+        "trained": in_words(trained.size),
         "whole": embedded(image),
-        "square": embedded(square),
+        "crop": embedded(trained),
     }
 
 

@@ -13,7 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config.config import Config, all_flags
-from ..config.settings import ValidationConfig
+from ..config.settings import DataConfig, ValidationConfig
+from ..config.sizes import Size
+from ..data.buckets import Buckets, chosen_buckets
 from ..errors import UserError
 from ..method.objective import NoiseSchedule, Objective
 from .precision import widen, widened
@@ -140,6 +142,38 @@ class Family(ABC):
         """Whether the pipeline loads LoRA files; if not, a trained adapter is fused into the weights."""
         return hasattr(self.pipeline, "load_lora_weights")
 
+    @property
+    def side_multiple(self) -> int | None:
+        """Of how many pixels the sides of an image must be multiples; None if the model takes one size alone."""
+        return None
+
+    @property
+    def longest_side(self) -> int | None:
+        """The longest side of an image in pixels, if there is a limit."""
+        return None
+
+    def buckets(self, data: DataConfig) -> Buckets:
+        """Returns the sizes that images are trained on at.
+
+        Raises:
+            UserError: the model cannot take them.
+        """
+        if data.aspect_ratio_buckets is None:
+            return Buckets.square(data.resolution)
+        if self.side_multiple is None:
+            raise UserError(
+                f"`--aspect_ratio_buckets {data.aspect_ratio_buckets}`: a {type(self.pipeline).__name__} is trained "
+                "on squares of `--resolution` alone: leave it out."
+            )
+        return chosen_buckets(data, self.side_multiple, self.longest_side)
+
+    def latent_shape_of(self, size: Size) -> tuple[int, int, int]:
+        """Returns (C, H, W) of the latent of an image of `size` (width, height), one of the `buckets`."""
+        if size[0] == size[1] or self.side_multiple is None:
+            return self.latent_shape(size[0])
+        channels, rows, columns = self.latent_shape(self.side_multiple)
+        return channels, rows * size[1] // self.side_multiple, columns * size[0] // self.side_multiple
+
     @abstractmethod
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, H, W) of a square image's latent; raises a `UserError` if the model cannot take the size."""
@@ -175,8 +209,8 @@ class Family(ABC):
         """Returns further conditions of each image, in the form of `encode_captions`.
 
         Args:
-            sizes: (B, 4) int64: height and width of the stored image, top and left of the crop in the resized image,
-                which is mirrored before cropping if it is mirrored.
+            sizes: (B, 6) int64: height and width of the stored image, top and left of the crop in the resized image,
+                which is mirrored before cropping if it is mirrored, height and width of the crop.
             labels: (B,) int64, the class; 0 without `--class_column`.
         """
         return {}

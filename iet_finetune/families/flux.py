@@ -41,10 +41,15 @@ class Flux(FlowFamily):
         if not pipeline.transformer.config.guidance_embeds:
             self.refuse("guidance_scale")
 
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of 2 x 2 latents, which are packed into one."""
+        return self.pipeline.vae_scale_factor * 2
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, R/f, R/f); the resolution must fit the VAE and the packing of 2 x 2 latents into one."""
         factor = self.pipeline.vae_scale_factor
-        check_resolution(resolution, factor * 2)
+        check_resolution(resolution, self.side_multiple)
         return self.pipeline.transformer.config.in_channels // 4, resolution // factor, resolution // factor
 
     @property

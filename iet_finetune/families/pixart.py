@@ -48,11 +48,16 @@ class PixArt(StableDiffusion):
             "use_resolution_binning": False,
         }
 
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of a patch."""
+        return self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, R/f, R/f); the resolution must fit the VAE and the patches."""
-        transformer, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
-        check_resolution(resolution, factor * transformer.patch_size)
-        return transformer.in_channels, resolution // factor, resolution // factor
+        factor = self.pipeline.vae_scale_factor
+        check_resolution(resolution, self.side_multiple)
+        return self.pipeline.transformer.config.in_channels, resolution // factor, resolution // factor
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> Conditions:
@@ -69,11 +74,11 @@ class PixArt(StableDiffusion):
         return {"encoder_hidden_states": states, "encoder_attention_mask": tokens.attention_mask}
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
-        """Returns resolution (B, 2) and aspect ratio (B, 1), for a model conditioned on them."""
+        """Returns height and width (B, 2) and their ratio (B, 1) as the pipeline does, for a model that takes them."""
         if not self.denoiser.use_additional_conditions:
             return {}
-        resolution = torch.full_like(sizes[:, :2], self.config.data.resolution).float()
-        return {"resolution": resolution, "aspect_ratio": torch.ones_like(resolution[:, :1])}
+        resolution = sizes[:, 4:].float()
+        return {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Returns the predicted noise for (x_t, t, text, resolution)."""

@@ -11,6 +11,7 @@ from PIL import Image
 from ..config.config import Config, all_flags
 from ..config.flags import KEPT
 from ..config.registry import SKIP_RULES
+from ..config.sizes import AUTO
 from ..errors import UserError, one_line
 
 IMAGES_A_SHARD, IMAGES_OF_CLASS = 2, 2
@@ -57,6 +58,8 @@ def shrink(config: Config, folder: Path) -> Config:
     changes |= _images(config, folder / "images", changes["resolution"], needs_captions)
     if config.prior.is_on:
         changes |= {"class_data_dir": None, "num_class_images": IMAGES_OF_CLASS}
+    if config.data.aspect_ratio_buckets is not None:
+        changes["aspect_ratio_buckets"] = AUTO
     # Names of classes are those of the recipe's own data.
     prompts = config.validation.validation_prompts[:1] if config.data.class_column is None else ()
     changes["validation_prompts"] = list(prompts)

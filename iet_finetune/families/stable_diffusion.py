@@ -14,12 +14,16 @@ class StableDiffusion(Family):
 
     channels_per_latent = 1
 
+    @property
+    def side_multiple(self) -> int:
+        """What the VAE and the UNet's downsampling divide sides by."""
+        return self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, R/f, R/f); the resolution must fit the VAE and the UNet's downsampling."""
-        unet = self.pipeline.unet.config
         factor = self.pipeline.vae_scale_factor
-        check_resolution(resolution, factor * 2 ** (len(unet.block_out_channels) - 1))
-        return unet.in_channels, resolution // factor, resolution // factor
+        check_resolution(resolution, self.side_multiple)
+        return self.pipeline.unet.config.in_channels, resolution // factor, resolution // factor
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,12 +34,21 @@ class StableDiffusion3(FlowFamily):
         super().__init__(pipeline, config)
         require_parts(pipeline, ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2"))
 
+    @property
+    def side_multiple(self) -> int:
+        """Pixels of a patch."""
+        return self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size
+
+    @property
+    def longest_side(self) -> int:
+        """Pixels of a side of the position embedding, of which the middle is taken."""
+        return self.pipeline.transformer.config.pos_embed_max_size * self.side_multiple
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, R/f, R/f); the resolution must fit the VAE, the patches and the position embedding."""
         transformer, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
-        patch = factor * transformer.patch_size
-        check_resolution(resolution, patch)
-        if resolution > (largest := transformer.pos_embed_max_size * patch):
+        check_resolution(resolution, self.side_multiple)
+        if resolution > (largest := self.longest_side):
             raise UserError(
                 f"`--resolution {resolution}` is more than the {largest} that this model can place: lower it."
             )

@@ -49,8 +49,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
         """Returns (B, 6): height and width of the stored image, top and left, height and width of its crop."""
-        resolution = self.config.data.resolution
-        return {"time_ids": torch.cat([sizes, torch.full_like(sizes[:, :2], resolution)], dim=1).float()}
+        return {"time_ids": sizes.float()}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Returns the UNet's output for (x_t, t, text, sizes)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config.config import Config
 from ..config.flags import nearest
 from ..config.settings import ValidationConfig
+from ..config.sizes import Size
 from ..errors import UserError
 from .base import Conditions, Family, check_resolution
 from .pipelines import ClassConditionalPipeline
@@ -69,10 +70,19 @@ class Unconditional(Family):
         self._class_names = names
         return None
 
+    @property
+    def side_multiple(self) -> int:
+        """What the UNet's downsampling divides sides by."""
+        return 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+
+    def latent_shape_of(self, size: Size) -> tuple[int, int, int]:
+        """Returns (C, H, W) of an image of `size` (width, height)."""
+        return self.pipeline.unet.config.in_channels, size[1], size[0]
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """Returns (C, R, R); R must be the UNet's own size."""
         unet = self.pipeline.unet.config
-        check_resolution(resolution, 2 ** (len(unet.block_out_channels) - 1))
+        check_resolution(resolution, self.side_multiple)
         own = unet.sample_size
         own = [own, own] if isinstance(own, int) else list(own or [])
         if own != [resolution, resolution]:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .bucketing import num_steps, step_bounds
+
 
 @dataclass(frozen=True)
 class Step:
@@ -27,12 +29,17 @@ class Schedule:
         samples_per_step: B·A; the last step of a pass is shorter.
         total_steps: steps of each clone over the run.
         round_steps: steps of each clone between two merges.
+        bucket_sizes: n_kb, images of each shard in each bucket; (n_k,) where there are no buckets. A step takes its
+            samples from one bucket: a pass has Σ_b ⌈n_kb/(B·A)⌉ steps, in an order drawn for each pass.
+        seed: of that order.
     """
 
     shard_sizes: tuple[int, ...]
     samples_per_step: int
     total_steps: tuple[int, ...]
     round_steps: tuple[int, ...]
+    bucket_sizes: tuple[tuple[int, ...], ...] | None = None
+    seed: int = 0
 
     @classmethod
     def plan(
@@ -45,6 +52,8 @@ class Schedule:
         max_train_steps: int | None = None,
         total_train_steps: int | None = None,
         merge_every_steps: int | None = None,
+        bucket_sizes: tuple[tuple[int, ...], ...] | None = None,
+        seed: int = 0,
     ) -> "Schedule":
         """Turns passes over a shard into its steps; what is given in steps wins.
 
@@ -53,26 +62,38 @@ class Schedule:
             total_train_steps: of all clones together. As with passes, each clone has its share by the steps of a pass
                 over its shard, so that all images are visited equally often. It is rounded up: no clone is left
                 without a step, and a higher number never takes steps from a clone that has taken them already.
+            bucket_sizes, seed: as the attributes; without them each step takes whatever samples come.
         """
-        passes = [-(-size // samples_per_step) for size in shard_sizes]
+        passes = [num_steps(sizes, samples_per_step) for sizes in bucket_sizes or [(size,) for size in shard_sizes]]
         total = [max_train_steps or num_train_epochs * steps for steps in passes]
         if total_train_steps is not None:
             total = [-(-total_train_steps * steps // sum(passes)) for steps in passes]
         merge = [merge_every_steps or merge_every_epochs * steps for steps in passes]
-        return cls(shard_sizes, samples_per_step, tuple(total), tuple(merge))
+        return cls(shard_sizes, samples_per_step, tuple(total), tuple(merge), bucket_sizes, seed)
 
     @property
     def visits_a_round(self) -> int:
         """Samples that all clones together see in a round; the steps of a pass may differ in size by chance."""
-        passes = (-(-size // self.samples_per_step) for size in self.shard_sizes)
-        rounds = zip(self.shard_sizes, self.round_steps, passes, strict=True)
-        return sum(size * steps // a_pass for size, steps, a_pass in rounds)
+        rounds = zip(range(len(self.shard_sizes)), self.shard_sizes, self.round_steps, strict=True)
+        return sum(size * steps // self.steps_per_pass(shard) for shard, size, steps in rounds)
 
     def visits(self, shard: int) -> int:
         """How many samples a clone sees in the whole run."""
-        size, steps = self.shard_sizes[shard], self.total_steps[shard]
-        passes, rest = divmod(steps, -(-size // self.samples_per_step))
-        return passes * size + min(rest * self.samples_per_step, size)
+        passes, rest = divmod(self.total_steps[shard], self.steps_per_pass(shard))
+        return passes * self.shard_sizes[shard] + int(self._bounds(shard, passes)[rest])
+
+    def steps_per_pass(self, shard: int) -> int:
+        """How many steps a clone takes to visit every sample of its shard once."""
+        sizes = (self.shard_sizes[shard],) if self.bucket_sizes is None else self.bucket_sizes[shard]
+        return num_steps(sizes, self.samples_per_step)
+
+    def _bounds(self, shard: int, pass_: int) -> Sequence[int]:
+        """Where the steps of a pass begin and, one place later, end."""
+        size = self.shard_sizes[shard]
+        if self.bucket_sizes is None:
+            return [*range(0, size, self.samples_per_step), size]
+        bounds = step_bounds(self.seed, shard, pass_, self.bucket_sizes[shard], self.samples_per_step)
+        return [int(bound) for bound in bounds]
 
     def round_end(self, shard: int, began: int) -> int:
         """Where a clone's round ends that began at its step `began`; the last round may be shorter.
@@ -91,14 +112,14 @@ class Schedule:
 
     def steps(self, shard: int, start: int, stop: int) -> list[Step]:
         """A clone's steps number `start` up to `stop`; no step spans two passes."""
-        size = self.shard_sizes[shard]
-        steps_per_pass = -(-size // self.samples_per_step)
-        places = [divmod(number, steps_per_pass) for number in range(start, stop)]
-        firsts = [index * self.samples_per_step for _, index in places]
-        return [
-            Step(number, pass_, first, min(first + self.samples_per_step, size))
-            for number, (pass_, _), first in zip(range(start, stop), places, firsts, strict=True)
-        ]
+        steps_per_pass, found = self.steps_per_pass(shard), []
+        bounds: tuple[int, Sequence[int]] = -1, ()
+        for number in range(start, stop):
+            pass_, index = divmod(number, steps_per_pass)
+            if pass_ != bounds[0]:
+                bounds = pass_, self._bounds(shard, pass_)
+            found.append(Step(number, pass_, bounds[1][index], bounds[1][index + 1]))
+        return found
 
 
 @dataclass(frozen=True)

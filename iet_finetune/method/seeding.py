@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS, _IMAGE = range(7)
-_BESIDE, _CLASS_IMAGE = 8, 9
+_SPLIT, _ORDER, _SAMPLE, _NETWORK, _ADAPTER, _WEIGHTS, _IMAGE, _STEPS, _BESIDE, _CLASS_IMAGE = range(10)
 
 
 def _generator(seed: int, *key: int) -> np.random.Generator:
@@ -24,6 +23,11 @@ def split_order(seed: int, num_samples: int) -> np.ndarray:
 def pass_order(seed: int, shard: int, pass_: int, num_samples: int) -> np.ndarray:
     """The order in which a clone visits its shard's samples in one pass: position -> index in the shard."""
     return _generator(seed, _ORDER, shard, pass_).permutation(num_samples)
+
+
+def step_order(seed: int, shard: int, pass_: int, num_steps: int) -> np.ndarray:
+    """The order of a pass's steps where each takes its samples from one bucket: place in the pass -> step."""
+    return _generator(seed, _STEPS, shard, pass_).permutation(num_steps)
 
 
 def network_seed(seed: int, shard: int, round_: int, member: int = 0) -> int:

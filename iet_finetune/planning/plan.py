@@ -11,7 +11,7 @@ from ..distributed.placement import Placement
 from ..ensemble.budget import available_memory
 from ..errors import UserError
 from ..families import family_class, find_pipeline
-from ..training.data import find_images, split
+from ..training.data import find_images, schedule_of, split
 from ..training.overview import doubt_of_rule, doubts, overview
 from ..training.starting import first_device
 from . import estimate
@@ -100,9 +100,10 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     placement = Placement.plan(config.ensemble.num_shards, ranks.all)
     source, machine = find_pipeline(config.model), Machine.this_one(config.output_path, ranks)
     found = find_images(config, family_class(source, config.model).needs_captions)
-    _, schedule = split(config, found.images)
+    indices, _ = split(config, found.images)
     trial = try_out(config, found, placement)
     assert trial.family is not None
+    schedule = schedule_of(config, found.images, indices, trial.family.buckets(config.data))
     about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
         about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from ..config.config import Config
 from ..config.identity import common_flags, run_identity
 from ..config.registry import SKIP_RULES
+from ..data.buckets import numbers_of
 from ..distributed.groups import Group, Placement, Ranks
 from ..ensemble.across_rounds import POLICIES
 from ..ensemble.budget import Need, check_memory
@@ -28,7 +29,7 @@ from ..lora.beginning import read_beginning
 from ..method.rules import SkipRule
 from .class_images import find_class_images
 from .compiling import TOLERANCE
-from .data import LEAST_HELDOUT, Data, compares_with, find_images, read_shards, split
+from .data import LEAST_HELDOUT, Data, compares_with, find_images, read_shards, schedule_of, split
 from .lending import Lender
 from .local import LocalTraining
 from .mergers import build_mergers
@@ -101,7 +102,11 @@ def assemble(
             # For all ranks of the machine, before any of them takes memory.
             check_room(config, source, placement, ranks, accelerator.device)
         family = load_model(source, config, found.images, pipeline)
-    latent_shape = family.latent_shape(config.data.resolution)
+    family.latent_shape(config.data.resolution)  # raises an error where images of that size cannot be drawn
+    buckets = family.buckets(config.data)
+    for each in (found.images, found.watched):
+        numbers_of(each, buckets)  # raises an error where an image is too small
+    schedule = schedule_of(config, found.images, indices, buckets)
     if config.prior.is_on:
         entering("drawing class images")
     beside = find_class_images(config, family, ranks, accelerator)
@@ -118,7 +123,7 @@ def assemble(
         print(*source.notes, *overview(config, found, schedule, family, beside), sep="\n", flush=True)
     entering("encoding")
     of_class = beside.images if beside is not None else None
-    shards = read_shards(config, family, found.images, indices, latent_shape, ranks, accelerator.device, of_class)
+    shards = read_shards(config, family, found.images, indices, buckets, ranks, accelerator.device, of_class)
     if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
         # Only the main rank draws and saves, and held-out images alone are encoded later.
         family.drop_encoders()
@@ -129,7 +134,8 @@ def assemble(
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
     if config.training.compile:
         mine = placement.shards_of(ranks.rank)
-        run.local.check_compiled(shards[mine[0]], TOLERANCE[accelerator.mixed_precision])
+        first = schedule.steps(mine[0], 0, 1)
+        run.local.check_compiled(shards[mine[0]], first, TOLERANCE[accelerator.mixed_precision])
     return data, model, run
 
 

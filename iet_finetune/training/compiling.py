@@ -13,9 +13,11 @@ from ..errors import UserError, one_line
 TOLERANCE = {"no": 0.01, "bf16": 0.1, "fp16": 0.1}
 # Graphs of one function, one for each width and kind of batch. With more torch would go on uncompiled.
 _MOST_GRAPHS = 64
+# torch's own limit for all functions together.
+_MOST_IN_ALL = 256
 
 
-def compile_denoiser(denoiser: nn.Module, *, backward_twice: bool = False) -> None:
+def compile_denoiser(denoiser: nn.Module, *, backward_twice: bool = False, sizes: int = 1) -> None:
     """Compiles the denoiser in place at its next call; the names of its weights stay the same.
 
     A model whose class lists its repeated blocks gets diffusers' regional compilation: each kind of block is compiled
@@ -24,11 +26,15 @@ def compile_denoiser(denoiser: nn.Module, *, backward_twice: bool = False) -> No
 
     Args:
         backward_twice: whether a graph must be kept for a second backward pass.
+        sizes: how many sizes of images there may be. With several, each has a graph of its own: which one comes first
+            must not decide what the others compute.
     """
     if backward_twice:
         # Otherwise the first pass overwrites what the forward pass has saved.
         torch._functorch.config.donated_buffer = False
-    torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+    torch._dynamo.config.recompile_limit = _MOST_GRAPHS * sizes
+    torch._dynamo.config.accumulated_recompile_limit = max(_MOST_IN_ALL, _MOST_GRAPHS * sizes)
+    torch._dynamo.config.automatic_dynamic_shapes = sizes == 1
     model: Any = denoiser
     if getattr(model, "_repeated_blocks", None):
         model.compile_repeated_blocks()

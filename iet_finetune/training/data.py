@@ -12,6 +12,7 @@ from ..cache.caching import encode_data
 from ..config.config import Config
 from ..config.registry import SHARDINGS, SKIP_RULES
 from ..config.settings import DEFAULT_MERGE_EPOCHS
+from ..data.buckets import Buckets, numbers_of
 from ..data.dataset import TrainingImages, load_images
 from ..data.dedup import LeftOut, nothing_left_out, without_copies
 from ..data.loader import BesideShard, Shard
@@ -118,7 +119,7 @@ def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...
         indices = checked_shards(parts, len(images), clones)
     except ValueError as error:
         raise UserError(f"`--shard_strategy {entry.name}`: {error}.") from None
-    return indices, _schedule(config, tuple(len(part) for part in indices))
+    return indices, schedule_of(config, images, indices)
 
 
 def _check_enough(config: Config, images: int, watched: int) -> None:
@@ -136,16 +137,32 @@ def _check_enough(config: Config, images: int, watched: int) -> None:
         )
 
 
-def _schedule(config: Config, shard_sizes: tuple[int, ...]) -> Schedule:
-    training, ensemble = config.training, config.ensemble
+def schedule_of(
+    config: Config, images: TrainingImages, indices: tuple[np.ndarray, ...], buckets: Buckets | None = None
+) -> Schedule:
+    """When each clone steps and when the clones are merged.
+
+    Args:
+        indices: the images of each shard.
+        buckets: the sizes of images, which follow from the pipeline; None if all have one.
+
+    Raises:
+        UserError: an image is too small for every size.
+    """
+    training, ensemble, bucket_sizes = config.training, config.ensemble, None
+    if buckets is not None and len(buckets.sizes) > 1:
+        numbers = numbers_of(images, buckets)
+        bucket_sizes = tuple(tuple(np.bincount(numbers[part]).tolist()) for part in indices)
     return Schedule.plan(
-        shard_sizes,
+        tuple(len(part) for part in indices),
         training.train_batch_size * training.gradient_accumulation_steps,
         num_train_epochs=training.num_train_epochs,
         max_train_steps=training.max_train_steps,
         total_train_steps=training.total_train_steps,
         merge_every_epochs=ensemble.merge_every_epochs or DEFAULT_MERGE_EPOCHS,
         merge_every_steps=ensemble.merge_every_steps,
+        bucket_sizes=bucket_sizes,
+        seed=training.seed,
     )
 
 
@@ -154,7 +171,7 @@ def read_shards(
     family: Family,
     images: TrainingImages,
     indices: tuple[np.ndarray, ...],
-    latent_shape: tuple[int, int, int],
+    buckets: Buckets,
     ranks: Ranks,
     device: torch.device,
     beside: TrainingImages | None = None,
@@ -162,22 +179,22 @@ def read_shards(
     """What the clones read; encodes the data if it is to be cached, while nothing else is on the device.
 
     Args:
-        latent_shape: (C, H, W) of an image's latent.
-        beside: class images, one of which is read beside each sample of every shard; None for none.
+        buckets: the sizes of images.
+        beside: class images, one of which is read beside each sample of every shard, all as squares; None for none.
 
     Raises:
         UserError: an image cannot be read.
     """
-    transform = ImageTransform(
-        config.data.resolution,
-        center_crop=config.data.center_crop,
-        interpolation=config.data.image_interpolation_mode,
-        seed=config.training.seed,
-    )
     if config.data.cache_latents:
         family.freeze()
 
-    def made(kind: type[S], images: TrainingImages, parts: Sequence[np.ndarray]) -> list[S]:
+    def made(kind: type[S], images: TrainingImages, parts: Sequence[np.ndarray], buckets: Buckets) -> list[S]:
+        transform = ImageTransform(
+            buckets,
+            center_crop=config.data.center_crop,
+            interpolation=config.data.image_interpolation_mode,
+            seed=config.training.seed,
+        )
         cached = config.data.cache_latents
         encoded = encode_data(config, family, images, transform, ranks, device) if cached else None
         return [
@@ -188,16 +205,18 @@ def read_shards(
                 config.data,
                 number=number,
                 seed=config.training.seed,
-                latent_shape=latent_shape,
+                latent_shapes={size: family.latent_shape_of(size) for size in buckets.sizes},
                 noise_offset=config.training.noise_offset,
                 encoded=encoded,
+                samples_per_step=config.training.train_batch_size * config.training.gradient_accumulation_steps,
             )
             for number, part in enumerate(parts)
         ]
 
-    shards = made(Shard, images, indices)
+    shards = made(Shard, images, indices, buckets)
     if beside is not None:
         everything = [np.arange(len(beside))] * len(shards)
-        for shard, companions in zip(shards, made(BesideShard, beside, everything), strict=True):
+        square = Buckets.square(config.data.resolution)
+        for shard, companions in zip(shards, made(BesideShard, beside, everything, square), strict=True):
             shard.beside = companions
     return shards

@@ -210,8 +210,16 @@ class Lender:
         return self._spread(self._images[True], tuple(images), tuple(timesteps), seed)
 
     def _spread(self, source: Shard, images: tuple[int, ...], timesteps: tuple[int, ...], seed: int) -> Tensor:
-        """What `losses` returns, each rank having computed some chunks of it."""
-        chunks = [images[start : start + self._chunk] for start in range(0, len(images), self._chunk)]
+        """What `losses` returns, each rank having computed some chunks of it; images of a chunk have one size."""
+        by_size: dict[Any, list[int]] = {}
+        for place, index in enumerate(images):
+            by_size.setdefault(source.size(index), []).append(place)
+        places = [
+            same[start : start + self._chunk]
+            for same in by_size.values()
+            for start in range(0, len(same), self._chunk)
+        ]
+        chunks = [tuple(images[place] for place in part) for part in places]
         turns = -(-len(chunks) // self._ranks.size)
         own = torch.zeros(turns, self._chunk, len(timesteps))
         family = self._family
@@ -222,7 +230,10 @@ class Lender:
                 own[turn] = self._of_chunk(source, chunk, timesteps, seed)
         gathered = self._ranks.all_gather(own.view(-1).to(self._ranks.device)).cpu()
         by_turn = gathered.view(self._ranks.size, *own.shape).transpose(0, 1)
-        return by_turn.reshape(-1, len(timesteps))[: len(images)]
+        losses = torch.empty(len(images), len(timesteps))
+        for part, rows in zip(places, by_turn.reshape(-1, self._chunk, len(timesteps)), strict=False):
+            losses[part] = rows[: len(part)]
+        return losses
 
     def _of_chunk(self, source: Shard, chunk: tuple[int, ...], timesteps: tuple[int, ...], seed: int) -> Tensor:
         """(chunk, J) fp32; a shorter chunk is padded with its last image."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config.config import Config
-from ..data.loader import MicroBatch, Shard, Visit, Visits, micro_batches
+from ..data.loader import MicroBatch, Shard, Visits, micro_batches
 from ..distributed.groups import Group
 from ..ensemble.clone import Clone
 from ..ensemble.ema import EMA
@@ -249,14 +249,17 @@ class LocalTraining:
         target, predict = (noised.target, noised.predict_with) if noised is not None else (None, None)
         return Samples(loss, timesteps, members, self._images, self._family.objective, target, predict)
 
-    def check_compiled(self, shard: Shard, tolerance: float) -> None:
+    def check_compiled(self, shard: Shard, steps: Sequence[Step], tolerance: float) -> None:
         """Compares the compiled denoiser's gradients, of the first samples of a shard, with the uncompiled one's.
+
+        Args:
+            steps: the first one, of which the first micro-batch is taken.
 
         Raises:
             UserError: they differ, the denoiser cannot be compiled, or an image cannot be read.
         """
-        first = [[Visit(0, position) for position in range(min(self._config.training.train_batch_size, len(shard)))]]
-        (batch,) = micro_batches(shard, first, num_workers=0, pin_memory=False)
+        first = islice(Visits(steps, self._config.training.train_batch_size), 1)
+        (batch,) = micro_batches(shard, list(first), num_workers=0, pin_memory=False)
         batch = batch.to(self._device)
 
         def gradients() -> list[Tensor]:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 from ..config.config import Config
 from ..config.registry import SKIP_RULES
-from ..data.about import count_in_words, cut_in_words, doubts_of_captions, doubts_of_pixels, sizes_in_words
+from ..data.about import (
+    buckets_in_words,
+    count_in_words,
+    cut_in_words,
+    doubts_of_captions,
+    doubts_of_pixels,
+    sizes_in_words,
+)
 from ..data.dataset import TrainingImages
 from ..families import Family
 from ..method.rules import SkipRule
@@ -39,7 +46,10 @@ def overview(
         yield f"class images: {beside.words}"
     if family.reader is not None:
         yield f"captions: {_captions(images, family)}"
-    if (cut := cut_in_words(images, config.data.resolution)) is not None:
+    buckets = family.buckets(config.data)
+    if (sizes := buckets_in_words(images, buckets)) is not None:
+        yield f"sizes: {sizes}"
+    if (cut := cut_in_words(images, buckets)) is not None:
         yield f"crops: {cut}"
     yield f"steps: {_steps(schedule)}"
     yield f"output: {config.output_path} (open run.html there to see how it goes)"
@@ -51,7 +61,7 @@ def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: F
     """What makes little sense, in lines, each with a reason; `--smoke` is to make none."""
     if config.training.smoke:
         return
-    yield from doubts_of_pixels(images, config.data.resolution)
+    yield from doubts_of_pixels(images, family.buckets(config.data))
     if family.needs_captions and config.data.usual_caption is None:
         yield from doubts_of_captions(images)
     doubt = doubt_of_rule(config, schedule, family)

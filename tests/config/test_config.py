@@ -86,6 +86,9 @@ def configs(draw: st.DrawFn) -> Config:
         flags.pop("instance_prompt", None)
     if flags.get("guard_levels") == ():
         flags.pop("guard_levels")
+    flags["aspect_ratio_buckets"] = draw(st.sampled_from([None, "auto", "64x32, 32x64"]))
+    if flags["aspect_ratio_buckets"] is None:
+        flags.pop("upscale", None)
     stratified = flags.get("shard_strategy") == "stratified"
     flags["shard_by_column"] = draw(SCALARS[str]) if stratified else None
     return Config.from_flags(**flags)
@@ -151,6 +154,7 @@ def test_every_field_is_a_flag_with_a_sentence_of_help_and_a_name_of_its_own():
 def test_every_flag_can_be_given(name):
     spec = SPECS[name]
     value = spec.choices[-1] if spec.choices else {int: 9, float: 0.5, bool: True, str: "x"}[spec.scalar]
+    value = "auto" if name == "aspect_ratio_buckets" else value
     flags = {spec.name: [value] if spec.many else value}
     flags |= {"shard_strategy": "stratified", "shard_by_column": "x"} if spec.name.startswith("shard_") else {}
     flags |= {"use_lora": True} if name in ADAPTER else {}
@@ -186,6 +190,12 @@ def test_what_only_an_adapter_has_is_refused_without_one():
         assert message_of(Config.from_flags, **{name: value}) == (
             f"`--{shown}` does nothing without `--use_lora`: give both."
         )
+
+
+@pytest.mark.parametrize("sizes", ["", "64", "64x", "0x64", "64x32,", "64x32, 64x32", "automatic"])
+def test_what_is_no_list_of_different_sizes_is_refused(sizes):
+    message = message_of(Config.from_flags, aspect_ratio_buckets=sizes)
+    assert message.startswith(f"`--aspect_ratio_buckets {sizes}`")
 
 
 @pytest.mark.parametrize("layers", ["", "to_q,", ",to_q", "to_q,,to_k", " , to_q"])
@@ -259,10 +269,12 @@ def test_the_ends_of_a_range_are_in_it(name, value):
         {"default_caption": "a", "instance_prompt": "b"},
         {"shard_strategy": "stratified"},
         {"shard_by_column": "label"},
+        {"upscale": False},
     ],
 )
 def test_flags_that_exclude_or_need_each_other_are_named_together(flags):
     pair = {"shard_strategy", "shard_by_column"} if next(iter(flags)).startswith("shard_") else set(flags)
+    pair = {"no_upscale", "aspect_ratio_buckets"} if "upscale" in flags else pair
     message = message_of(Config.from_flags, **flags)
     assert all(f"`--{name}" in message for name in pair)
 

@@ -158,7 +158,7 @@ def whole_then_cropped(t, image):
     """The crop as it is for images of ordinary shape: of the whole resized image."""
     top, left = t.crop_offset(t.resized(image.size), HASH)
     whole = image.resize(t.resized(image.size), PIL.Image.Resampling[t.interpolation.upper()])
-    return np.asarray(whole)[top : top + t.resolution, left : left + t.resolution].astype(float)
+    return np.asarray(whole)[top : top + t.buckets.sizes[0][0], left : left + t.buckets.sizes[0][0]].astype(float)
 
 
 def levels(pixels):
@@ -170,7 +170,7 @@ def is_halfway(t, image):
     axis = int(np.argmax(image.size))
     scale = max(image.size) / max(t.resized(image.size))
     top, left = t.crop_offset(t.resized(image.size), HASH)
-    centres = ((left, top)[axis] + np.arange(t.resolution) + 0.5) * scale
+    centres = ((left, top)[axis] + np.arange(t.buckets.sizes[0][0]) + 0.5) * scale
     reach = 0 if t.interpolation == "nearest" else max(scale, 1) / 2 - 0.5
     edges = np.stack([centres - reach, centres + reach])
     return (np.abs(edges - np.rint(edges)) < 1e-4).any(0), axis

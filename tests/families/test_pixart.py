@@ -46,7 +46,7 @@ def test_latents_are_scaled_draws_from_the_posterior():
 def test_the_loss_of_a_sample_is_that_of_the_published_objective(name):
     ours = family(name, max_sequence_length=16)
     timesteps, (latents, noise) = torch.tensor([0, 400, 999]), random_pair(1, 3)
-    sizes = torch.zeros(3, 4, dtype=torch.int64)
+    sizes = torch.tensor([[20, 30, 0, 0, RESOLUTION, RESOLUTION]] * 3)
     conditions = ours.encode_captions(CAPTIONS) | ours.details(sizes, sizes[:, 0])
     objective = ours.objective
     with torch.no_grad():

@@ -17,7 +17,7 @@ from iet_finetune.families.stable_diffusion_xl import StableDiffusionXL
 from iet_finetune.method.objective import per_sample_loss
 
 CAPTIONS = ["a thing", "", "another, much longer thing that is cut off"]
-SIZES = torch.tensor([[16, 40, 0, 7], [90, 16, 12, 0], [16, 16, 0, 0]])
+SIZES = torch.tensor([[16, 40, 0, 7, 16, 16], [90, 16, 12, 0, 16, 16], [16, 16, 0, 0, 16, 16]])
 
 
 def family(**settings) -> StableDiffusionXL:
@@ -92,7 +92,7 @@ def test_the_loss_of_a_sample_is_that_of_the_published_objective(prediction_type
         x_t = (signal * latents[i].double() + sigma * noise[i].double()).float()[None]
         told = {
             "text_embeds": pooled[i : i + 1],
-            "time_ids": torch.tensor([[*SIZES[i].tolist(), RESOLUTION, RESOLUTION]]),
+            "time_ids": torch.tensor([SIZES[i].tolist()]),
         }
         with torch.no_grad():
             said = unet(x_t, t, encoder_hidden_states=states[i : i + 1], added_cond_kwargs=told).sample[0]
@@ -104,12 +104,10 @@ def test_the_unet_receives_each_number_of_size_and_crop():
     ours = family()
     noisy, timesteps = torch.randn(1, 4, 8, 8).expand(7, -1, -1, -1), torch.full((7,), 500)
     text = {name: value.expand(7, *value.shape[1:]) for name, value in ours.encode_captions(["a thing"]).items()}
-    sizes = torch.full((7, 4), 20)
-    for number in range(4):
+    sizes = torch.full((7, 6), 20)
+    for number in range(6):
         sizes[number + 1, number] += 5
     ids = ours.details(sizes, torch.zeros(7, dtype=torch.int64))["time_ids"]
-    ids[5, 4] += 5
-    ids[6, 5] += 5
     with torch.no_grad():
         prediction = ours.predict(noisy, timesteps, text | {"time_ids": ids})
     for other in range(1, 7):

@@ -154,7 +154,7 @@ def test_every_weight_of_the_denoiser_gets_a_gradient(name):
     pipeline = tiny_pipeline(name)
     family = family_class(PipelineSource(None, type(pipeline).__name__, {}, {}), ModelConfig())(pipeline)
     family.place(torch.device("cpu"))
-    sizes = torch.zeros(2, 4, dtype=torch.int64)
+    sizes = torch.tensor([[0, 0, 0, 0, 16, 16]] * 2)
     conditions = family.encode_captions(["a", "b"]) | family.details(sizes, sizes[:, 0])
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     family.predict(noisy, torch.tensor([3, 500]), conditions).square().mean().backward()

@@ -212,7 +212,7 @@ def test_the_loss_of_a_sample_is_that_of_the_published_objective(world, predicti
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     latents = family.latents(*family.encode_images(images), noise)
     noisy = family.objective.add_noise(latents, noise, timesteps)
-    conditions = family.details(torch.zeros(3, 4, dtype=torch.int64), labels)
+    conditions = family.details(torch.zeros(3, 6, dtype=torch.int64), labels)
     with torch.no_grad():
         ours = per_sample_loss(
             family.predict(noisy, timesteps, conditions), family.objective.target(latents, noise, timesteps)

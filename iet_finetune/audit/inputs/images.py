@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 
 from ...config.config import Config
+from ...config.sizes import Size
 from ...data.dataset import TrainingImages
 from ...data.hashes import content_hash
 from ...data.images import decode_rgb
@@ -33,7 +34,7 @@ def digest(texts: Sequence[str]) -> str:
 
 
 def training_transform(config: Config, center_crop: bool | None = None) -> ImageTransform:
-    """How training resized and cropped its images; `center_crop` overrides the setting."""
+    """How training resized and cropped its images to squares; `center_crop` overrides the setting."""
     return ImageTransform(
         config.data.resolution,
         center_crop=config.data.center_crop if center_crop is None else center_crop,
@@ -42,8 +43,13 @@ def training_transform(config: Config, center_crop: bool | None = None) -> Image
     )
 
 
+def sized_transform(config: Config, size: Size) -> ImageTransform:
+    """How training resized and cropped images of one of its sizes, (width, height)."""
+    return training_transform(config).at(size)
+
+
 def as_pixels(transform: ImageTransform, image: PIL.Image.Image, content: str, grey: bool) -> np.ndarray:
-    """(R, R, 3) uint8 of an RGB image; grey in all channels if the model has but one."""
+    """(H, W, 3) uint8 of an RGB image; grey in all channels if the model has but one."""
     values = transform(image, content, False).permute(1, 2, 0).numpy()
     pixels = np.rint((values + 1) * 127.5).astype(np.uint8)
     if grey:
@@ -94,5 +100,5 @@ def _filled(
     fill: Callable[[np.ndarray, int], None],
     limits: Sequence[str] = (),
 ) -> Pixels:
-    key, side = digest([*hashes, transform.key, str(grey), *limits]), transform.resolution
-    return Pixels(work.filled(name, {"images": key}, (len(hashes), side, side, 3), fill), key)
+    key, ((width, height),) = digest([*hashes, transform.key, str(grey), *limits]), transform.buckets.sizes
+    return Pixels(work.filled(name, {"images": key}, (len(hashes), height, width, 3), fill), key)

@@ -1,16 +1,19 @@
 """Membership inference and the loss on held-out images: losses with the same draws of noise for all images."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...config.sizes import Size
+from ...data.buckets import numbers_of
 from ...data.dataset import TrainingImages
 from ...errors import UserError
 from ..inputs.context import NEEDS_HELDOUT, NEEDS_MODEL, AuditContext, choose
-from ..inputs.images import Pixels, digest, training_transform
+from ..inputs.images import Pixels, as_pixels, digest, sized_transform
 from ..inputs.pipelines import SubjectSource
 from ..inputs.samples import autocast
 from ..inputs.subject import Subject
@@ -27,6 +30,10 @@ from .membership import (
     spread_draws,
 )
 from .metrics import Metric
+
+Shape = tuple[int, int, int]
+# Noise for latents of a shape (C, H, W).
+DrawsOf = Callable[[Shape], Draws]
 
 
 @dataclass(frozen=True)
@@ -48,29 +55,52 @@ class Chosen:
         return len(self.images)
 
 
-def losses(subject: Subject, context: AuditContext, chosen: Chosen, draws: Draws) -> np.ndarray:
-    """(N, J) fp32, the loss of each image at each draw.
+def losses(subject: Subject, context: AuditContext, chosen: Chosen, draws_of: DrawsOf) -> np.ndarray:
+    """(N, J) fp32, the loss of each image at each draw, at the size at which images of its shape were trained on.
 
     Raises:
-        UserError: an image can no longer be read.
+        UserError: an image can no longer be read, or is too small for every size.
     """
+    assert subject.family is not None
+    buckets = subject.family.buckets(context.config.data)
+    numbers = numbers_of(chosen.images, buckets)
+    found: dict[int, np.ndarray] = {}
+    for number in np.unique(numbers).tolist():
+        places = np.flatnonzero(numbers == number)
+        part = replace(chosen, images=chosen.images.subset(places.tolist()), places=chosen.places[places])
+        rows = _losses_at(buckets.sizes[number], subject, context, part, draws_of)
+        found |= dict(zip(places.tolist(), rows, strict=True))
+    return np.stack([found[place] for place in range(len(chosen))])
+
+
+def _losses_at(size: Size, subject: Subject, context: AuditContext, chosen: Chosen, draws_of: DrawsOf) -> np.ndarray:
+    """The losses of images that are all brought to one size, (width, height)."""
     assert subject.family is not None
     family, images, batch = subject.family, chosen.images, context.batch
     precision = context.config.training.mixed_precision or "no"
-    transform = training_transform(context.config)
+    transform, draws = sized_transform(context.config, size), draws_of(family.latent_shape_of(size))
+    # Squares of the resolution have been made already.
+    is_made = chosen.pixels.array.shape[1:3] == (size[1], size[0])
+
+    def pixels(numbers: list[int]) -> np.ndarray:
+        if is_made:
+            return chosen.pixels.array[chosen.places[numbers]]
+        contents = images.content_hashes
+        made = {i: as_pixels(transform, images.load(i), contents[i], subject.is_grey) for i in set(numbers)}
+        return np.stack([made[i] for i in numbers])
 
     def compute(part: range) -> np.ndarray:
         # Always a full batch: the bits of a loss may depend on the batch size.
         numbers = [*part, *[part[-1]] * (batch - len(part))]
-        sizes = [transform.place(images.load(i).size, images.content_hashes[i], False) for i in part]
-        sizes += [sizes[-1]] * (batch - len(part))
+        told = [(*transform.place(images.load(i).size, images.content_hashes[i], False), *size[::-1]) for i in part]
+        told += [told[-1]] * (batch - len(part))
         labels = [images.classes[i] if images.classes is not None else 0 for i in numbers]
         with autocast(subject.device, precision):
             rows = image_losses(
                 family,
-                as_values(chosen.pixels.array[chosen.places[numbers]]).to(subject.device),
+                as_values(pixels(numbers)).to(subject.device),
                 [images.captions[i][0] for i in numbers],
-                torch.tensor(sizes, device=subject.device),
+                torch.tensor(told, device=subject.device),
                 torch.tensor(labels, device=subject.device),
                 draws,
                 subject.device,
@@ -80,6 +110,7 @@ def losses(subject: Subject, context: AuditContext, chosen: Chosen, draws: Draws
     made_from: dict[str, Any] = {
         "model": subject.fingerprint,
         "images": digest([chosen.pixels.key, *map(str, chosen.places)]),
+        "size": list(size),
         "described": images.fingerprint,
         "draws": digest([str(draws.timesteps.tolist()), str(draws.noise.double().sum().item())]),
         "precision": precision,
@@ -90,7 +121,7 @@ def losses(subject: Subject, context: AuditContext, chosen: Chosen, draws: Draws
 
 
 def as_values(pixels: np.ndarray) -> Tensor:
-    """(B, 3, R, R) fp32 in [-1, 1] of (B, R, R, 3) uint8, as training has them."""
+    """(B, 3, H, W) fp32 in [-1, 1] of (B, H, W, 3) uint8, as training has them."""
     values = np.ascontiguousarray(pixels.astype(np.float32).transpose(0, 3, 1, 2))
     return torch.from_numpy(values).div_(127.5).sub_(1.0)
 
@@ -130,18 +161,23 @@ def measure_losses(
         return Findings(not_measured=dict.fromkeys(OF_LOSSES, reason)), [], {}, None
     assert subject is not None
     assert subject.family is not None
-    config = context.config
-    shape = subject.family.latent_shape(config.data.resolution)
-    low = fixed_draws(subject.family.objective, shape, config.audit.membership_draws, context.seed)
-    spread = spread_draws(subject.family.objective, shape, config.audit.membership_draws, context.seed)
+    config, objective = context.config, subject.family.objective
+
+    def low(shape: Shape) -> Draws:
+        return fixed_draws(objective, shape, config.audit.membership_draws, context.seed)
+
+    def both(shape: Shape) -> Draws:
+        two = low(shape), spread_draws(objective, shape, config.audit.membership_draws, context.seed)
+        return Draws(torch.cat([part.timesteps for part in two]), torch.cat([part.noise for part in two]), ())
+
     training, heldout, repeats = _sides(context)
-    both = Draws(torch.cat([low.timesteps, spread.timesteps]), torch.cat([low.noise, spread.noise]), ())
-    count = len(low.timesteps)
+    levels_of_low = low(subject.family.latent_shape(config.data.resolution)).levels
+    count = len(levels_of_low)
     every = losses(subject, context, training, both), losses(subject, context, heldout, both)
     ours, whole = [side[:, :count] for side in every], [side[:, count:] for side in every]
     theirs, warnings, identity = _reference_losses(context, subject, reference, (training, heldout), low)
     known, unknown = theirs if theirs is not None else (None, None)
-    findings, levels = membership_findings(ours[0], ours[1], low.levels, known, unknown, context.seed)
+    findings, levels = membership_findings(ours[0], ours[1], levels_of_low, known, unknown, context.seed)
     scores = {"mia_auc": [raw_scores(side) for side in ours]}
     if theirs is not None:
         scores["mia_ref_auc"] = [calibrated_scores(*pair) for pair in zip(ours, theirs, strict=True)]
@@ -182,7 +218,7 @@ def _reference_losses(
     subject: Subject,
     source: SubjectSource | None,
     sides: tuple[Chosen, Chosen],
-    draws: Draws,
+    draws_of: DrawsOf,
 ) -> tuple[tuple[np.ndarray, np.ndarray] | None, list[str], ModelIdentity | None]:
     """Losses of both sides under the reference model, if there is one; warnings; and which model it is."""
     if source is None:
@@ -195,5 +231,5 @@ def _reference_losses(
             ["the reference model is the audited model itself, which calibrates nothing: it was left out."],
             None,
         )
-    ours, theirs = (losses(reference, context, side, draws) for side in sides)
+    ours, theirs = (losses(reference, context, side, draws_of) for side in sides)
     return (ours, theirs), [], ModelIdentity(reference.name, reference.fingerprint)

@@ -93,10 +93,10 @@ def image_losses(
 
     Args:
         family: placed on the device.
-        pixel_values: (B, 3, R, R) fp32 in [-1, 1].
+        pixel_values: (B, 3, H, W) fp32 in [-1, 1].
         captions: B of them; not looked at if the family needs none.
-        sizes: (B, 4) int64, and `labels` (B,) int64: as `Family.details` takes them.
-        draws: for latents of the family's shape.
+        sizes: (B, 6) int64, and `labels` (B,) int64: as `Family.details` takes them.
+        draws: for latents of the images' shape.
     """
     with evaluating(family.denoiser):
         with torch.autocast(device.type, enabled=False):

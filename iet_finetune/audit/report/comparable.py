@@ -24,8 +24,11 @@ def differing_conditions(labels: Sequence[str], audits: Sequence[AuditRecord]) -
         yield from _differing(f"number of {words} images", labels, data, name)
     yield from _features(labels, audits)
     yield from _references(labels, audits)
-    settings = [{name.lstrip("-"): value for name, value in audit.settings.items()} for audit in audits]
-    for name in dict.fromkeys(name for each in settings for name in each if name not in _FREE):
+    # An audit of a version without a flag was made as its default says.
+    defaults = {name: spec.default for name, spec in all_flags().items()}
+    settings = [defaults | {name.lstrip("-"): value for name, value in audit.settings.items()} for audit in audits]
+    named = dict.fromkeys(name.lstrip("-") for audit in audits for name in audit.settings)
+    for name in (name for name in named if name not in _FREE):
         yield from _differing(f"`--{name}`", labels, settings, name)
     for name in sorted({name for audit in audits for name in audit.versions}):
         yield from _differing(f"version of {name}", labels, [audit.versions for audit in audits], name)

@@ -4,7 +4,7 @@ from .answers import Trainer, renamed, same, unneeded, unsupported
 
 _ROUNDS = "counts rounds, at whose ends the clones are merged"
 _STEPS = "counts the steps of all clones, and what it writes is for resuming"
-_BUCKETS = unsupported("images are cropped to squares of `--resolution`")
+_BUCKETS = renamed("aspect_ratio_buckets", "auto makes sizes up to twice as long as wide, or list your own")
 _TAGS = unsupported("write several captions into a text file, a line each, and one is drawn at each visit")
 _ATTENTION = unneeded("torch's own attention is used")
 _TEXT_ENCODER = unsupported("only the denoiser is trained, text encoders stay as they are")
@@ -61,12 +61,12 @@ KOHYA = Trainer(
         "caption_tag_dropout_rate": _TAGS,
         "caption_dropout_rate": renamed("caption_dropout"),
         "caption_dropout_every_n_epochs": unsupported("`--caption_dropout` drops captions in all passes"),
-        "resolution": same("one number, as images are squares"),
-        "enable_bucket": _BUCKETS,
+        "resolution": same("one number, the side of a square"),
+        "enable_bucket": renamed("aspect_ratio_buckets auto", "sizes with about as many pixels as the square"),
         "min_bucket_reso": _BUCKETS,
         "max_bucket_reso": _BUCKETS,
         "bucket_reso_steps": _BUCKETS,
-        "bucket_no_upscale": _BUCKETS,
+        "bucket_no_upscale": renamed("no_upscale", "together with `--aspect_ratio_buckets`"),
         "random_crop": unneeded("images are cropped at random unless `--center_crop` is given"),
         "flip_aug": renamed("random_flip"),
         "color_aug": unsupported("`--random_flip` is the only change to images"),

@@ -4,7 +4,6 @@ from .answers import Trainer, renamed, same, unneeded, unsupported
 
 _ROUNDS = "counts rounds, at whose ends the clones are merged"
 _STEPS = "counts the steps of all clones, and every merge writes a checkpoint too"
-_SQUARES = unsupported("images are cropped to squares of `--resolution`")
 _SIZES = unsupported("sort out images by their size before, as a run warns of small ones and uses them")
 _FROZEN = unsupported("with `--use_lora`, `--mixed_precision bf16` stores the frozen weights in bf16")
 _LAUNCHER = unneeded("give it to `accelerate launch`")
@@ -61,9 +60,13 @@ SIMPLETUNER = Trainer(
         "parquet_caption_column": renamed("caption_column"),
         "caption_dropout_probability": renamed("caption_dropout", "0 if not given, and not 0.1"),
         "resolution": same("always the side in pixels, 512 if not given, and not 1024"),
-        "resolution_type": _SQUARES,
-        "aspect_bucket_rounding": _SQUARES,
-        "aspect_bucket_alignment": _SQUARES,
+        "resolution_type": unneeded("`--resolution` is in pixels, the side of a square"),
+        "aspect_bucket_rounding": unneeded(
+            "`--aspect_ratio_buckets` takes for each image the size of the nearest shape"
+        ),
+        "aspect_bucket_alignment": renamed(
+            "aspect_ratio_buckets", "auto takes multiples of 64 pixels, or list your own sizes"
+        ),
         "minimum_image_size": _SIZES,
         "maximum_image_size": _SIZES,
         "target_downsample_size": unneeded("images are scaled to `--resolution` before they are cropped"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..flags import fixed, free, other
+from ..sizes import named_sizes
 from .checks import at_least_one, not_negative, probability, require
 
 # Networks that `--model_config` knows by name.
@@ -177,6 +178,23 @@ class DataConfig:
         audit="recorded",
         audit_help="Side of the square images in pixels; by default that of training, else that of the pipeline.",
     )
+    aspect_ratio_buckets: str | None = fixed(
+        None,
+        "Instead of cropping every image to a square, bring each to the size nearest to its shape. auto: sizes with "
+        "about as many pixels as the square of `--resolution`, and not more, no side more than twice the other. Or a "
+        "list of them, such as 1024x1024,832x1216, width first. A micro-batch holds images of one size; `--compile` "
+        "compiles for each.",
+        scope="public",
+        brief="Train on images of several shapes; auto, or WIDTHxHEIGHT,... in pixels.",
+        audit="recorded",
+        audit_help="The sizes that were trained on: losses are measured at these, everything else on squares.",
+    )
+    upscale: bool = fixed(
+        True,
+        "With `--aspect_ratio_buckets`, enlarge images that are smaller than the size of their shape; `--no_upscale` "
+        "gives them a smaller one.",
+        audit="recorded",
+    )
     center_crop: bool = free(
         False, "Crop at the centre; otherwise at a place drawn once for each image.", audit="recorded"
     )
@@ -230,6 +248,12 @@ class DataConfig:
             "`--default_caption` and `--instance_prompt` are the same and cannot both be given: choose one.",
         )
         require(self.resolution >= 8, f"`--resolution` must be at least 8 pixels, not {self.resolution}.")
+        named_sizes(self.aspect_ratio_buckets)
+        require(
+            self.upscale or self.aspect_ratio_buckets is not None,
+            "`--no_upscale` goes with `--aspect_ratio_buckets`: without it every image becomes a square of "
+            "`--resolution`.",
+        )
         at_least_one("max_train_samples", self.max_train_samples)
         at_least_one("max_image_pixels", self.max_image_pixels)
         probability("caption_dropout", self.caption_dropout)

@@ -31,7 +31,7 @@ from iet_finetune.method.objective import FlowMatching, NoiseSchedule
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
 CAPTIONS = ["thing 0", "", "a much longer thing that is cut off", "thing 3"]
-SIZES = torch.tensor([[16, 16, 0, 0], [64, 32, 0, 8], [20, 20, 2, 2], [99, 16, 40, 0]])
+SIZES = torch.tensor([[16, 16, 0, 0, 16, 16], [64, 32, 0, 8, 16, 16], [20, 20, 2, 2, 16, 16], [99, 16, 40, 0, 16, 16]])
 LABELS = torch.tensor([0, 1, 2, 1])
 FAMILIES = {
     "sd": (StableDiffusion, tiny_sd),
