@@ -66,7 +66,7 @@ def configs(draw: st.DrawFn) -> Config:
     if flags.get("train_data_dir") is not None:
         flags.pop("dataset_name", None)
     if flags.get("model_config") is not None:
-        flags |= dict.fromkeys(("pretrained_model_name_or_path", "revision", "variant"))
+        flags |= dict.fromkeys(("pretrained_model_name_or_path", "revision", "variant", "base_config"))
     if flags.get("use_8bit_adam") and flags.get("optimizer_across_rounds") == "average":
         flags.pop("use_8bit_adam")
     if flags.get("max_train_steps") is not None:
