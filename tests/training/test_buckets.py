@@ -215,3 +215,15 @@ def test_an_audit_measures_losses_at_the_sizes_of_training(world, tmp_path):
             torch.zeros(1, dtype=torch.int64), draws((4, size[1] // 2, size[0] // 2)), CPU,
         )  # fmt: skip
         assert found[number] == pytest.approx(rows[0].numpy(), rel=1e-4)
+
+
+def test_class_images_are_squares_beside_images_of_other_shapes(world, tmp_path):
+    save_shapes(tmp_path / "class", 3)
+    (tmp_path / "class" / "metadata.jsonl").unlink()
+    flags = {"class_prompt": "a thing", "class_data_dir": str(tmp_path / "class"), "num_class_images": 3}
+    for name, cached in (("cached", True), ("plain", False)):
+        Trainer(config(world, tmp_path / name, num_train_epochs=1, cache_latents=cached, **flags)).train()
+    assert_equal(weights(tmp_path / "cached"), weights(tmp_path / "plain"))
+    Trainer(config(world, tmp_path / "without", num_train_epochs=1)).train()
+    with pytest.raises(AssertionError):
+        assert_equal(weights(tmp_path / "cached"), weights(tmp_path / "without"))
