@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -55,8 +56,8 @@ def images_ready(clock: Clock, config: Any) -> str:
 
     def first_batch() -> None:
         buckets = import_module("iet_finetune.data.buckets").Buckets.square(config.data.resolution)
-        latents = dict.fromkeys(buckets.sizes, LATENT)
-        shards = data.read_shards(config, None, found.images, indices, buckets, latents, ranks, device)
+        family = SimpleNamespace(latent_shape_of=lambda size: LATENT)
+        shards, _ = data.read_shards(config, family, found, indices, buckets, ranks, device)
         visits = loader.Visits(schedule.steps(0, 0, 1), config.training.train_batch_size)
         next(iter(loader.micro_batches(shards[0], visits, num_workers=0, pin_memory=False)))
 

@@ -100,6 +100,7 @@ class Shard(Dataset):
         samples_per_step: of the schedule, for images of several sizes: those of a step have one.
 
     Attributes:
+        transform: of images.
         beside: the class images to train beside the samples, at the same visits; None without prior preservation.
     """
 
@@ -119,7 +120,7 @@ class Shard(Dataset):
     ) -> None:
         self.images = images
         self.indices = indices
-        self._transform = transform
+        self.transform = transform
         self._data = data
         self._number = number
         self._seed = seed
@@ -146,15 +147,15 @@ class Shard(Dataset):
         shape = self._latent_shape(int(self.indices[member]))
         return member, sample_draws(self._seed, self._number, visit.pass_, visit.position, shape)
 
-    def of_others(self, images: TrainingImages) -> "Shard":
-        """Other images, all of them, read in the same way; they are not cached."""
+    def of_others(self, images: TrainingImages, encoded: EncodedData | None) -> "Shard":
+        """Other images, all of them, read in the same way; `encoded` are their cached rows."""
         other = copy(self)
-        other.images, other.indices, other.encoded = images, np.arange(len(images)), None
+        other.images, other.indices, other.encoded = images, np.arange(len(images)), encoded
         return other
 
     def size(self, index: int) -> Size:
         """(width, height) in pixels of one of `images` as it is trained on."""
-        return size_of(self.images, index, self._transform.buckets)
+        return size_of(self.images, index, self.transform.buckets)
 
     def _latent_shape(self, index: int) -> Shape:
         return self._latent_shapes[self.size(index)]
@@ -179,7 +180,7 @@ class Shard(Dataset):
             if self.encoded is not None:
                 encoded, place = self.encoded(index, flip, caption)
             else:
-                pixel_values, place = self._transform.at(self.size(index)).load(self.images, index, flip)
+                pixel_values, place = self.transform.at(self.size(index)).load(self.images, index, flip)
         except UserError as error:
             # Returned as a value: a worker process would wrap an exception in its own traceback.
             return error
@@ -201,7 +202,7 @@ class Shard(Dataset):
         return self._order[1]
 
     def _new_order(self, pass_: int) -> np.ndarray:
-        buckets = self._transform.buckets
+        buckets = self.transform.buckets
         if len(buckets.sizes) == 1:
             return pass_order(self._seed, self._number, pass_, len(self))
         assert self.images.sizes is not None

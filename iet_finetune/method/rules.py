@@ -96,7 +96,7 @@ class Run(Protocol):
 
     @property
     def heldout_hashes(self) -> Sequence[str]:
-        """The same for the held-out images, of which there may be none."""
+        """The same for the held-out images, of which there may be none; of many, the first 128."""
 
     def lend(self, which: str) -> Network:
         """A frozen denoiser, which holds still until the next round.

@@ -123,12 +123,12 @@ def assemble(
         print(*source.notes, *overview(config, found, schedule, family, beside), sep="\n", flush=True)
     entering("encoding")
     of_class = beside.images if beside is not None else None
-    shards = read_shards(config, family, found.images, indices, buckets, ranks, accelerator.device, of_class)
-    if not ranks.is_main and source.folder is not None and config.data.cache_latents and not len(found.watched):
-        # Only the main rank draws and saves, and held-out images alone are encoded later.
+    shards, others = read_shards(config, family, found, indices, buckets, ranks, accelerator.device, of_class)
+    if not ranks.is_main and source.folder is not None and config.data.cache_latents:
+        # Only the main rank draws and saves.
         family.drop_encoders()
     entering("preparing")
-    data = Data(*found, indices, shards, schedule, beside)
+    data = Data(*found, indices, shards, others, schedule, beside)
     group = ranks.group(placement)
     model = prepare_model(source, family, config, accelerator, group, beginning)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)

@@ -15,6 +15,7 @@ from ..config.settings import DEFAULT_MERGE_EPOCHS
 from ..data.buckets import Buckets, numbers_of
 from ..data.dataset import TrainingImages, load_images
 from ..data.dedup import LeftOut, nothing_left_out, without_copies
+from ..data.encoded import EncodedData
 from ..data.loader import BesideShard, Shard
 from ..data.transforms import ImageTransform
 from ..distributed.groups import Ranks
@@ -25,8 +26,8 @@ from ..method.sharding import checked_shards
 from .class_images import ClassImages
 
 S = TypeVar("S", bound=Shard)
-# Fewer held-out images say too little of when to stop.
-LEAST_HELDOUT = 8
+# Fewer held-out images say too little of when to stop, and more need not be looked at.
+LEAST_HELDOUT, MOST_WATCHED = 8, 128
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Data:
         watched: held-out images that are looked at while training.
         indices: which images are in each shard.
         shards: the same as what a data loader reads.
+        others: so too the first of the watched images, `MOST_WATCHED` at most.
         schedule: when each clone steps and when the clones are merged.
         beside: the class images that are trained beside them; None without prior preservation.
     """
@@ -49,6 +51,7 @@ class Data:
     watched: TrainingImages
     indices: tuple[np.ndarray, ...]
     shards: list[Shard]
+    others: Shard
     schedule: Schedule
     beside: ClassImages | None = None
 
@@ -169,24 +172,32 @@ def schedule_of(
 def read_shards(
     config: Config,
     family: Family,
-    images: TrainingImages,
+    found: Found,
     indices: tuple[np.ndarray, ...],
     buckets: Buckets,
     ranks: Ranks,
     device: torch.device,
     beside: TrainingImages | None = None,
-) -> list[Shard]:
+) -> tuple[list[Shard], Shard]:
     """What the clones read; encodes the data if it is to be cached, while nothing else is on the device.
 
     Args:
+        indices: the training images of each shard.
         buckets: the sizes of images.
         beside: class images, one of which is read beside each sample of every shard, all as squares; None for none.
+
+    Returns:
+        the shards, and the watched images, as `Data` has them.
 
     Raises:
         UserError: an image cannot be read.
     """
     if config.data.cache_latents:
         family.freeze()
+
+    def encoded_with(transform: ImageTransform, images: TrainingImages) -> EncodedData | None:
+        cached = config.data.cache_latents and len(images) > 0
+        return encode_data(config, family, images, transform, ranks, device) if cached else None
 
     def made(kind: type[S], images: TrainingImages, parts: Sequence[np.ndarray], buckets: Buckets) -> list[S]:
         transform = ImageTransform(
@@ -195,8 +206,7 @@ def read_shards(
             interpolation=config.data.image_interpolation_mode,
             seed=config.training.seed,
         )
-        cached = config.data.cache_latents
-        encoded = encode_data(config, family, images, transform, ranks, device) if cached else None
+        encoded = encoded_with(transform, images)
         return [
             kind(
                 images,
@@ -213,10 +223,12 @@ def read_shards(
             for number, part in enumerate(parts)
         ]
 
-    shards = made(Shard, images, indices, buckets)
+    shards = made(Shard, found.images, indices, buckets)
+    watched = found.watched.subset(range(min(len(found.watched), MOST_WATCHED)))
+    others = shards[0].of_others(watched, encoded_with(shards[0].transform, watched))
     if beside is not None:
         everything = [np.arange(len(beside))] * len(shards)
         square = Buckets.square(config.data.resolution)
         for shard, companions in zip(shards, made(BesideShard, beside, everything, square), strict=True):
             shard.beside = companions
-    return shards
+    return shards, others

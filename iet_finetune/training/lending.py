@@ -96,7 +96,7 @@ class Lender:
         self._family, self._trainable, self._adapter = model.family, model.trainable, model.adapter
         self._mergers, self._noising, self._ranks = mergers, noising, ranks
         # By whether they are the held-out ones.
-        self._images = {False: data.shards[0], True: data.shards[0].of_others(data.watched)}
+        self._images = {False: data.shards[0], True: data.others}
         # Always as many at once, on any number of ranks: a loss's bits may depend on it.
         self._chunk = min(ENCODE_CHUNK, batch_size)
         self._visits = data.schedule.visits_a_round
@@ -223,7 +223,7 @@ class Lender:
         turns = -(-len(chunks) // self._ranks.size)
         own = torch.zeros(turns, self._chunk, len(timesteps))
         family = self._family
-        # Encoders of what is cached are not on the device; held-out images are never cached.
+        # Encoders of what is cached are not on the device.
         encoders = (*family.image_encoders, *family.caption_encoders) if source.encoded is None else ()
         with torch.no_grad(), calling(family, family.denoiser), family.lent(encoders, self._noising.device):
             for turn, chunk in enumerate(chunks[self._ranks.rank :: self._ranks.size]):

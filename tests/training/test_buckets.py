@@ -110,10 +110,11 @@ def test_ranks_that_train_one_clone_together_agree_with_one(world, tmp_path):
 
 def test_losses_of_many_images_are_those_of_each_alone_in_the_order_of_the_images(world, tmp_path):
     trainer = Trainer(config(world, tmp_path / "out", holdout_fraction=0.35, stop_when="auto"))
-    lender, count = trainer.run.lender, len(trainer.data.watched)
+    lender, count = trainer.run.lender, len(trainer.data.others)
+    assert trainer.data.others.encoded is not None, "held-out images would be encoded at each look"
     together = lender.heldout_losses(range(count), (10, 60), 0)
     alone = torch.cat([lender.heldout_losses((number,), (10, 60), 0) for number in range(count)])
-    assert len({trainer.data.shards[0].of_others(trainer.data.watched).size(number) for number in range(count)}) > 2
+    assert len({trainer.data.others.size(number) for number in range(count)}) > 2
     assert torch.allclose(together, alone, atol=1e-5)
 
 
