@@ -289,7 +289,7 @@ def on_the_host(run: Counted, ranks: int) -> tuple[dict[str, int], int]:
     if run.adapter is not None:
         largest = max(run.adapter.sizes.values())
         # A portion in fp32 as it is shared out, what each rank made of it, and a layer in float64 three times.
-        portion = min(ranks * PORTION, rests)
+        portion = min(max(PORTION, ranks * largest), rests)
         found["merging"] = kept + ranks * (2 * portion + 3 * 2 * largest)
         found["saving a LoRA file"] = kept + 2 * rests + 3 * 2 * largest
         found["saving fused"] = kept + 4 * largest
