@@ -15,6 +15,7 @@ from typing import Any
 from running import ROOT, describe_machine, finish, print_table
 
 from iet_finetune import Callback, Config, Trainer
+from iet_finetune.config.settings import GuardConfig
 from iet_finetune.data.dataset import load_images
 from iet_finetune.data.dedup import find_copies
 
@@ -25,7 +26,7 @@ MOST = 0.10
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", type=int, default=12, help="over the images")
+    parser.add_argument("--passes", type=int, default=24, help="over the images")
     parser.add_argument("--lora", action="store_true", help="train an adapter")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     return parser.parse_args(argv)
@@ -58,6 +59,7 @@ def main(argv: list[str]) -> int:
         lora = ["--use_lora", "--rank", "4"] if args.lora else []
         flags = ["--config", str(ROOT / "configs" / "demo.yaml"), "--output_dir", str(Path(folder) / "out"), *lora]
         flags += ["--cache_dir", folder, "--report_to", "none", "--num_train_epochs", str(args.passes)]
+        flags += ["--guard_budget", str(GuardConfig().guard_budget)]
         config = Config.from_command_line(flags)
         images, _ = load_images(config.data, cache_dir=folder, seed=0, needs_captions=True)
         began = time.process_time()

@@ -182,7 +182,7 @@ class GuardConfig:
     guard_draws: int = fixed(1, "Draws of noise at each of these levels.")
     guard_below: float = fixed(0.3, "Images rest at lower noise levels than this; above it they go on teaching.")
     guard_budget: float = fixed(
-        0.08, "Time that looking may take, as a part of the training's; images take turns where it is short."
+        0.05, "Time that looking may take, as a part of the training's; images take turns where it is short."
     )
 
     def __post_init__(self) -> None:
