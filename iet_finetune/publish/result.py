@@ -127,8 +127,9 @@ class Result:
         family, adapter = self._family, self._adapter
         if adapter is not None and adapter.is_rounded:
             pipeline: Any = load_as_stored(self._source, self._config.model)
-            # A weight that is rounded when it is written need not be held in fp32 before.
-            round_pipeline(pipeline, dtypes)
+            if not adapter.quantised:
+                # A weight that is rounded when it is written need not be held in fp32 before.
+                round_pipeline(pipeline, dtypes)
             adapter.fuse(pipeline.components[family.denoiser_name])
             # What the run wrote into it, such as `--prediction_type`.
             pipeline.register_modules(scheduler=family.pipeline.scheduler)

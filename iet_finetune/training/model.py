@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline, widen
 from ..lora.adapters import Adapter, add_adapter
 from ..lora.formats import check_kohya
+from ..lora.quantised import quantise
 from .compiling import compile_denoiser
 
 # What autocast multiplies in, by the name of the mixed precision.
@@ -97,6 +98,9 @@ def _prepare_denoiser(
     # What is cached is not encoded again: the encoders stay on the host.
     family.place(accelerator.device, encoders=not config.data.cache_latents)
     adapter, rounded = None, []
+    if (kind := config.adapter.quantize_base) is not None:
+        half = HALF.get(accelerator.mixed_precision, torch.float32)
+        quantise(family.denoiser, kind, "quantize_base", accelerator.device, half)
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
         _check_format(config, family, adapter)
