@@ -1,13 +1,12 @@
 """Frozen linear layers whose weights are held in 4 or 8 bits, below adapters that train in fp32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from ..errors import UserError
 
 # The 16 numbers of NF4 (QLoRA, arXiv 2305.14314, appendix E): quantiles of a normal distribution, the largest 1.
 NF4 = (
@@ -150,33 +149,44 @@ def layers_to_quantise(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """
     for name, layer in module.named_modules():
         # Subclasses may use their weight otherwise.
-        if type(layer) is nn.Linear and any(part.isdigit() for part in name.split(".")):
+        if type(layer) is nn.Linear and _is_in_block(name):
             yield name, layer
 
 
 @torch.no_grad()
-def quantise(module: nn.Module, kind: str, flag: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+def quantise(module: nn.Module, kind: str, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
     """Quantises the linear layers in a model's blocks, one at a time, in place; each is put onto the device for it.
 
     Args:
         kind: "nf4" or "int8".
-        flag: that asks for it, to be named in an error.
         dtype: of the frozen factors.
 
-    Raises:
-        UserError: there is no such layer.
+    Returns:
+        whether there were any.
     """
     layers = list(layers_to_quantise(module))
-    if not layers:
-        raise UserError(f"`--{flag} {kind}`: the {type(module).__name__} has no linear layers in blocks: leave it out.")
+    found = bool(layers)
     while layers:
         name, layer = layers.pop()
         # What is mapped from a file is read here, and is not held any longer.
         layer.to(device)
         parent, _, last = name.rpartition(".")
         setattr(module.get_submodule(parent), last, QuantisedLinear(layer, kind, dtype))
+    return found
 
 
-def quantised_bytes(numbers: int, rows: int, kind: str) -> int:
-    """Bytes of a quantised weight of so many numbers in so many rows, with its scales."""
-    return -(-numbers // 2) + 4 * -(-numbers // BLOCK) if kind == "nf4" else numbers + 4 * rows
+def quantised_bytes(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
+    """Bytes of a model with quantised blocks, the other tensors in fp32, from the names and shapes of its tensors."""
+    return sum(
+        _bytes_of(shape, kind) if name.endswith(".weight") and len(shape) == 2 and _is_in_block(name) else 4 * prod(shape)
+        for name, shape in shapes.items()
+    )
+
+
+def _bytes_of(shape: tuple[int, ...], kind: str) -> int:
+    numbers = prod(shape)
+    return -(-numbers // 2) + 4 * -(-numbers // BLOCK) if kind == "nf4" else numbers + 4 * shape[0]
+
+
+def _is_in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

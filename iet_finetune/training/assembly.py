@@ -97,7 +97,7 @@ def assemble(
         if ranks.local_rank == 0:
             # For all ranks of the machine, before any of them takes memory.
             check_room(config, source, placement, ranks, accelerator.device)
-        family = load_model(source, config, found.images, pipeline)
+        family = load_model(source, config, found.images, accelerator.device, pipeline)
     latent_shape = family.latent_shape(config.data.resolution)
     identity = run_identity(config, found.images.fingerprint, family.fingerprint())
     if compares_with(config):
