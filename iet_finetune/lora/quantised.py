@@ -34,7 +34,9 @@ def nf4_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.tensor(NF4, device=weight.device)
     # Each number becomes the nearest code; one in the middle between two the lower.
     bounds = (codes[1:] + codes[:-1]) / 2
-    nearest = torch.bucketize(blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None], bounds, out_int32=True)
+    nearest = torch.bucketize(
+        blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None], bounds, out_int32=True
+    )
     pairs = nearest.to(torch.uint8).view(-1, 2)[: (flat.numel() + 1) // 2]
     return (pairs[:, 0] * 16 + pairs[:, 1]).view(torch.int8), scale
 
@@ -178,7 +180,9 @@ def quantise(module: nn.Module, kind: str, device: torch.device, dtype: torch.dt
 def quantised_bytes(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
     """Bytes of a model with quantised blocks, the other tensors in fp32, from the names and shapes of its tensors."""
     return sum(
-        _bytes_of(shape, kind) if name.endswith(".weight") and len(shape) == 2 and _is_in_block(name) else 4 * prod(shape)
+        _bytes_of(shape, kind)
+        if name.endswith(".weight") and len(shape) == 2 and _is_in_block(name)
+        else 4 * prod(shape)
         for name, shape in shapes.items()
     )
 
