@@ -77,8 +77,8 @@ class Adapter:
     """The LoRA layers of a denoiser, and the part of earlier rounds that is folded into the frozen weights below them.
 
     The *remainder* of a layer is the part of the update that an adapter of rank r could not hold. It is added to the
-    layer's frozen weight, and so adds no per-step cost; the original weight stays on the host from then on. A quantised
-    weight can take nothing up: there the remainder stays beside it, as a frozen pair of factors of limited rank.
+    layer's frozen weight, and so adds no per-step cost; the original weight stays on the host from then on. Nothing
+    can be added to a quantised weight: its remainder stays beside it, as a frozen pair of factors of limited rank.
 
     Args:
         denoiser: with the adapter that `add_adapter` gave it, still on the host, or on the meta device to count

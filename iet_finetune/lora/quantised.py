@@ -17,6 +17,8 @@ NF4 = (
 )
 # How many weights of NF4 share a scale.
 BLOCK = 64
+# In the place of a scale of 0.
+TINY = torch.finfo(torch.float32).tiny
 
 
 def nf4_of(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +54,7 @@ def int8_of(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = weight.detach().float()
     scale = rows.abs().amax(dim=1) / 127
-    return torch.round(rows / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).to(torch.int8), scale
+    return torch.round(rows / scale.clamp(min=TINY)[:, None]).to(torch.int8), scale
 
 
 class QuantisedLinear(nn.Linear):
@@ -179,16 +181,13 @@ def quantise(module: nn.Module, kind: str, device: torch.device, dtype: torch.dt
 
 def quantised_bytes(shapes: Mapping[str, tuple[int, ...]], kind: str) -> int:
     """Bytes of a model with quantised blocks, the other tensors in fp32, from the names and shapes of its tensors."""
-    return sum(
-        _bytes_of(shape, kind)
-        if name.endswith(".weight") and len(shape) == 2 and _is_in_block(name)
-        else 4 * prod(shape)
-        for name, shape in shapes.items()
-    )
+    return sum(_bytes_of(name, shape, kind) for name, shape in shapes.items())
 
 
-def _bytes_of(shape: tuple[int, ...], kind: str) -> int:
+def _bytes_of(name: str, shape: tuple[int, ...], kind: str) -> int:
     numbers = prod(shape)
+    if not name.endswith(".weight") or len(shape) != 2 or not _is_in_block(name):
+        return 4 * numbers
     return -(-numbers // 2) + 4 * -(-numbers // BLOCK) if kind == "nf4" else numbers + 4 * shape[0]
 
 

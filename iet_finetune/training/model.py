@@ -106,13 +106,11 @@ def _check_quantised(config: Config, source: PipelineSource, family: Family) -> 
     }
     for name, (kind, modules) in wanted.items():
         if kind is not None and source.folder is None:
-            raise UserError(
-                f"`--{name} {kind}` needs a base in files, to which a LoRA file can be added: leave it out."
-            )
+            raise UserError(f"`--{name} {kind}` needs a pretrained pipeline, in files: leave it out.")
         if kind is not None and not any(True for module in modules for _ in layers_to_quantise(module)):
             raise UserError(
-                f"`--{name} {kind}`: the {type(family.pipeline).__name__} has no linear layers in blocks for it: leave "
-                "it out."
+                f"`--{name} {kind}`: the {type(family.pipeline).__name__} has no linear layers in blocks: leave it "
+                "out."
             )
 
 

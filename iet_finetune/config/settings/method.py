@@ -96,15 +96,15 @@ class AdapterConfig:
     )
     quantize_encoders: str | None = fixed(
         None,
-        "Hold the text encoders in 4 bits (nf4) or in 8 (int8): captions are encoded by less memory, and less exactly.",
+        "Hold the text encoders in 4 bits (nf4) or in 8 (int8): less memory, and less exact captions.",
         choices=QUANTISED,
         names=("pipeline",),
         needs="captions",
     )
     lora_remainder_rank: int | None = fixed(
         None,
-        "With `--quantize_base`: the highest rank of what merges leave beside the adapter of a layer; 8 times `--rank` "
-        "if not given, and half the layer's smaller side at most.",
+        "With `--quantize_base`: highest rank of what merges leave beside a layer's adapter; 8 times `--rank` if not "
+        "given, and half the layer's smaller side at most.",
     )
     use_dora: bool = other(False, "Refused: a DoRA update is not low-rank, so clones could not be merged exactly.")
     lora_merge: str = fixed(
