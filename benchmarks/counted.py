@@ -211,14 +211,14 @@ def _activations(net: nn.Module, resolution: int, batch: int, checkpointed: bool
     inputs = _inputs(net, resolution, batch)
     net.train(checkpointed is not None)
     if checkpointed is None:
-        with _Peak() as peak, torch.no_grad():
+        with Peak() as peak, torch.no_grad():
             net(*inputs)
         return peak.most
     (net.enable_gradient_checkpointing if checkpointed else net.disable_gradient_checkpointing)()
     for parameter in net.parameters():
         # Gradients are counted elsewhere: what is added to one that is there needs no memory of its own for long.
         parameter.grad = torch.zeros_like(parameter)
-    with _Peak() as peak:
+    with Peak() as peak:
         out = net(*inputs).sample
         out.backward(torch.zeros_like(out))
     net.zero_grad(set_to_none=True)
@@ -238,7 +238,7 @@ def _inputs(net: nn.Module, resolution: int, batch: int) -> Sequence[Tensor]:
         return torch.zeros(batch, settings.in_channels, resolution, resolution), timesteps, *classes
 
 
-class _Peak(TorchDispatchMode):
+class Peak(TorchDispatchMode):
     """Adds up the bytes of the tensors that operations make within it, until these are gone.
 
     Attributes:

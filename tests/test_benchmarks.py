@@ -3,10 +3,16 @@
 import json
 import os
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import processes
 import pytest
+import torch
+from tiny import tiny_sd
+
+from iet_finetune.config.settings import AdapterConfig
+from iet_finetune.lora.adapters import add_adapter
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -286,3 +292,35 @@ def test_a_comparison_of_records_finds_a_changed_number_and_overlooks_renamed_ke
     assert capsys.readouterr().out == "the same bits in 1 runs and an audit\n"
     assert compare(before, record("other", f_mem={"value": 0.2, "baseline": 0.0}, more=1)) == 1
     assert capsys.readouterr().out.splitlines() == ["audit > f_mem > value: 0.1 | 0.2", "audit > more: nothing | 1"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_counted_on_fake_tensors_is_what_a_step_takes(programs, half):
+    from device_memory import inputs_of, make_fake, numbers, peak_of_step
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def net():
+        made = tiny_sd().unet.train()
+        made.enable_gradient_checkpointing()
+        return made
+
+    real, called = net(), inputs_of(net(), 4, 32, 12)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+        peak_of_step(real, called, half)
+    changes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    # Gradients are there from the start, and are not counted.
+    measured = max(accumulate(changes)) - 4 * numbers(real)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        make_fake(fake := net())
+        counted = peak_of_step(fake, inputs_of(fake, 4, 32, 12), half)
+    assert counted == pytest.approx(measured, rel=0.1)
+
+
+def test_the_remainders_of_ten_rounds_are_factors_or_dense_whichever_is_smaller(programs):
+    from device_memory import ROUNDS, remainders
+
+    with torch.device("meta"):
+        net = torch.nn.ModuleDict({"wide": torch.nn.Linear(5000, 4000), "small": torch.nn.Linear(64, 64)})
+    adapter = add_adapter(net, AdapterConfig(use_lora=True, rank=16, lora_layers="wide,small"), (), 0)
+    factors = 4 * (5000 + 4000) * 3 * 16 * ROUNDS
+    assert remainders(adapter, clones=4) == factors + 4 * 64 * 64

@@ -168,11 +168,11 @@ def test_the_arithmetic_is_that_of_the_formula():
 
 
 def test_memory_is_that_of_the_tensors_that_live_at_once():
-    from counted import _Peak
+    from counted import Peak
 
     with torch.device("meta"):
         weight = torch.zeros(1000, requires_grad=True)
-    with _Peak() as peak, torch.no_grad():
+    with Peak() as peak, torch.no_grad():
         first = weight * 2
         second = first + 1
         del first

@@ -48,6 +48,11 @@ class Stored:
         return torch.float32 if self.has_others or not self.dtypes else most_common(self.dtypes)
 
     @property
+    def stays_mapped(self) -> bool:
+        """Whether all of it stays mapped from its files when it is loaded in its own precision."""
+        return self.own_bytes == 0
+
+    @property
     def own_bytes(self) -> int:
         """Bytes of memory that a rank takes to load it, at most; a mapped file takes none of the rank's own."""
         if self.has_others or len(set(self.dtypes.values())) > 1:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,61 +15,12 @@ from ..distributed.groups import Placement
 from ..ensemble.budget import Need
 from ..errors import UserError
 from ..method.seeding import adapter_seed
-from .factors import as_matrix, fold_scaling, unfold_scaling
+from .adapted import NAME, adapted_layers
 from .low_rank import cut
 from .quantised import QuantisedLinear
 from .spectra import LowRank, Matrix, apart
 
-NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """One layer of the denoiser with its adapter: the layer's weight is W + scaling · B A.
-
-    Attributes:
-        base: the frozen layer, on the training device.
-        up, down: names of the parameters B and A.
-        up_weight, down_weight: those parameters: (out, r) and (r, in), or (out, r, 1, 1) and (r, in, kh, kw).
-        scaling: alpha / r, or alpha / √r with rsLoRA.
-    """
-
-    base: nn.Module
-    up: str
-    down: str
-    up_weight: nn.Parameter
-    down_weight: nn.Parameter
-    scaling: float
-
-    @property
-    def weight(self) -> Tensor:
-        """What holds W: (out, in) or (out, in, kh, kw) if it is not quantised."""
-        return self.base.get_parameter("weight")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of W."""
-        return self.base.shape if isinstance(self.base, QuantisedLinear) else tuple(self.weight.shape)
-
-    @property
-    def holds_remainder(self) -> list[Tensor]:
-        """The frozen tensors that a remainder changes."""
-        return [self.base.up, self.base.down] if isinstance(self.base, QuantisedLinear) else [self.weight]
-
-    def energy(self) -> float:
-        """‖W‖², as it is held."""
-        weight = self.base.plain_weight() if isinstance(self.base, QuantisedLinear) else self.weight.detach()
-        return weight.double().square().sum().item()
-
-    def update(self, tensors: Tensors) -> LowRank:
-        """scaling · B A as factors (out, r) and (r, in·kh·kw), float64; a frozen A is not among the tensors."""
-        down = tensors.get(self.down, self.down_weight)
-        return fold_scaling(as_matrix(tensors[self.up].cpu(), down.cpu()), self.scaling)
-
-    def factors(self, update: LowRank) -> LowRank:
-        """B and A as matrices in fp32, of which `update` gives this update; rounded once."""
-        return LowRank(*(factor.to(torch.float32) for factor in unfold_scaling(update, self.scaling)))
 
 
 class Adapter:
@@ -93,19 +43,23 @@ class Adapter:
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
         folded: module's name -> remainder that is in the frozen weights now.
         is_rounded: whether frozen weights are held in half precision or fewer bits.
+        originals_are_mapped: whether the weights as they came stay on the host as they are mapped from their files.
     """
 
     def __init__(self, denoiser: Any, rank: int, remainder_rank: int | None = None) -> None:
         self._denoiser = denoiser
         self.rank = rank
         self._remainder_rank = 8 * rank if remainder_rank is None else remainder_rank
-        self.layers = dict(_layers(denoiser))
+        self.layers = dict(adapted_layers(denoiser))
         self.quantised = {name for name, layer in self.layers.items() if isinstance(layer.base, QuantisedLinear)}
         is_empty = any(layer.weight.is_meta for layer in self.layers.values())
         self.norm = 0.0 if is_empty else math.sqrt(math.fsum(layer.energy() for layer in self.layers.values()))
         self._original: dict[str, Tensor] = {}
+        # Layers whose frozen weights are not as they came.
+        self._changed: set[str] = set()
         self.folded: Mapping[str, Matrix] = {}
         self.is_rounded = bool(self.quantised)
+        self.originals_are_mapped = False
 
     def rounded_remainder(self, name: str, rest: Matrix) -> Matrix:
         """What of a remainder the layer can take: all of it, or below a quantised weight the best of limited rank."""
@@ -113,6 +67,16 @@ class Adapter:
 
     def _most(self, name: str) -> int:
         return max(1, min(self._remainder_rank, min(self.layers[name].shape) // 2))
+
+    def keep_originals(self, mapped: bool) -> None:
+        """Keeps the weights as they came where they are: the denoiser is about to be moved to another device.
+
+        Args:
+            mapped: whether they are mapped from their files, and so take no memory of their own.
+        """
+        self.originals_are_mapped = mapped
+        for name in self.layers.keys() - self.quantised:
+            self._original.setdefault(name, self.layers[name].weight.data)
 
     @torch.no_grad()
     def fold_remainders(self, remainders: Mapping[str, Matrix]) -> None:
@@ -124,9 +88,9 @@ class Adapter:
         if remainders is self.folded:
             return
         for name in self.layers:
-            if name in remainders or name in self._original or name in self.quantised:
+            if name in remainders or name in self._changed:
                 self._put(name, *_present(remainders, name))
-        self.folded = remainders
+        self.folded, self._changed = remainders, set(remainders)
 
     def forget_folded(self) -> None:
         """Lets go of the remainders that are in the frozen weights: what holds them is about to be written over.
@@ -157,7 +121,8 @@ class Adapter:
                 exact, parameter.data = parameter.data, parameter.data.to(dtype)
                 rounded.append(parameter)
                 if id(parameter) in adapted and not torch.equal(parameter.data.float(), exact.float()):
-                    self._original[adapted[id(parameter)]] = exact.to("cpu", copy=True)
+                    # Nobody else has it any more; one that is mapped from its file takes no memory.
+                    self._original[adapted[id(parameter)]] = exact
         self.is_rounded = True
         return rounded
 
@@ -220,12 +185,13 @@ class Adapter:
     def need(self, placement: Placement) -> Need:
         """Bytes of the frozen weights as they came, which stay on the host once there are remainders.
 
-        Beside quantised weights remainders are on the device instead, in fp32 at most.
+        Remainders beside quantised weights are on the device, too, in the precision in which it computes.
         """
         if placement.num_shards == 1:
             return Need()
-        beside = sum(size for name, size in self.sizes.items() if name in self.quantised)
-        return Need(host=self.nbytes - beside, device=beside)
+        beside = {name: size for name, size in self.sizes.items() if name in self.quantised}
+        live = sum(size * self.layers[name].holds_remainder[0].element_size() // 4 for name, size in beside.items())
+        return Need(host=0 if self.originals_are_mapped else self.nbytes - sum(beside.values()), device=live)
 
     @property
     def nbytes(self) -> int:
@@ -326,20 +292,3 @@ def _check_layers(denoiser: Any, layers: Sequence[str]) -> None:
                     f"`--lora_layers`: {name} is a {type(module).__name__}, and only linear layers and convolutions "
                     "without groups can have an adapter that is merged."
                 )
-
-
-def _layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    for name, module in denoiser.named_modules():
-        if hasattr(module, "lora_A") and NAME in module.lora_A:
-            ups, downs = module.lora_B, module.lora_A
-            yield (
-                name,
-                AdaptedLayer(
-                    base=module.get_base_layer(),
-                    up=f"{name}.lora_B.{NAME}.weight",
-                    down=f"{name}.lora_A.{NAME}.weight",
-                    up_weight=ups[NAME].weight,
-                    down_weight=downs[NAME].weight,
-                    scaling=module.scaling[NAME],
-                ),
-            )

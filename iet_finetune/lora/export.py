@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .adapters import AdaptedLayer, Adapter
+from .adapted import AdaptedLayer
+from .adapters import Adapter
 from .factors import as_weights
 from .layer import LoraLayer
 from .low_rank import combine, compress

@@ -8,12 +8,12 @@ from torch import Tensor
 from ..distributed.groups import Ranks
 from .spectra import LowRank, Matrix
 
-# Bytes of a portion for each rank, as many as other merges send at once.
+# Bytes of a portion, as many as other merges send at once.
 PORTION = 1 << 28
 
 
 def portions(sizes: Mapping[str, int], num_ranks: int) -> Iterator[list[str]]:
-    """Layers in their order, in parts of at most `PORTION` bytes a rank, but at least one layer for each rank.
+    """Layers in their order, in parts of at most `PORTION` bytes, but with one layer for each rank at least.
 
     What a merge makes of one portion is at rest before the next begins; no result depends on how they are cut.
 
@@ -23,7 +23,7 @@ def portions(sizes: Mapping[str, int], num_ranks: int) -> Iterator[list[str]]:
     names: list[str] = []
     filled = 0
     for name, size in sizes.items():
-        if len(names) >= num_ranks and filled + size > num_ranks * PORTION:
+        if len(names) >= num_ranks and filled + size > PORTION:
             yield names
             names, filled = [], 0
         names.append(name)

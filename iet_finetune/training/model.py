@@ -139,6 +139,9 @@ def _prepare_denoiser(
         # What is rounded must be read again to be saved.
         if accelerator.mixed_precision in HALF and source.folder is not None:
             rounded = adapter.round_frozen(HALF[accelerator.mixed_precision])
+        if config.merges_exactly and config.ensemble.num_shards > 1 and accelerator.device.type != "cpu":
+            part = source.stored.get(family.denoiser_name)
+            adapter.keep_originals(mapped=part is not None and part.stays_mapped)
     # It has come in the precision in which it is stored; what is not rounded computes in fp32.
     family.denoiser.to(accelerator.device)
     widen(family.denoiser, but=frozenset(map(id, rounded)))

@@ -94,6 +94,7 @@ def _bytes_kept(
         quantise(denoiser, config.adapter.quantize_base, torch.device("meta"))
     if config.adapter.use_lora:
         adapter = add_adapter(denoiser, config.adapter, kind.lora_layers, config.training.seed)
+        adapter.originals_are_mapped = not on_host and source.stored[kind.denoiser_name].stays_mapped
     trainable = Trainable(denoiser, buffers=adapter is None)
     ema = None
     if config.optimizer.use_ema:

@@ -12,6 +12,7 @@ from torch import nn
 
 from iet_finetune import UserError
 from iet_finetune.config.settings import AdapterConfig
+from iet_finetune.distributed.groups import Placement
 from iet_finetune.ensemble.trainable import Trainable
 from iet_finetune.lora.adapters import add_adapter
 from iet_finetune.lora.spectra import LowRank
@@ -245,6 +246,26 @@ def test_an_adapter_on_a_base_in_half_precision_is_the_same_as_on_one_in_fp32(dt
     for adapter in names:
         adapter.fold_remainders(remainders)
     assert_equal(base_weights(half), base_weights(whole))
+    assert {tensor.dtype for tensor in names[0]._original.values()} == {dtype}
+
+
+def test_originals_that_stay_on_the_host_are_not_copied_and_come_back_to_the_bit():
+    (unet, adapter, _), (other, plain, _) = (adapted_unet(rank=2, lora_layers=ALL_LAYERS) for _ in range(2))
+    before = {name: layer.weight.data for name, layer in adapter.layers.items()}
+    adapter.keep_originals(mapped=True)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()  # as on another device
+    came = base_weights(unet)
+    for remainders in (some_remainders(adapter, 4), some_remainders(adapter, 2), {}):
+        for each in (adapter, plain):
+            each.fold_remainders(remainders)
+            if remainders:
+                each.forget_folded()
+        assert_equal(base_weights(unet), base_weights(other))
+    assert_equal(base_weights(unet), came)
+    assert all(adapter._original[name].data_ptr() == weight.data_ptr() for name, weight in before.items())
+    counted, copied = adapter.need(Placement(2, 1)), plain.need(Placement(2, 1))
+    assert (counted.host, copied.host) == (0, plain.nbytes)
 
 
 def test_what_was_rounded_is_fused_into_a_model_that_was_not():

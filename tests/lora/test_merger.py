@@ -15,6 +15,7 @@ from iet_finetune.ensemble.ema import EMA, START_SHARE
 from iet_finetune.ensemble.host import HostMemory
 from iet_finetune.lora.average import ExactAverageMerger
 from iet_finetune.lora.merger import ExactMerger, FactorMerger
+from iet_finetune.lora.sharing import portions
 
 CPU = torch.device("cpu")
 GO = torch.tensor(0.0)
@@ -141,6 +142,42 @@ def test_offloading_changes_no_bit(tmp_path, monkeypatch):
             run.round([3, 2], round_)
         digests.append(bits(run.merger.tensors, run.merger.remainders))
     assert digests[0] == digests[1]
+
+
+def test_how_many_layers_are_merged_at_a_time_changes_no_bit(monkeypatch):
+    digests = []
+    for portion in (1 << 28, 1):
+        monkeypatch.setattr("iet_finetune.lora.sharing.PORTION", portion)
+        run = Run(rank=3, lora_layers=LAYERS)
+        for round_ in range(3):
+            run.round([5, 1], round_)
+        digests.append(bits(run.merger.tensors, run.merger.remainders))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_portions_hold_every_layer_once_and_work_for_every_rank(monkeypatch, num_ranks):
+    monkeypatch.setattr("iet_finetune.lora.sharing.PORTION", 10)
+    sizes = {str(i): size for i, size in enumerate([4, 5, 6, 30, 1, 1, 1, 1, 40])}
+    cut = list(portions(sizes, num_ranks))
+    assert [name for names in cut for name in names] == list(sizes)
+    assert all(len(names) >= num_ranks for names in cut[:-1])
+    assert all(sum(sizes[n] for n in names) <= 10 or len(names) <= num_ranks for names in cut)
+    assert len(cut) == (5 if num_ranks == 1 else 3)
+
+
+def test_a_dense_remainder_is_written_over_the_one_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("iet_finetune.ensemble.host.TINY", 4)
+    run = Run(tmp_path, rank=4, lora_layers="proj_in,to_q")
+    for round_ in range(5):
+        run.round([5, 1, 2], round_)
+    before = {name: rest.data_ptr() for name, rest in run.merger.remainders.items()}
+    regions = len(run.host._regions)
+    run.round([5, 1, 2], 5)
+    assert {name: rest.data_ptr() for name, rest in run.merger.remainders.items()} == before
+    run.merger.load_into(run.trainable)
+    assert len(run.host._regions) == regions
+    run.assert_shown(run.merger, run.update)
 
 
 def test_the_adapter_keeps_the_best_of_its_rank_and_the_facts_tell_what_it_could_not_hold():

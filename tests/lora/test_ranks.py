@@ -69,8 +69,10 @@ import sys
 sys.path.insert(0, "TESTS")
 from pathlib import Path
 from iet_finetune.ensemble.checkpoint import CheckpointStore
+from iet_finetune.lora import sharing
 from lora.test_ranks import ONE_LAYER, play
 
+sharing.PORTION = 3000  # so that the layers go in many portions, where on one rank all are in one
 emit(play(ranks, store=CheckpointStore(Path("FOLDER"), None, ranks)))
 emit(play(ranks, layers=ONE_LAYER))
 for step in STEPS:
