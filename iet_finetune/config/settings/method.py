@@ -131,11 +131,6 @@ class AdapterConfig:
         at_least_one("rank", self.rank)
         at_least_one("lora_alpha", self.lora_alpha)
         at_least_one("lora_remainder_rank", self.lora_remainder_rank)
-        require(
-            self.lora_remainder_rank is None or (self.quantize_base is not None and self.lora_merge == "exact"),
-            f"`--lora_remainder_rank {self.lora_remainder_rank}` does nothing without `--quantize_base` and "
-            "`--lora_merge exact`: leave it out.",
-        )
         require(0 <= self.lora_dropout < 1, f"`--lora_dropout` must be in [0, 1), not {self.lora_dropout}.")
         require(
             not self.use_dora,
@@ -147,6 +142,11 @@ class AdapterConfig:
         )
         if not self.use_lora:
             self._require_nothing_else()
+        require(
+            self.lora_remainder_rank is None or (self.quantize_base is not None and self.lora_merge == "exact"),
+            f"`--lora_remainder_rank {self.lora_remainder_rank}` does nothing without `--quantize_base` and "
+            "`--lora_merge exact`: leave it out.",
+        )
 
     @property
     def layer_names(self) -> tuple[str, ...]:
