@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,73 +15,58 @@ from ..distributed.groups import Placement
 from ..ensemble.budget import Need
 from ..errors import UserError
 from ..method.seeding import adapter_seed
-from .factors import as_matrix, fold_scaling, unfold_scaling
+from .adapted import NAME, adapted_layers
+from .low_rank import cut
+from .quantised import QuantisedLinear
 from .spectra import LowRank, Matrix, apart
 
-NAME = "default"  # of the adapter in peft, as diffusers' own scripts have it
 Tensors = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class AdaptedLayer:
-    """One layer of the denoiser with its adapter: the layer's weight is W + scaling · B A.
-
-    Attributes:
-        weight: W, (out, in) or (out, in, kh, kw), frozen, on the training device.
-        up, down: names of the parameters B and A.
-        up_weight, down_weight: those parameters: (out, r) and (r, in), or (out, r, 1, 1) and (r, in, kh, kw).
-        scaling: alpha / r, or alpha / √r with rsLoRA.
-    """
-
-    weight: Tensor
-    up: str
-    down: str
-    up_weight: nn.Parameter
-    down_weight: nn.Parameter
-    scaling: float
-
-    def update(self, tensors: Tensors) -> LowRank:
-        """scaling · B A as factors (out, r) and (r, in·kh·kw), float64; a frozen A is not among the tensors."""
-        down = tensors.get(self.down, self.down_weight)
-        return fold_scaling(as_matrix(tensors[self.up].cpu(), down.cpu()), self.scaling)
-
-    def factors(self, update: LowRank) -> LowRank:
-        """B and A as matrices in fp32, of which `update` gives this update; rounded once."""
-        return LowRank(*(factor.to(torch.float32) for factor in unfold_scaling(update, self.scaling)))
 
 
 class Adapter:
     """The LoRA layers of a denoiser, and the part of earlier rounds that is folded into the frozen weights below them.
 
     The *remainder* of a layer is the part of the update that an adapter of rank r could not hold. It is added to the
-    layer's frozen weight, and so adds no per-step cost; the original weight stays on the host from then on.
+    layer's frozen weight, and so adds no per-step cost; the original weight stays on the host from then on. Nothing
+    can be added to a quantised weight: its remainder stays beside it, as a frozen pair of factors of limited rank.
 
     Args:
         denoiser: with the adapter that `add_adapter` gave it, still on the host, or on the meta device to count
             bytes.
+        remainder_rank: the highest rank of a remainder beside a quantised weight; 8 r if None. Half the smaller side
+            is the most in any case.
 
     Attributes:
         layers: module's name -> layer, in the module's order.
         rank: r.
+        quantised: names of the layers whose weights are quantised.
         norm: ‖W‖, the Frobenius norm over all these layers as they came.
         folded: module's name -> remainder that is in the frozen weights now.
-        is_rounded: whether the frozen weights are held in half precision.
+        is_rounded: whether frozen weights are held in half precision or fewer bits.
         originals_are_mapped: whether the weights as they came stay on the host as they are mapped from their files.
     """
 
-    def __init__(self, denoiser: Any, rank: int) -> None:
+    def __init__(self, denoiser: Any, rank: int, remainder_rank: int | None = None) -> None:
         self._denoiser = denoiser
         self.rank = rank
-        self.layers = dict(_layers(denoiser))
+        self._remainder_rank = 8 * rank if remainder_rank is None else remainder_rank
+        self.layers = dict(adapted_layers(denoiser))
+        self.quantised = {name for name, layer in self.layers.items() if isinstance(layer.base, QuantisedLinear)}
         is_empty = any(layer.weight.is_meta for layer in self.layers.values())
-        squares = (layer.weight.detach().double().square().sum().item() for layer in self.layers.values())
-        self.norm = 0.0 if is_empty else math.sqrt(math.fsum(squares))
+        self.norm = 0.0 if is_empty else math.sqrt(math.fsum(layer.energy() for layer in self.layers.values()))
         self._original: dict[str, Tensor] = {}
         # Layers whose frozen weights are not as they came.
         self._changed: set[str] = set()
         self.folded: Mapping[str, Matrix] = {}
-        self.is_rounded = False
+        self.is_rounded = bool(self.quantised)
         self.originals_are_mapped = False
+
+    def rounded_remainder(self, name: str, rest: Matrix) -> Matrix:
+        """What of a remainder the layer can take: all of it, or below a quantised weight the best of limited rank."""
+        return cut(rest, self._most(name)) if name in self.quantised else rest
+
+    def _most(self, name: str) -> int:
+        return max(1, min(self._remainder_rank, min(self.layers[name].shape) // 2))
 
     def keep_originals(self, mapped: bool) -> None:
         """Keeps the weights as they came where they are: the denoiser is about to be moved to another device.
@@ -91,8 +75,8 @@ class Adapter:
             mapped: whether they are mapped from their files, and so take no memory of their own.
         """
         self.originals_are_mapped = mapped
-        for name, layer in self.layers.items():
-            self._original.setdefault(name, layer.weight.data)
+        for name in self.layers.keys() - self.quantised:
+            self._original.setdefault(name, self.layers[name].weight.data)
 
     @torch.no_grad()
     def fold_remainders(self, remainders: Mapping[str, Matrix]) -> None:
@@ -131,6 +115,8 @@ class Adapter:
         for module in self._denoiser.modules():
             if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or id(module.weight) in factors:
                 continue
+            if isinstance(module, QuantisedLinear):
+                continue
             for parameter in module.parameters(recurse=False):
                 exact, parameter.data = parameter.data, parameter.data.to(dtype)
                 rounded.append(parameter)
@@ -145,12 +131,13 @@ class Adapter:
         """Weight ← weight as it came + remainder + scaling · B A, rounded once; the adapter stays as it is.
 
         Args:
-            denoiser: a plain model of the same layers to write to, rounding once more if it is in half precision; the
-                adapter's own if None, which must not have been rounded.
+            denoiser: a plain model of the same layers to write to, rounding once more if it is in half precision, and
+                which has those weights as they came that are quantised here; the adapter's own if None, which must not
+                have been rounded.
         """
         for name in self.layers:
             weight = self.layers[name].weight if denoiser is None else denoiser.get_parameter(f"{name}.weight")
-            weight.copy_(self.fused(name, self._as_it_came(name)))
+            weight.copy_(self.fused(name, weight if name in self.quantised else self._as_it_came(name)))
 
     @torch.no_grad()
     def fused(self, name: str, weight: Tensor) -> Tensor:
@@ -173,7 +160,10 @@ class Adapter:
             del self._denoiser.peft_config
 
     def _put(self, name: str, *added: Matrix) -> None:
-        weight = self.layers[name].weight
+        weight, base = self.layers[name].weight, self.layers[name].base
+        if isinstance(base, QuantisedLinear):
+            base.put(*cut(added[0], self._most(name)) if added else base.no_factors())
+            return
         if name not in self._original:
             # In the precision in which it is held: what that would lose is there already.
             self._original[name] = weight.detach().to("cpu", copy=True)
@@ -193,18 +183,28 @@ class Adapter:
         return total.to(torch.float32).view(weight.shape)
 
     def need(self, placement: Placement) -> Need:
-        """Bytes of the frozen weights as they came, which stay on the host once there are remainders."""
-        return Need(host=self.nbytes if placement.num_shards > 1 and not self.originals_are_mapped else 0)
+        """Bytes of the frozen weights as they came, which stay on the host once there are remainders.
+
+        Remainders beside quantised weights are on the device, too, in the precision in which it computes.
+        """
+        if placement.num_shards == 1:
+            return Need()
+        beside = {name: size for name, size in self.sizes.items() if name in self.quantised}
+        live = sum(size * self.layers[name].holds_remainder[0].element_size() // 4 for name, size in beside.items())
+        return Need(host=0 if self.originals_are_mapped else self.nbytes - sum(beside.values()), device=live)
 
     @property
     def nbytes(self) -> int:
-        """Of the frozen weights below the adapter in fp32."""
+        """Of the largest remainders in fp32: as large as the frozen weights, or as the rank beside them allows."""
         return sum(self.sizes.values())
 
     @property
     def sizes(self) -> dict[str, int]:
         """The same by layer."""
-        return {name: 4 * layer.weight.numel() for name, layer in self.layers.items()}
+        return {
+            name: 4 * (self._most(name) * sum(layer.shape) if name in self.quantised else math.prod(layer.shape))
+            for name, layer in self.layers.items()
+        }
 
     @property
     def live(self) -> dict[str, Tensor]:
@@ -261,7 +261,7 @@ def add_adapter(denoiser: Any, config: AdapterConfig, default_layers: Sequence[s
         else:
             # Models whose LoRA files no pipeline loads, such as UNet2DModel, leave this to peft.
             inject_adapter_in_model(settings, denoiser, adapter_name=NAME)
-    adapter = Adapter(denoiser, config.rank)
+    adapter = Adapter(denoiser, config.rank, config.lora_remainder_rank)
     for layer in adapter.layers.values():
         layer.down_weight.requires_grad_(config.lora_merge != "freeze_a")
     return adapter
@@ -292,20 +292,3 @@ def _check_layers(denoiser: Any, layers: Sequence[str]) -> None:
                     f"`--lora_layers`: {name} is a {type(module).__name__}, and only linear layers and convolutions "
                     "without groups can have an adapter that is merged."
                 )
-
-
-def _layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
-    for name, module in denoiser.named_modules():
-        if hasattr(module, "lora_A") and NAME in module.lora_A:
-            ups, downs = module.lora_B, module.lora_A
-            yield (
-                name,
-                AdaptedLayer(
-                    weight=module.get_base_layer().weight,
-                    up=f"{name}.lora_B.{NAME}.weight",
-                    down=f"{name}.lora_A.{NAME}.weight",
-                    up_weight=ups[NAME].weight,
-                    down_weight=downs[NAME].weight,
-                    scaling=module.scaling[NAME],
-                ),
-            )

@@ -9,7 +9,8 @@ import torch
 
 from ..errors import UserError
 from ..files import LORA_NAME
-from .adapters import AdaptedLayer, Adapter
+from .adapted import AdaptedLayer
+from .adapters import Adapter
 from .factors import as_matrix
 from .layer import LoraLayer
 from .reading import read_lora

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .adapters import AdaptedLayer, Adapter
+from .adapted import AdaptedLayer
+from .adapters import Adapter
 from .factors import as_weights
 from .layer import LoraLayer
 from .low_rank import combine, compress
+from .quantised import QuantisedLinear
 from .spectra import LowRank, Matrix, energy
 from .splitting import split
 
@@ -61,8 +63,15 @@ def plan_export(adapter: Adapter, component: str, form: str | None, dtype: torch
 
 
 def plain_shapes(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a denoiser's tensors by the names that they have without the adapter that it has."""
+    """The shapes of a denoiser's tensors by the names that they have without the adapter that it has.
+
+    Those of quantised layers are as they were before.
+    """
     state = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
+    for name, module in denoiser.named_modules():
+        if isinstance(module, QuantisedLinear):
+            state[f"{name}.weight"] = module.shape
+            del state[f"{name}.scale"]
     return {name.replace(".base_layer.", "."): shape for name, shape in state.items() if ".lora_" not in name}
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .spectra import TOLERANCE, LowRank, Matrix, float64, scale_of, spectrum
+from .spectra import TOLERANCE, LowRank, Matrix, float64, leading, scale_of, spectrum
 from .splitting import check_rank, energy_share, narrow, nothing, split, split_dense
 
 
@@ -91,6 +91,23 @@ def compress(matrix: Matrix, tolerance: float = TOLERANCE) -> LowRank:
         ValueError: a number is not finite.
     """
     return spectrum(matrix, tolerance).part(0, None)
+
+
+@torch.no_grad()
+def cut(matrix: Matrix, rank: int) -> LowRank:
+    """The best of a rank that is near the matrix, as `split` finds it, in balanced factors; itself if it is narrower.
+
+    Args:
+        matrix: dense, or factors.
+        rank: 0 or more columns that may remain.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    if isinstance(matrix, LowRank) and matrix.rank <= rank:
+        return matrix
+    exact = _as_float64(matrix)
+    return leading(exact, rank, TOLERANCE * scale_of(exact)).part(0, None)
 
 
 @torch.no_grad()

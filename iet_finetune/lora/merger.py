@@ -30,8 +30,8 @@ class _Settled(NamedTuple):
     Attributes:
         kept: the adapter's matrices B and A, fp32.
         rest: what is left of the update beside it, fp32; None if nothing is.
-        facts: gathered on all ranks: energies of the rest, of what is kept and of the change, and whether the
-            optimizer state starts anew.
+        facts: gathered on all ranks: energies of the rest, of what is kept, of what a quantised layer cannot take and
+            of the change, and whether the optimizer state starts anew.
     """
 
     kept: LowRank
@@ -156,6 +156,9 @@ class ExactMerger(MergesClones):
         self.rebased = [key for name in facts if facts[name]["rebased"] for key in self._keys(name)]
         lost, kept, moved = ([each[what] for each in facts.values()] for what in ("lost", "kept", "moved"))
         self.facts = {"remainder_share": sum(lost) / (sum(lost) + sum(kept)) if sum(lost) else 0.0}
+        if self._adapter.quantised:
+            gone = sum(each["cut"] for each in facts.values())
+            self.facts["remainder_cut"] = gone / (sum(lost) + sum(kept)) if gone else 0.0
         self._clones.clear()
         return self._adapter.relative(moved)
 
@@ -191,14 +194,17 @@ class ExactMerger(MergesClones):
             like = LowRank(mean_of([u.up for u in updates], weights), mean_of([u.down for u in updates], weights))
             kept = align(kept, like)
             rebased = not _near(kept, like)
+        rest = self._adapter.rounded_remainder(name, merged.rest)
+        lost = energy(merged.rest)
         facts = {
-            "lost": energy(merged.rest),
+            "lost": lost,
             "kept": kept.energy(),
+            "cut": 0.0 if rest is merged.rest else max(lost - energy(rest), 0.0),
             "moved": apart(mean, layer.update(self.tensors)),
             "rebased": rebased,
         }
-        is_empty = isinstance(merged.rest, LowRank) and not merged.rest.rank
-        return _Settled(layer.factors(kept), None if is_empty else in_fp32(merged.rest), facts)
+        is_empty = isinstance(rest, LowRank) and not rest.rank
+        return _Settled(layer.factors(kept), None if is_empty else in_fp32(rest), facts)
 
     def pieces(self, start: str, so_far: str) -> dict[str, Piece]:
         """What this rank writes of it into a checkpoint; see `Merger.pieces`."""

@@ -135,10 +135,11 @@ class Result:
     def _plain_pipeline(self, dtypes: dict[str, torch.dtype]) -> Any:
         """The pipeline with the trained denoiser, without an adapter; `dtypes` are those that it will be saved in."""
         family, adapter = self._family, self._adapter
-        if adapter is not None and adapter.is_rounded:
+        if adapter is not None and (adapter.is_rounded or self._config.adapter.quantize_encoders is not None):
             pipeline: Any = load_as_stored(self._source, self._config.model)
-            # A weight that is rounded when it is written need not be held in fp32 before.
-            round_pipeline(pipeline, dtypes)
+            if not adapter.quantised:
+                # A weight that is rounded when it is written need not be held in fp32 before.
+                round_pipeline(pipeline, dtypes)
             adapter.fuse(pipeline.components[family.denoiser_name])
             # What the run wrote into it, such as `--prediction_type`.
             pipeline.register_modules(scheduler=family.pipeline.scheduler)

@@ -101,7 +101,7 @@ def assemble(
         if ranks.local_rank == 0:
             # For all ranks of the machine, before any of them takes memory.
             check_room(config, source, placement, ranks, accelerator.device)
-        family = load_model(source, config, found.images, pipeline)
+        family = load_model(source, config, found.images, accelerator.device, pipeline)
     family.latent_shape(config.data.resolution)  # raises an error where images of that size cannot be drawn
     buckets = family.buckets(config.data)
     for each in (found.images, found.watched):

@@ -40,7 +40,7 @@ class Lent:
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Copies what these live tensors hold now; memory of earlier copies is used again."""
         for tensor in tensors:
-            if tensor in self.values:
+            if tensor in self.values and self.values[tensor].shape == tensor.shape:
                 self.values[tensor].copy_(tensor.detach())
             else:
                 self.values[tensor] = tensor.detach().clone()
@@ -167,7 +167,8 @@ class Lender:
             return []
         mergers = [self._mergers[name] for name in ("denoiser", "ema") if name in (MERGERS.get(which), "denoiser")]
         names = {name for merger in mergers for name in getattr(merger, "remainders", ())}
-        return [layer.weight for name, layer in self._adapter.layers.items() if name in names]
+        below = [layer.holds_remainder for name, layer in self._adapter.layers.items() if name in names]
+        return [tensor for tensors in below for tensor in tensors]
 
     @torch.no_grad()
     def _put(self, which: str) -> None:

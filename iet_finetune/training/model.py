@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from ..config.config import Config
 from ..config.registry import SKIP_RULES
@@ -16,6 +17,7 @@ from ..families import Family, PipelineSource, load_family, move_pipeline, round
 from ..lora.adapters import Adapter, add_adapter
 from ..lora.beginning import Beginning, begin_from
 from ..lora.formats import check_kohya
+from ..lora.quantised import layers_to_quantise, quantise
 from .compiling import compile_denoiser
 
 # What autocast multiplies in, by the name of the mixed precision.
@@ -41,8 +43,13 @@ class Model:
     beginning: Beginning | None = None
 
 
-def load_model(source: PipelineSource, config: Config, images: TrainingImages, pipeline: Any = None) -> Family:
-    """Loads the pipeline onto the host, unless it is in memory already.
+def load_model(
+    source: PipelineSource, config: Config, images: TrainingImages, device: torch.device, pipeline: Any = None
+) -> Family:
+    """Loads the pipeline onto the host, unless it is in memory already; text encoders may be quantised there.
+
+    Args:
+        device: on which weights are quantised, one at a time.
 
     Raises:
         UserError: it cannot be loaded, or takes neither these images nor these settings.
@@ -51,6 +58,11 @@ def load_model(source: PipelineSource, config: Config, images: TrainingImages, p
     family.take_classes(images.class_names, max(images.classes or (0,)))
     _check_validation(config, family)
     _check_export(config, family)
+    _check_quantised(config, source, family)
+    if (kind := config.adapter.quantize_encoders) is not None:
+        for encoder in _text_encoders(family):
+            quantise(encoder, kind, device)
+            encoder.to("cpu")
     return family
 
 
@@ -101,6 +113,27 @@ def _check_export(config: Config, family: Family) -> None:
         )
 
 
+def _check_quantised(config: Config, source: PipelineSource, family: Family) -> None:
+    """Raises a `UserError` unless what is to be quantised can be, and can be read again as it was."""
+    wanted = {
+        "quantize_base": (config.adapter.quantize_base, [family.denoiser]),
+        "quantize_encoders": (config.adapter.quantize_encoders, _text_encoders(family)),
+    }
+    for name, (kind, modules) in wanted.items():
+        if kind is not None and source.folder is None:
+            raise UserError(f"`--{name} {kind}` needs a pretrained pipeline, in files: leave it out.")
+        if kind is not None and not any(True for module in modules for _ in layers_to_quantise(module)):
+            raise UserError(
+                f"`--{name} {kind}`: the {type(family.pipeline).__name__} has no linear layers in blocks: leave it "
+                "out."
+            )
+
+
+def _text_encoders(family: Family) -> list[nn.Module]:
+    found = (getattr(family.pipeline, name, None) for name in family.caption_encoders)
+    return [encoder for encoder in found if isinstance(encoder, nn.Module)]
+
+
 def _check_format(config: Config, family: Family, adapter: Adapter) -> None:
     if config.adapter.lora_format == "kohya" and family.loads_lora and config.adapter.lora_export != "fuse":
         check_kohya([f"{family.denoiser_name}.{name}" for name in adapter.layers], "`--lora_format kohya`")
@@ -117,6 +150,9 @@ def _prepare_denoiser(
     # What is cached is not encoded again: the encoders stay on the host.
     family.place(accelerator.device, encoders=not config.data.cache_latents)
     adapter, rounded = None, []
+    if (kind := config.adapter.quantize_base) is not None:
+        half = HALF.get(accelerator.mixed_precision, torch.float32)
+        quantise(family.denoiser, kind, accelerator.device, half)
     if config.adapter.use_lora:
         adapter = add_adapter(family.denoiser, config.adapter, family.lora_layers, config.training.seed)
         _check_format(config, family, adapter)

@@ -15,6 +15,8 @@ from ..families.finding import part_folder
 from ..families.quiet import quiet_loading
 from ..families.stored import Stored
 from ..lora.adapters import add_adapter
+from ..lora.quantised import quantise, quantised_bytes
+from ..publish.base_files import header_of
 from .needs import need_of_run
 
 
@@ -34,6 +36,8 @@ def check_room(
     offloaded, on_host = config.ensemble.offload_dir is not None, device.type == "cpu"
     family = family_class(source, config.model)
     needed = sum(part.own_bytes for part in source.stored.values())
+    if config.adapter.quantize_encoders is not None:
+        needed += sum(_quantised(source, name, config.adapter.quantize_encoders) for name in family.caption_encoders)
     needed += bytes_computed_with(config, source, family) if on_host else 0
     needed += _bytes_kept(config, source, family, placement, on_host, offloaded)
     check_memory(
@@ -51,8 +55,12 @@ def bytes_computed_with(config: Config, source: PipelineSource, family: type[Fam
         sum(_fp32_copy(stored[name]) for name in names if name in stored)
         for names in (family.image_encoders, family.caption_encoders)
     )
+    if config.adapter.quantize_encoders is not None:
+        captions = 0  # they compute as they are held
     part = stored.get(family.denoiser_name, Stored())
-    if not config.adapter.use_lora:
+    if (kind := config.adapter.quantize_base) is not None:
+        denoiser = _quantised(source, family.denoiser_name, kind)
+    elif not config.adapter.use_lora:
         # Training writes to it, also where it is mapped.
         denoiser = 4 * part.numbers
     elif config.training.mixed_precision == "bf16":
@@ -60,6 +68,14 @@ def bytes_computed_with(config: Config, source: PipelineSource, family: type[Fam
     else:
         denoiser = _fp32_copy(part)
     return max(images, captions, denoiser) if config.data.cache_latents else images + captions + denoiser
+
+
+def _quantised(source: PipelineSource, name: str, kind: str) -> int:
+    """Bytes of a component with quantised blocks; of whole fp32 weights where the files do not tell."""
+    if name not in source.stored:
+        return 0
+    shapes = {tensor: shape for tensor, (_, shape) in header_of(source, name).items()}
+    return quantised_bytes(shapes, kind) if shapes else 4 * source.stored[name].numbers
 
 
 def _fp32_copy(part: Stored) -> int:
@@ -74,6 +90,8 @@ def _bytes_kept(
     if denoiser is None:
         return 0
     adapter = None
+    if config.adapter.quantize_base is not None:
+        quantise(denoiser, config.adapter.quantize_base, torch.device("meta"))
     if config.adapter.use_lora:
         adapter = add_adapter(denoiser, config.adapter, kind.lora_layers, config.training.seed)
         adapter.originals_are_mapped = not on_host and source.stored[kind.denoiser_name].stays_mapped

@@ -160,6 +160,7 @@ def test_every_flag_can_be_given(name):
     flags |= {"use_lora": True} if name in ADAPTER else {}
     flags |= {"class_prompt": "x"} if name in PRIOR else {}
     flags |= {"stop_when": "auto"} if name == "stop_patience" else {}
+    flags |= {"quantize_base": "nf4"} if name == "lora_remainder_rank" else {}
     flags |= next(({"skip_rule": rule} for rule in ("guard", "calibrated_agc") if name in OF_RULES[rule]), {})
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])

@@ -135,7 +135,12 @@ FLAGS = {
     "an unknown flag": (changed(num_shard=2), ["`--num_shard`", "Did you mean `--num_shards`?"]),
     "several unknown flags": (
         changed(num_shard=2, network_dim=8, enable_bucket=True, foo=1),
-        ["`--num_shard` (did you", "`--network_dim` (it is `--rank` here", "`--enable_bucket` (it is not", "`--foo`."],
+        [
+            "`--num_shard` (did you",
+            "`--network_dim` (it is `--rank` here",
+            "`--enable_bucket` (it is `--aspect_ratio_buckets` here",
+            "`--foo`.",
+        ],
     ),
     "a switch with another value": (changed(**{"use_ema=maybe": True}), ["`--use_ema` is a switch", "'maybe'"]),
     "steps in two ways": (

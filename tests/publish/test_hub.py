@@ -195,7 +195,16 @@ def test_the_uploaded_settings_repeat_the_run_but_for_paths_and_secrets(finished
     local = yaml.safe_load((finished / "training_config.yaml").read_text())
     public = yaml.safe_load(bytes(upload_list(finished)["training_config.yaml"]))
     gone = {"train_data_dir", "output_dir", "cache_dir", "offload_dir", "logging_dir", "resume_from_checkpoint"}
-    gone |= {"holdout_data_dir", "generated_dir", "prompts", "features", "clip_model", "reference_model"}
+    gone |= {
+        "class_data_dir",
+        "init_lora",
+        "holdout_data_dir",
+        "generated_dir",
+        "prompts",
+        "features",
+        "clip_model",
+        "reference_model",
+    }
     assert local.keys() - public.keys() == gone | {"hub_token", "pretrained_model_name_or_path"}
     assert public.items() <= local.items()
     assert Config.from_flags(**public).optimizer.learning_rate == 1e-5

@@ -10,6 +10,7 @@ _ATTENTION = unneeded("torch's own attention is used")
 _TEXT_ENCODER = unsupported("only the denoiser is trained, text encoders stay as they are")
 _FP32 = unsupported("weights are trained in fp32, and `--mixed_precision bf16` computes in bf16")
 _FROZEN = unsupported("with `--use_lora`, `--mixed_precision bf16` stores the frozen weights in bf16")
+_QUANTISED = renamed("quantize_base", "nf4 or int8, together with `--use_lora`")
 _MEMORY = unneeded("weights are loaded where they are needed")
 _LOSS = unsupported("the loss is the squared error")
 _CACHED = renamed("cache_latents", "it is on unless switched off, and keeps images and captions on disk")
@@ -90,8 +91,8 @@ KOHYA = Trainer(
         "mixed_precision": same(),
         "full_fp16": _FP32,
         "full_bf16": _FP32,
-        "fp8_base": _FROZEN,
-        "fp8_base_unet": _FROZEN,
+        "fp8_base": _QUANTISED,
+        "fp8_base_unet": _QUANTISED,
         "blocks_to_swap": _FROZEN,
         "lowram": _MEMORY,
         "highvram": _MEMORY,

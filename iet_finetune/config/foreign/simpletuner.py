@@ -32,9 +32,9 @@ SIMPLETUNER = Trainer(
             "load the pipeline with that transformer, save it with `save_pretrained`, and give its folder"
         ),
         "prediction_type": same(),
-        "base_model_precision": _FROZEN,
+        "base_model_precision": renamed("quantize_base", "nf4 or int8, together with `--use_lora`"),
         "base_model_default_dtype": _FROZEN,
-        "quantize_via": _FROZEN,
+        "quantize_via": unneeded("weights are quantised where they are trained on, one at a time"),
         "trust_remote_code": unsupported("code from a model's repository is never run"),
         "controlnet": unsupported("the denoiser of the pipeline is trained"),
         # LoRA.

@@ -8,6 +8,7 @@ from .checks import at_least_one, not_negative, require
 
 DEFAULT_MERGE_EPOCHS = 5
 LORA_FORMATS = ("diffusers", "kohya")
+QUANTISED = ("nf4", "int8")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,24 @@ class AdapterConfig:
         scope="local",
         smoke=None,
     )
+    quantize_base: str | None = fixed(
+        None,
+        "Hold the frozen denoiser in 4 bits (nf4, as QLoRA does) or in 8 (int8), below an adapter in fp32.",
+        choices=QUANTISED,
+        names=("pipeline",),
+    )
+    quantize_encoders: str | None = fixed(
+        None,
+        "Hold the text encoders in 4 bits (nf4) or in 8 (int8): less memory, and less exact captions.",
+        choices=QUANTISED,
+        names=("pipeline",),
+        needs="captions",
+    )
+    lora_remainder_rank: int | None = fixed(
+        None,
+        "With `--quantize_base`: highest rank of what merges leave beside a layer's adapter; 8 times `--rank` if not "
+        "given, and half the layer's smaller side at most.",
+    )
     use_dora: bool = other(False, "Refused: a DoRA update is not low-rank, so clones could not be merged exactly.")
     lora_merge: str = fixed(
         "exact",
@@ -118,6 +137,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         at_least_one("rank", self.rank)
         at_least_one("lora_alpha", self.lora_alpha)
+        at_least_one("lora_remainder_rank", self.lora_remainder_rank)
         require(0 <= self.lora_dropout < 1, f"`--lora_dropout` must be in [0, 1), not {self.lora_dropout}.")
         require(
             not self.use_dora,
@@ -129,6 +149,11 @@ class AdapterConfig:
         )
         if not self.use_lora:
             self._require_nothing_else()
+        require(
+            self.lora_remainder_rank is None or (self.quantize_base is not None and self.lora_merge == "exact"),
+            f"`--lora_remainder_rank {self.lora_remainder_rank}` does nothing without `--quantize_base` and "
+            "`--lora_merge exact`: leave it out.",
+        )
 
     @property
     def layer_names(self) -> tuple[str, ...]:
