@@ -73,6 +73,8 @@ def configs(draw: st.DrawFn) -> Config:
         flags.pop("total_train_steps", None)
     if flags.get("merge_every_epochs") is not None:
         flags.pop("merge_every_steps", None)
+    if flags.get("lora_remainder_rank") is not None:
+        flags |= {"quantize_base": "int8", "lora_merge": "exact"}
     if names & set(ADAPTER):
         flags |= {"use_lora": True, "lora_layers": draw(st.none() | st.just("to_q, proj_in"))}
         flags |= {"outer_lr": 1.0, "outer_momentum": 0.0} if flags.get("lora_merge", "exact") == "exact" else {}

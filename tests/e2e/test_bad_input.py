@@ -138,7 +138,7 @@ FLAGS = {
         [
             "`--num_shard` (did you",
             "`--network_dim` (it is `--rank` here",
-            "`--enable_bucket` (it is `--aspect_ratio_buckets` here",
+            "`--enable_bucket` (it is `--aspect_ratio_buckets auto`",
             "`--foo`.",
         ],
     ),
