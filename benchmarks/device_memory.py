@@ -265,7 +265,7 @@ def on_the_device(run: Counted) -> dict[str, int]:
         beside = sum(held(part) for part in models.values() if part is not net)
         found["drawing"] = held(net) + average + beside + drawn(config.validation.num_validation_images, 1)
         at_once = config.audit.eval_batch_size
-        found["auditing"] = sum(4 * numbers(part) for part in models.values()) + drawn(at_once, at_once)
+        found["auditing"] = sum(4 * numbers(part) for part in models.values()) + drawn(at_once, 1)
     found["saving"] = held(net) + average
     return found
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from ..config.config import Config
 from ..ensemble.ensemble import Ensemble
 from ..families.base import Family, evaluating
+from ..families.decoding import one_at_a_time
 from ..files import written_beside
 from .compiling import uncompiled
 from .tracking import Trackers
@@ -115,23 +116,9 @@ def sampling(family: Family) -> Iterator[Any]:
         evaluating(family.denoiser),
         torch.no_grad(),
         uncompiled(),
-        _one_at_a_time(family, device),
+        one_at_a_time(family.pipeline, device),
     ):
         yield family.sampling_pipeline().to(device)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(family: Family, device: torch.device) -> Iterator[None]:
-    """On a GPU, images are decoded one after the other: 16 of 1024 pixels at once take 60 GB there (docs/gpu.md)."""
-    vae: Any = getattr(family.pipeline, "vae", None)
-    if device.type == "cpu" or not hasattr(vae, "use_slicing"):
-        yield
-        return
-    before, vae.use_slicing = vae.use_slicing, True
-    try:
-        yield
-    finally:
-        vae.use_slicing = before
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ...errors import UserError, one_line
 from ...families import Family
+from ...families.decoding import one_at_a_time
 from ...families.quiet import quiet_loading
 
 
@@ -114,7 +115,7 @@ class Subject:
         arguments = {name: value for name, value in wanted.items() if name in known}
         try:
             # Quiet: a pipeline repeats for every batch which prompts are too long for it.
-            with torch.no_grad(), quiet_loading():
+            with torch.no_grad(), quiet_loading(), one_at_a_time(self.pipeline, self.device):
                 images = self.pipeline(**arguments).images
         except (AttributeError, TypeError, ValueError) as error:
             raise UserError(
