@@ -19,6 +19,8 @@ from .parsing import PROGRAM
 from .ranks import split_off, start_ranks
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..data.survey import Survey
 
 # Flags of `train` under shorter names.
@@ -120,7 +122,7 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
     import diffusers
 
     from ..data.survey import survey
-    from ..families import family_class, find_pipeline
+    from ..families import Family, family_class, find_pipeline
 
     source = find_pipeline(config.model)
     kind = family_class(source, config.model)
@@ -138,11 +140,19 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
         own_side=own_side(source.folder, kind.denoiser_name, source.class_name),
         adapters=given.get("use_lora", hasattr(getattr(diffusers, source.class_name, None), "load_lora_weights")),
         prompts=_prompts(images) if kind.needs_captions else (),
+        cut=_cut(sizes) if sizes is not None and kind.side_multiple is not Family.side_multiple else 0.0,
         device_memory=device.memory,
         has_bf16=device.has_bf16,
         can_audit=can_audit,
         features=_features(config) if can_audit and "features" not in given else config.audit.features,
     )
+
+
+def _cut(sizes: "np.ndarray") -> float:
+    """Which share of images with these sizes (N, 2) squares cut off, on average."""
+    from ..data.buckets import Buckets, shares_outside, targets
+
+    return float(shares_outside(sizes, targets(sizes, Buckets.square(1))).mean())
 
 
 def own_side(folder: Path | None, denoiser: str, class_name: str) -> int:

@@ -12,6 +12,8 @@ LEAST_HELDOUT = 8
 # Of a small set not more than this is spared for them.
 MOST_HELDOUT_SHARE = 0.3
 HELDOUT_SHARE = 0.1
+# Of images of which squares would cut off more, on average, the shapes are kept.
+MOST_CUT = 0.05
 GB = 10**9
 
 
@@ -25,6 +27,7 @@ class Circumstances:
         own_side: of the images that the base model draws.
         adapters: whether LoRA adapters are trained, not the whole denoiser.
         prompts: some captions of the images; none for a model without prompts.
+        cut: which share of the images squares would cut off, on average; 0 where the model draws squares alone.
         device_memory: bytes of the GPU; None without one.
         has_bf16: whether the GPU computes in bf16.
         can_audit: whether the packages of the audit are there.
@@ -36,6 +39,7 @@ class Circumstances:
     own_side: int
     adapters: bool
     prompts: tuple[str, ...] = ()
+    cut: float = 0.0
     device_memory: int | None = None
     has_bf16: bool = True
     can_audit: bool = True
@@ -120,6 +124,8 @@ def _what_fits(found: Circumstances) -> Iterator[Choice]:
         resolution = max(64, found.own_side // 2)
     small = resolution < found.own_side
     yield Choice("resolution", resolution, "half of what the base draws: images are small" if small else "as the base")
+    if found.cut > MOST_CUT:
+        yield Choice("aspect_ratio_buckets", "auto", f"squares would cut off {found.cut:.0%} of what is in the images")
     memory = found.device_memory
     if memory is None:
         yield Choice("train_batch_size", 4, "usual")

@@ -20,6 +20,7 @@ CIRCUMSTANCES = st.builds(
     own_side=st.sampled_from([64, 512, 768, 1024]),
     adapters=st.booleans(),
     prompts=st.sampled_from([(), ("a cat",)]),
+    cut=st.floats(0, 0.9),
     device_memory=st.none() | st.integers(4 * GB, 200 * GB),
     has_bf16=st.booleans(),
     can_audit=st.booleans(),
@@ -74,6 +75,11 @@ def test_small_images_are_not_blown_up_and_models_without_prompts_get_none():
     assert bare["learning_rate"] == 1e-5
 
 
+def test_photos_keep_their_shapes_and_squares_stay_squares():
+    assert chosen(replace(PHOTOS, cut=0.29))["aspect_ratio_buckets"] == "auto"
+    assert "aspect_ratio_buckets" not in chosen(replace(PHOTOS, cut=0.02))
+
+
 def test_fewer_images_get_a_lower_rank_and_more_passes():
     ranks = [chosen(replace(PHOTOS, images=images))["rank"] for images in (30, 300, 3000)]
     passes = [chosen(replace(PHOTOS, images=images))["num_train_epochs"] for images in (30, 300, 3000, 300_000)]
@@ -82,7 +88,12 @@ def test_fewer_images_get_a_lower_rank_and_more_passes():
 
 
 def test_the_page_has_every_flag_that_may_be_chosen():
-    some = (PHOTOS, replace(PHOTOS, images=9), replace(PHOTOS, device_memory=8 * GB, can_audit=False))
+    some = (
+        PHOTOS,
+        replace(PHOTOS, cut=0.3),
+        replace(PHOTOS, images=9),
+        replace(PHOTOS, device_memory=8 * GB, can_audit=False),
+    )
     in_table = set(re.findall(r"^\| ((?:`--\w+`(?:, )?)+) \|", PAGE, flags=re.MULTILINE))
     named = {name for cell in in_table for name in re.findall(r"--(\w+)", cell)}
     assert named == {each.flag for found in some for each in choose(found)}

@@ -82,6 +82,20 @@ def test_what_is_given_in_another_way_is_not_chosen(world, tmp_path, capsys):
     assert (tmp_path / "out" / "validation" / "before_after.png").is_file(), "of the round that is kept"
 
 
+def test_images_of_several_shapes_keep_them(world, tmp_path, capsys):
+    save_images(tmp_path / "wide", 8)
+    for file in sorted((tmp_path / "wide").glob("*.png"))[:6]:
+        with Image.open(file) as image:
+            wide = image.resize((image.width * 3 // 2, image.height))
+        wide.save(file)
+    flags = ["--max_train_steps", "2", "--merge_every_steps", "2", "--no_audit", "--validation_inference_steps", "1"]
+    flags += ["--output", str(tmp_path / "out"), "--report_to", "none"]
+    assert cli.main(["fit", str(tmp_path / "wide"), "--base", str(world / "base"), *flags]) == 0
+    said = capsys.readouterr().out
+    assert "--aspect_ratio_buckets auto: squares would cut off 25% of what is in the images" in said
+    assert "sizes: " in said
+
+
 def test_help_shows_the_short_names_too(capsys):
     with pytest.raises(SystemExit):
         cli.main(["fit", "--help"])
