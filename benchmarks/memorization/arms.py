@@ -134,13 +134,20 @@ def is_latent(name: str) -> bool:
     return name.startswith("text-to-image")
 
 
-def chosen_rows(arm: Arm, evidence: EvidenceSet) -> np.ndarray:
-    """Which training images an arm is trained on."""
+def chosen_rows(name: str, arm: Arm, evidence: EvidenceSet) -> np.ndarray:
+    """Which training images of a set an arm is trained on."""
     if arm.rows == "originals":
         return evidence.firsts
     if arm.rows == "searched":
-        found = find_duplicates(array(evidence.rows)).representative
-        return np.flatnonzero(found == np.arange(len(found)))
+        # Images of different classes are no copies of each other, for a model that draws by class.
+        by_class = "class_column" in COURSES[name].flags
+        kinds = evidence.labels if by_class else np.zeros(len(evidence.rows), np.int64)
+        left = []
+        for kind in np.unique(kinds):
+            rows = np.flatnonzero(kinds == kind)
+            found = find_duplicates(array([evidence.rows[row] for row in rows])).representative
+            left.append(rows[found == np.arange(len(found))])
+        return np.sort(np.concatenate(left))
     return np.arange(len(evidence.rows))
 
 

@@ -78,7 +78,7 @@ def _before(name: str, seed: int, home: Path, ruler: Ruler) -> dict[str, Any]:
 
 
 def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: dict[str, Any]) -> list[dict[str, Any]]:
-    course, rows = COURSES[name], chosen_rows(ARMS[arm], ruler.evidence)
+    course, rows = COURSES[name], chosen_rows(name, ARMS[arm], ruler.evidence)
     rules.register()
     extra = {"chance_of_skipping": _skipped(name, seed, home)} if arm == "chance" else {}
     with tempfile.TemporaryDirectory(prefix="iet-evidence-") as scratch:
