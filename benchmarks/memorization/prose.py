@@ -41,7 +41,8 @@ images and seeds; with one seed they know of the images alone, and with three th
   that are twice as near, which hardly any real image is. An image is *extracted* if a near copy of it was drawn.
 * **nearest to a repeat**: drawn images whose nearest training image is a repeated one. Held-out images show how many
   are by chance.
-* **AUC** and **TPR** are of a membership attack by the loss. **seconds** are a processor's, for training alone.
+* **AUC** and **TPR** are of a membership attack by the loss. **seconds** are a processor's, for training alone; of two
+  kinds of processors, which benchmarks/README.md tells apart, so that they say little.
 * **agreement with new captions**: how often an image drawn of a held-out caption is nearer, in features, to the image
   that the caption belongs to than to another held-out one. Chance is 0.5.
 * All arms of a set take as many steps in all; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So they make
