@@ -50,7 +50,8 @@ def images_ready(clock: Clock, config: Any) -> str:
         for name, stage in PARTS.items():
             patched.enter_context(patch.object(dataset, name, clock(stage, getattr(dataset, name))))
         found = clock("other", data.find_images)(config, True)
-    indices, schedule = clock("shards", data.split)(config, found.images)
+    indices = clock("shards", data.split)(config, found.images)
+    schedule = clock("shards", data.schedule_of)(config, found.images, indices)
     fingerprint = clock("fingerprint", lambda: found.images.fingerprint)()
     ranks, device = groups.Ranks.alone(), import_module("torch").device("cpu")
 

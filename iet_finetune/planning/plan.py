@@ -100,7 +100,7 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     placement = Placement.plan(config.ensemble.num_shards, ranks.all)
     source, machine = find_pipeline(config.model), Machine.this_one(config.output_path, ranks)
     found = find_images(config, family_class(source, config.model).needs_captions)
-    indices, _ = split(config, found.images)
+    indices = split(config, found.images)
     trial = try_out(config, found, placement)
     assert trial.family is not None
     schedule = schedule_of(config, found.images, indices, trial.family.buckets(config.data))

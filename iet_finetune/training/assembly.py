@@ -95,7 +95,7 @@ def assemble(
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
         needs_captions = family_class(source, config.model).needs_captions
         found = find_images(config, needs_captions, dataset, heldout_images)
-    indices, schedule = split(config, found.images)
+    indices = split(config, found.images)
     entering("loading")
     with ranks.first_on_machine():
         if ranks.local_rank == 0:

@@ -109,8 +109,8 @@ def compares_with(config: Config) -> int:
     return max(of_rule, LEAST_HELDOUT if config.training.stop_when == "auto" else 0)
 
 
-def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...], Schedule]:
-    """Which images are in each shard, and the schedule that follows from the shards' sizes.
+def split(config: Config, images: TrainingImages) -> tuple[np.ndarray, ...]:
+    """Which images are in each shard: their indices.
 
     Raises:
         UserError: the sharding leaves images out, or uses them twice.
@@ -119,10 +119,9 @@ def split(config: Config, images: TrainingImages) -> tuple[tuple[np.ndarray, ...
     clones, seed = config.ensemble.num_shards, config.training.seed
     parts = entry.load()(images, clones, seed, *([] if settings is None else [settings]))
     try:
-        indices = checked_shards(parts, len(images), clones)
+        return checked_shards(parts, len(images), clones)
     except ValueError as error:
         raise UserError(f"`--shard_strategy {entry.name}`: {error}.") from None
-    return indices, schedule_of(config, images, indices)
 
 
 def _check_enough(config: Config, images: int, watched: int) -> None:

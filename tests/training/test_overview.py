@@ -12,7 +12,7 @@ from iet_finetune.families.flux import Flux
 from iet_finetune.families.stable_diffusion import StableDiffusion
 from iet_finetune.families.tiny import tiny_sd
 from iet_finetune.method.agc import AntiGradientControl
-from iet_finetune.training.data import Found, split
+from iet_finetune.training.data import Found, schedule_of, split
 from iet_finetune.training.overview import UNREADABLE, doubts, overview, write_unreadable
 
 
@@ -31,7 +31,7 @@ def announced(folder, family=StableDiffusion, pipeline=None, **flags):
     images, heldout = load(folder, **{name: flags[name] for name in ("holdout_fraction", "default_caption",
                                                                     "skip_bad_images") if name in flags})  # fmt: skip
     found = Found(images, heldout, nothing_left_out(images), heldout)
-    _, schedule = split(config, images)
+    schedule = schedule_of(config, images, split(config, images))
     family = family(pipeline or tiny_sd(), config)
     return list(overview(config, found, schedule, family)), list(doubts(config, images, schedule, family))
 
