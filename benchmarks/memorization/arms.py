@@ -67,7 +67,7 @@ COURSES[UNIQUE] = Course(48, (4, 10, 20, 30, 40), 384, COURSES["garments-new"].f
 COURSES[LONG] = replace(COURSES["text-to-image"], judged=(3, 5, 6, 15))
 ARMS_OF = {
     UNIQUE: ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated"),
-    LONG: ("plain", "iet-agc", "search", "search-guard"),
+    LONG: ("plain", "iet-agc", "search", "search-guard", "search-guard-stop"),
 }
 FINE_TUNED = ("garments-new", "text-to-image", UNIQUE, LONG)
 
@@ -84,6 +84,7 @@ class Arm:
         shards: K.
         only_fine_tuned: whether it makes sense for a pretrained model alone, as an adapter does, and a comparison with
             the model as it came.
+        as_saved: whether the pipeline that it leaves is judged, and not its rounds; in `LONG` alone.
     """
 
     words: str
@@ -91,6 +92,7 @@ class Arm:
     rows: str = "all"
     shards: int = 1
     only_fine_tuned: bool = False
+    as_saved: bool = False
 
 
 # Of a network in pixels: its convolutions too, of which it mainly consists.
@@ -118,6 +120,13 @@ ARMS = {
         "searched",
         only_fine_tuned=True,
     ),
+    "search-guard-stop": Arm(
+        "guard, de-duplicated by search, ending by itself",
+        {**_GUARD, "dedup": "near", "stop_when": "auto"},
+        "searched",
+        only_fine_tuned=True,
+        as_saved=True,
+    ),
 }
 # In latent space the paper has another threshold for AGC, and an adapter goes to the attention alone.
 _LATENT = {"agc": {"agc_threshold": 0.8}, "iet-agc": {"agc_threshold": 0.8}, "lora": {"lora_layers": None}}
@@ -126,7 +135,7 @@ _LATENT = {"agc": {"agc_threshold": 0.8}, "iet-agc": {"agc_threshold": 0.8}, "lo
 def arms_of(name: str) -> list[str]:
     """The arms that a set is trained with, those that others wait for first."""
     fitting = [arm for arm, each in ARMS.items() if name in FINE_TUNED or not each.only_fine_tuned]
-    return [arm for arm in fitting if arm in ARMS_OF.get(name, ARMS)]
+    return [arm for arm in fitting if arm in ARMS_OF.get(name, ARMS) and (name == LONG or not ARMS[arm].as_saved)]
 
 
 def is_latent(name: str) -> bool:

@@ -145,6 +145,7 @@ class Judge(Callback):
         self._origin = torch.from_numpy(ruler.evidence.origin[rows])
         self._seen, self._skipped = (torch.zeros(len(ruler.evidence.kind)) for _ in range(2))
         self._spent, self._since = 0.0, time.process_time()
+        self._rounds: list[RoundFacts] = []
         self.measured: list[Row] = []
         self.drawn = np.zeros((0, 1, 1, 3), np.uint8)
 
@@ -162,16 +163,27 @@ class Judge(Callback):
     def on_round_end(self, facts: RoundFacts) -> None:
         """Judges the merged model, if it is time."""
         self._spent += time.process_time() - self._since
+        self._rounds.append(facts)
         if facts.round in self._course.judged:
             assert facts.pipeline is not None
             with facts.pipeline() as pipeline:
-                row = measure(pipeline, self._config, self._ruler, self._course, self._reference)
-            # What is known of the losses becomes the reference of later rounds.
-            losses, self.drawn = row.pop("losses"), row.pop("drawn")
-            self._reference = self._reference or losses
-            about = {"round": facts.round, "step": facts.step, "seconds": self._spent, **self._skips()}
-            self.measured.append({**self._labels, **about, **row})
+                self._judge(pipeline, facts)
         self._since = time.process_time()
+
+    def of_saved(self, pipeline: Any) -> None:
+        """Judges what a run left that ended by itself: the round with the lowest held-out loss."""
+        looked = [facts for facts in self._rounds if "heldout_loss" in facts.metrics]
+        kept = min(looked, key=lambda facts: facts.metrics["heldout_loss"])
+        self._judge(pipeline, kept)
+        self.measured[-1]["ended"] = self._rounds[-1].round
+
+    def _judge(self, pipeline: Any, facts: RoundFacts) -> None:
+        row = measure(pipeline, self._config, self._ruler, self._course, self._reference)
+        # What is known of the losses becomes the reference of later rounds.
+        losses, self.drawn = row.pop("losses"), row.pop("drawn")
+        self._reference = self._reference or losses
+        about = {"round": facts.round, "step": facts.step, "seconds": self._spent, **self._skips()}
+        self.measured.append({**self._labels, **about, **row})
 
     def _skips(self) -> Row:
         """Shares of samples that gave no gradient so far: of images once in the data, of those there often, of all."""

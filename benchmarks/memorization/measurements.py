@@ -120,7 +120,9 @@ def collect(home: Path) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for file in sorted((home / "measured").glob("*.json")):
         run = json.loads(file.read_text())
-        if run[0]["arm"] == BEFORE or tuple(row["round"] for row in run) == COURSES[run[0]["set"]].judged:
+        name, arm = run[0]["set"], run[0]["arm"]
+        of_rounds = arm != BEFORE and not ARMS[arm].as_saved
+        if not of_rounds or tuple(row["round"] for row in run) == COURSES[name].judged:
             rows += run
         else:
             print(f"{file} is of another course and is left out: remove it to run it again", file=sys.stderr)

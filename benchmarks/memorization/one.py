@@ -3,12 +3,14 @@
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from diffusers import DiffusionPipeline
 from filelock import FileLock
 from PIL import Image
 
@@ -78,7 +80,8 @@ def _before(name: str, seed: int, home: Path, ruler: Ruler) -> dict[str, Any]:
 
 
 def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: dict[str, Any]) -> list[dict[str, Any]]:
-    course, rows = COURSES[name], chosen_rows(name, ARMS[arm], ruler.evidence)
+    as_saved, rows = ARMS[arm].as_saved, chosen_rows(name, ARMS[arm], ruler.evidence)
+    course = replace(COURSES[name], judged=()) if as_saved else COURSES[name]
     rules.register()
     extra = {"chance_of_skipping": _skipped(name, seed, home)} if arm == "chance" else {}
     with tempfile.TemporaryDirectory(prefix="iet-evidence-") as scratch:
@@ -90,6 +93,8 @@ def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: d
         # A search of its own leaves the same images, of which the judge must know.
         dataset = ruler.evidence.dataset(rows if config.data.dedup == "none" else None)
         Trainer(config, [judge], pipeline=pipeline, dataset=dataset, heldout_images=heldout).train()
+        if as_saved:
+            judge.of_saved(DiffusionPipeline.from_pretrained(str(config.output_path), dtype=torch.float32))
         judge.measured[-1] |= told_by_ledger(config.output_path / LEDGER, ruler.evidence, rows)
     save_grid(judge.drawn[:64], home / "drawn" / f"{name}.{arm}.{seed}.png")
     return judge.measured

@@ -1,7 +1,7 @@
 """The tables of `docs/results.md`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
@@ -111,13 +111,21 @@ def by_round(measured: Measurements, name: str) -> list[Row]:
     rows = []
     for arm in measured.arms(name):
         runs = pd.concat([measured.run(name, arm, seed) for seed in measured.shared_seeds(name, arm)])
-        for number, each in runs.groupby("round"):
-            row = {"": words_of(arm), "round": str(number)}
+        for rounds, each in _at_rounds(runs, ARMS[arm].as_saved):
+            row = {"": words_of(arm), "round": rounds}
             row |= _shares(each, name)
             row["repeated images extracted"] = f"{each['extracted_close'].sum():.0f} of {each['repeated'].sum():.0f}"
             row[WORDS[QUALITY[name]]] = spread(each[QUALITY[name]])
             rows.append(row)
     return rows
+
+
+def _at_rounds(runs: pd.DataFrame, as_saved: bool) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Rounds in words, with their rows; of runs that ended by themselves, one for all, with the round each kept."""
+    if as_saved:
+        yield ", ".join(f"{row['round']:.0f}, ended at {row['ended']:.0f}" for _, row in runs.iterrows()), runs
+    else:
+        yield from ((str(number), each) for number, each in runs.groupby("round"))
 
 
 def worth(measured: Measurements, there: Sequence[str], column: str) -> list[Row]:
