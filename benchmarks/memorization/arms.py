@@ -13,7 +13,7 @@ from iet_finetune import Config, Trainer
 from iet_finetune.data.duplicates import find_duplicates
 
 from . import rules
-from .sets import LONG, UNIQUE, EvidenceSet, array, seen_classes, small, table
+from .sets import FEW, LONG, UNIQUE, UNIQUES, EvidenceSet, array, seen_classes, small, table
 from .sources import ROOT
 
 # Clones of the arms with iterative ensemble training.
@@ -61,15 +61,17 @@ COURSES = {
         40, (2, 4, 6, 8), 120, {**_FLAGS, "train_batch_size": 16, "resolution": 64, "learning_rate": 3e-4}, 10
     ),
 }
-# A set with one question has few arms, and is judged where that is answered: a pass of `UNIQUE` has 12.5 steps; of
-# `LONG`, plain training is best after round five, so round 6 is 1.2 times the best stop and round 15 three times.
+# A set with one question has few arms, and is judged where that is answered: a pass of `UNIQUE` has 12.5 steps, one of
+# `FEW` two; of `LONG`, plain training is best after round five, so round 6 is 1.2 times the best stop and round 15
+# three times.
 COURSES[UNIQUE] = Course(48, (4, 10, 20, 30, 40), 384, COURSES["garments-new"].flags)
+COURSES[FEW] = Course(8, (6, 12, 24, 48, 96), 384, COURSES["garments-new"].flags)
 COURSES[LONG] = replace(COURSES["text-to-image"], judged=(3, 5, 6, 15))
 ARMS_OF = {
-    UNIQUE: ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated"),
+    **dict.fromkeys(UNIQUES, ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated")),
     LONG: ("plain", "iet-agc", "search", "search-guard", "search-guard-stop"),
 }
-FINE_TUNED = ("garments-new", "text-to-image", UNIQUE, LONG)
+FINE_TUNED = ("garments-new", "text-to-image", *UNIQUES, LONG)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pandas as pd
 from .arms import ARMS, COURSES, FINE_TUNED, SHARDS, arms_of, is_latent
 from .matched import Trajectory
 from .one import BEFORE, measured_file, write_rows
-from .sets import EXACT, LONG, NEAR, SETS, UNIQUE
+from .sets import EXACT, FEW, LONG, NEAR, SETS, UNIQUE
 from .sources import ROOT
 
 TABLE = ROOT / "benchmarks" / "memorization" / "measurements.parquet"
@@ -23,6 +23,7 @@ TITLES = {
     "garments-new": "Garments of unseen classes, fine-tuning",
     "text-to-image": "Emoji from text in another style, fine-tuning",
     UNIQUE: "Garments of unseen classes, each once",
+    FEW: "Garments of unseen classes, thirty of them",
     LONG: "Emoji from text in another style, much longer",
 }
 # What quality is measured by; lower is better.

@@ -11,7 +11,7 @@ import numpy as np
 
 from .arms import ARMS, arms_of
 from .measurements import COUNTED, QUALITY, TITLES, WORDS, Measurements
-from .sets import NEAR, UNIQUE
+from .sets import NEAR, UNIQUES
 
 # One colour an arm, the same in every picture (Okabe and Ito's, which the colour-blind can tell apart).
 COLOURS = dict(
@@ -19,8 +19,19 @@ COLOURS = dict(
         ARMS,
         ("#000000", "#E69F00", "#999999", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#009E73")
         # More that stand apart.
-        + ("#882255", "#44AA99", "#8C6D1F", "#6A3D9A", "#B15928"),
-        strict=True,
+        + (
+            "#882255",
+            "#44AA99",
+            "#8C6D1F",
+            "#6A3D9A",
+            "#B15928",
+            "#F0E442",
+            "#117733",
+            "#AA4499",
+            "#88CCEE",
+            "#661100",
+        ),
+        strict=False,
     )
 )
 
@@ -28,7 +39,7 @@ COLOURS = dict(
 def draw_set(measured: Measurements, name: str, file: Path) -> None:
     """Copies and landing near repeats, both over quality: one curve an arm, seeds as bands."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), dpi=110, constrained_layout=True)
-    for axis, column in zip(axes, ("mq_0.3", "close" if name == UNIQUE else f"nearest_{NEAR}"), strict=True):
+    for axis, column in zip(axes, ("mq_0.3", "close" if name in UNIQUES else f"nearest_{NEAR}"), strict=True):
         _curves(axis, measured, name, column)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)

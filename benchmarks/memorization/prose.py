@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from .arms import ARMS, SHARDS
+from .arms import ARMS, COURSES, SHARDS
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements
-from .sets import EXACT, LONG, LONG_TAIL, NEAR, ONCES, SETS, UNIQUE, UNIQUES
+from .sets import EXACT, LONG, LONG_TAIL, NEAR, ONCES, SETS, UNIQUES
 from .tables import (
     by_round,
     direction,
@@ -56,9 +56,9 @@ come to. Shares in excess of held-out images', and how much less than plain trai
 is in excess; – where plain training has none to lose:
 """
 
-ONCE_ONLY = f"""{UNIQUES} images of the two classes that the base has never seen, each in the data once: nothing can be
-left out. Some 150 passes. Beside plain training *stopped at the same quality*, all that was drawn, not only what is
-beyond held-out images:
+ONCE_ONLY = """{images} images of the two classes that the base has never seen, each in the data once: nothing can be
+left out. Some {passes:.0f} passes. Beside plain training *stopped at the same quality*, counting all that was drawn,
+not only what exceeds held-out images:
 """
 
 MUCH_LONGER = """Plain training of this set is best, by its held-out loss, after round {best} of those that were
@@ -164,17 +164,18 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def once_only(measured: Measurements) -> str:
-    """Of images that are in the data once."""
-    seeds = measured.seeds(UNIQUE, "plain")
+def once_only(measured: Measurements, name: str) -> str:
+    """Of a set whose images are in the data once."""
+    seeds, course = measured.seeds(name, "plain"), COURSES[name]
+    samples = course.round_steps * course.judged[-1] * course.flags["train_batch_size"]
     return "\n".join(
         [
-            f"## {TITLES[UNIQUE]}\n",
-            f"![Quality and memorization of every arm](results/{UNIQUE}.png)\n",
+            f"## {TITLES[name]}\n",
+            f"![Quality and memorization of every arm](results/{name}.png)\n",
             f"After as many steps; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n",
-            table(equal_steps(measured, UNIQUE)),
-            ONCE_ONLY,
-            table(matched_once(measured, UNIQUE)),
+            table(equal_steps(measured, name)),
+            ONCE_ONLY.format(images=UNIQUES[name], passes=samples / UNIQUES[name]),
+            table(matched_once(measured, name)),
         ]
     )
 

@@ -19,7 +19,7 @@ from .prose import (
     opening,
     what_it_is_worth,
 )
-from .sets import LONG, UNIQUE
+from .sets import LONG, UNIQUES
 from .sources import ROOT
 
 DOCUMENT = ROOT / "docs" / "results.md"
@@ -34,19 +34,20 @@ def write_results(home: Path) -> None:
         sys.exit("nothing has been measured yet: leave out --report.")
     measured = Measurements(pd.read_parquet(TABLE))
     found = measured.sets()
-    if not (there := [name for name in found if name not in (UNIQUE, LONG)]):
+    if not (there := [name for name in found if name not in (*UNIQUES, LONG)]):
         sys.exit("no set has both `plain` and `before` yet: leave out --report, or name both with --only.")
+    alone = [name for name in found if name in UNIQUES]
     PICTURES.mkdir(parents=True, exist_ok=True)
     from .pictures import draw_set, draw_summary
 
-    for name in (*there, *({UNIQUE} & {*found})):
+    for name in (*there, *alone):
         draw_set(measured, name, PICTURES / f"{name}.png")
     draw_summary(measured, there, PICTURES / "summary.png")
     parts = [
         HEAD,
         opening(measured, there),
         *(section(measured, name) for name in there),
-        *([once_only(measured)] if UNIQUE in found else []),
+        *(once_only(measured, name) for name in alone),
         *([much_longer(measured)] if LONG in found else []),
         LOOKS_AT,
         tables.table(tables.signals(measured, there)),

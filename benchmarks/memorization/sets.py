@@ -18,9 +18,10 @@ ONCE, EXACT, NEAR = "once", "exact", "near"
 LONG_TAIL = {2: 4, 5: 3, 10: 2, 20: 1, 50: 1}
 # How many images are in it once.
 ONCES = 100
-# A set without repeats, and one that is trained on for much longer than it takes to be best; both ask one thing alone.
-UNIQUE, LONG = "garments-unique", "text-to-image-long"
-UNIQUES = 200
+# Sets without repeats, of so many images each, and one that is trained on for much longer than it takes to be best;
+# these ask one thing alone.
+UNIQUE, FEW, LONG = "garments-unique", "garments-few", "text-to-image-long"
+UNIQUES = {UNIQUE: 200, FEW: 30}
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,6 @@ SETS: dict[str, Callable[[int, Path], EvidenceSet]] = {
     "emoji": _emoji,
     "garments-new": partial(_garments, classes=UNSEEN),
     "text-to-image": _fluent,
-    UNIQUE: partial(_garments, classes=UNSEEN, once=UNIQUES, tail={}),
+    **{name: partial(_garments, classes=UNSEEN, once=once, tail={}) for name, once in UNIQUES.items()},
     LONG: _fluent,
 }

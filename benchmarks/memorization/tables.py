@@ -8,14 +8,14 @@ import pandas as pd
 from .arms import ARMS, COURSES
 from .matched import Interval, difference, fewer
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements, words_of
-from .sets import LONG_TAIL, ONCES, UNIQUE, UNIQUES
+from .sets import LONG_TAIL, ONCES, UNIQUES
 
 Row = dict[str, str]
 
 
 def counted(name: str) -> dict[str, str]:
     """What is counted in a set, by column; a set without repeats has none to be near to."""
-    return {column: words for column, words in COUNTED.items() if name != UNIQUE or "nearest" not in column}
+    return {column: words for column, words in COUNTED.items() if name not in UNIQUES or "nearest" not in column}
 
 
 def _shares(runs: pd.DataFrame, name: str) -> Row:
@@ -31,8 +31,8 @@ def equal_steps(measured: Measurements, name: str) -> list[Row]:
         last = measured.end(name, arm)
         row = {"": words_of(arm)}
         row |= _shares(last, name)
-        if name == UNIQUE:
-            row["images extracted"] = f"{last['extracted_close_x1'].sum():.0f} of {UNIQUES * len(last)}"
+        if name in UNIQUES:
+            row["images extracted"] = f"{last['extracted_close_x1'].sum():.0f} of {UNIQUES[name] * len(last)}"
         else:
             row["repeated images extracted"] = f"{last['extracted_close'].sum():.0f} of {last['repeated'].sum():.0f}"
         row[WORDS[QUALITY[name]]] = spread(last[QUALITY[name]])
