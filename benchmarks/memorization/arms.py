@@ -62,7 +62,7 @@ COURSES = {
     ),
 }
 # A set with one question has few arms, and is judged where that is answered: a pass of `UNIQUE` has 12.5 steps, one of
-# `FEW` two; of `LONG`, plain training is best after round five, so round 6 is 1.2 times the best stop and round 15
+# `FEW` 3.75; of `LONG`, plain training is best after round five, so round 6 is 1.2 times the best stop and round 15
 # three times.
 COURSES[UNIQUE] = Course(48, (4, 10, 20, 30, 40), 384, COURSES["garments-new"].flags)
 COURSES[FEW] = Course(8, (6, 12, 24, 48, 96), 384, COURSES["garments-new"].flags)

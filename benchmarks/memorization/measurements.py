@@ -23,7 +23,7 @@ TITLES = {
     "garments-new": "Garments of unseen classes, fine-tuning",
     "text-to-image": "Emoji from text in another style, fine-tuning",
     UNIQUE: "Garments of unseen classes, each once",
-    FEW: "Garments of unseen classes, thirty of them",
+    FEW: "Garments of unseen classes, sixty of them",
     LONG: "Emoji from text in another style, much longer",
 }
 # What quality is measured by; lower is better.

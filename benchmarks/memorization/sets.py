@@ -21,7 +21,7 @@ ONCES = 100
 # Sets without repeats, of so many images each, and one that is trained on for much longer than it takes to be best;
 # these ask one thing alone.
 UNIQUE, FEW, LONG = "garments-unique", "garments-few", "text-to-image-long"
-UNIQUES = {UNIQUE: 200, FEW: 30}
+UNIQUES = {UNIQUE: 200, FEW: 60}
 
 
 @dataclass(frozen=True)
