@@ -68,8 +68,10 @@ COURSES[UNIQUE] = Course(48, (4, 10, 20, 30, 40), 384, COURSES["garments-new"].f
 COURSES[FEW] = Course(8, (6, 12, 24, 48, 96), 384, COURSES["garments-new"].flags)
 COURSES[LONG] = replace(COURSES["text-to-image"], judged=(3, 5, 6, 15))
 ARMS_OF = {
-    **dict.fromkeys(UNIQUES, ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated")),
-    LONG: ("plain", "iet-agc", "search", "search-guard", "search-guard-stop"),
+    **dict.fromkeys(
+        UNIQUES, ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated", "guard-pull", "guard-levels")
+    ),
+    LONG: ("plain", "iet-agc", "search", "search-guard", "search-guard-pull", "search-guard-stop"),
 }
 FINE_TUNED = ("garments-new", "text-to-image", *UNIQUES, LONG)
 
@@ -101,6 +103,7 @@ class Arm:
 _LORA_LAYERS = "to_k,to_q,to_v,to_out.0,conv1,conv2"
 _OFF, _AGC = {"agc_threshold": 0.0}, {"agc_threshold": 0.5, "agc_decay": 0.8, "agc_bins": 50}
 _CALIBRATED, _GUARD = {"skip_rule": "calibrated_agc"}, {"skip_rule": "guard", "guard_budget": 0.08}
+_PULL = {**_GUARD, "guard_pull": 1.0}
 ARMS = {
     "plain": Arm("plain training", _OFF),
     "agc": Arm("AGC", _AGC),
@@ -128,6 +131,15 @@ ARMS = {
         "searched",
         only_fine_tuned=True,
         as_saved=True,
+    ),
+    "guard-pull": Arm("guard that pulls", _PULL, only_fine_tuned=True),
+    "search-guard-pull": Arm(
+        "guard that pulls, de-duplicated by search", {**_PULL, "dedup": "near"}, "searched", only_fine_tuned=True
+    ),
+    "guard-levels": Arm(
+        "guard that chooses its noise levels",
+        {**_GUARD, "guard_levels": (0.005, 0.01, 0.02, 0.04, 0.08, 0.15), "guard_best_levels": 3},
+        only_fine_tuned=True,
     ),
 }
 # In latent space the paper has another threshold for AGC, and an adapter goes to the attention alone.

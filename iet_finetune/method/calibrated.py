@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .guard import FINE, deviations_below
+from .deviations import deviations_below
+from .guard import FINE
 from .objective import Objective
 from .rules import Run, Samples, SkipRule
 

@@ -57,13 +57,23 @@ class Samples:
             network: what `Run.lend` gave, or another one that is called as the denoiser is.
 
         Raises:
+            ValueError: as `prediction_of`.
+        """
+        prediction = self.prediction_of(network)
+        assert self.target is not None
+        return per_sample_loss(prediction, self.target)
+
+    def prediction_of(self, network: Network) -> Tensor:
+        """(B, C, H, W), what another network predicts of the same noisy latents and conditions, without gradient.
+
+        Raises:
             ValueError: these are the samples of a whole step, whose latents are gone.
         """
-        if self.predict is None or self.target is None:
+        if self.predict is None:
             raise ValueError(
                 "only `keep`, `note` and `instead` can ask for another network's losses: `update` has no latents"
             )
-        return per_sample_loss(self.predict(network), self.target)
+        return self.predict(network)
 
 
 class Instead(NamedTuple):
@@ -91,6 +101,16 @@ class Run(Protocol):
         """Samples that all clones together see in a round that is not cut short."""
 
     @property
+    def passes_a_visit(self) -> int:
+        """Forward passes that take as long as one sample's visit in training; of an adapter fewer, as most weights
+        have no gradient.
+        """
+
+    @property
+    def rounds_left(self) -> int:
+        """Rounds still to come, this one included, if the run goes on to its limit."""
+
+    @property
     def content_hashes(self) -> Sequence[str]:
         """One a training image, in the order of their indices; copies of an image share it."""
 
@@ -102,22 +122,36 @@ class Run(Protocol):
         """A frozen denoiser, which holds still until the next round.
 
         Args:
-            which: "base" as it came, "merged" as the round starts, or "ema" for its moving average; one of the rule's
-                `borrows`.
+            which: "base" as it came, "merged" as the round starts, "ema" for its moving average, or "reference" for
+                what `keep_reference` kept; one of those that the rule borrows.
+        """
+
+    def keep_reference(self) -> None:
+        """Keeps what would be saved as the round starts, to be lent as "reference" in this and all later rounds.
+
+        Checkpoints hold it. The rule must borrow "reference".
         """
 
     def losses(
-        self, which: str, images: Sequence[int], timesteps: Sequence[int], seed: int, *, heldout: bool = False
+        self,
+        which: str,
+        images: Sequence[int],
+        timesteps: Sequence[int],
+        seed: int,
+        *,
+        heldout: bool = False,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """(N, J) fp32 on the host, the losses of N images at J timesteps; every rank computes some of them.
 
-        The noise follows from the seed, the image's content and the place among the timesteps. Images are encoded as
+        The noise follows from the seed, the image's content and the number of the draw. Images are encoded as
         the mean of their posterior, not mirrored, with their first caption.
 
         Args:
             which: "merged" as the round starts, "ema" for its moving average, or "result" for what would be saved of
                 these; no network is kept for these. Or "base", if the rule borrows it.
             images: indices of training images, or of held-out ones.
+            draws: which draw of noise each timestep has; 0 to J - 1 if not given.
         """
 
 
@@ -133,8 +167,8 @@ class SkipRule(ABC):
         device: where the clone trains.
 
     Attributes:
-        borrows: which networks the rule asks for, of "base", "merged" and "ema"; their memory is counted before
-            training starts.
+        borrows: which networks the rule asks for, of "base", "merged", "ema" and "reference"; their memory is counted
+            before training starts.
         least_heldout: how many held-out images a run must have.
     """
 
@@ -145,8 +179,13 @@ class SkipRule(ABC):
         self.config, self.objective, self.num_images, self.device = config, objective, num_images, device
 
     @classmethod
-    def teaches(cls) -> bool:
-        """Whether skipped samples may learn something instead."""
+    def borrows_with(cls, config: Any) -> tuple[str, ...]:
+        """Those of `borrows` that the rule asks for with these values of its flags."""
+        return cls.borrows
+
+    @classmethod
+    def teaches(cls, config: Any) -> bool:
+        """Whether skipped samples may learn something instead, with these values of the rule's flags."""
         return cls.instead is not SkipRule.instead
 
     @property

@@ -186,7 +186,7 @@ def _build_run(
     batch = config.training.train_batch_size
     noising = Noising(family, config, device, -(-batch // group.size))
     local = LocalTraining(family, trainable, optimizer, ema, config, device, group, noising, accelerator.scaler)
-    lender = Lender(data, model, mergers, noising, ranks, rule.borrows, batch)
+    lender = Lender(data, model, mergers, noising, ranks, rule.borrows_with(settings), batch)
     rates = [learning_rate_schedule(config.optimizer, steps, base_rate) for steps in data.schedule.total_steps]
     patience = config.training.stop_patience if config.training.stop_when == "auto" else None
     stopping = Stopping(patience, watches=len(data.watched) >= LEAST_HELDOUT)

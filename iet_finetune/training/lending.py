@@ -1,7 +1,7 @@
 """What skip rules may ask about a run: frozen denoisers without a second network, and losses by image."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..data.loader import Shard, collate
 from ..distributed.groups import Ranks
 from ..ensemble.budget import Need
+from ..ensemble.checkpoint import Checkpoint
 from ..ensemble.merger import MergesClones
+from ..ensemble.pieces import Piece, tensors_piece
 from ..errors import UserError
 from ..families.base import evaluating
 from ..families.encoding import ENCODE_CHUNK
@@ -23,6 +25,9 @@ from .noising import Noising, calling
 
 # What `Run.lend` lends, by the name of the merger whose result it is; the base comes from none.
 MERGERS = {"merged": "denoiser", "ema": "ema"}
+REFERENCE = "reference"
+# A backward pass takes as long as two forward passes, or as one where most weights have no gradient.
+PASSES_A_VISIT, WITH_ADAPTER = 3, 2
 
 
 class Lent:
@@ -45,6 +50,21 @@ class Lent:
             else:
                 self.values[tensor] = tensor.detach().clone()
 
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The copies by the names of what they stand in for."""
+        named = (*self._denoiser.named_parameters(), *self._denoiser.named_buffers())
+        return {name: self.values[tensor] for name, tensor in named if tensor in self.values}
+
+    @torch.no_grad()
+    def restore(self, named: Mapping[str, Tensor]) -> None:
+        """Takes copies that were `named`, laid out in memory as the live tensors are, as bits depend on it."""
+        live = dict((*self._denoiser.named_parameters(), *self._denoiser.named_buffers()))
+        for name, saved in named.items():
+            like = live[name].detach()
+            place = torch.empty_like(like) if like.shape == saved.shape else like.new_empty(saved.shape)
+            self.values[live[name]] = place.copy_(saved)
+
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The denoiser's output, without gradient or dropout."""
@@ -58,6 +78,14 @@ class Lent:
         finally:
             for tensor, data in zip(self.values, own, strict=True):
                 tensor.data = data
+
+
+class Looks(NamedTuple):
+    """At which timesteps losses are looked at, with which of an image's draws of noise, and the seed of these."""
+
+    timesteps: tuple[int, ...]
+    draws: tuple[int, ...]
+    seed: int
 
 
 class Lender:
@@ -75,7 +103,9 @@ class Lender:
         batch_size: of a micro-batch.
 
     Attributes:
+        passes_a_visit: forward passes that take as long as a sample's visit in training.
         round: rounds completed so far.
+        rounds_left: still to come if the run goes on to its limit.
 
     Raises:
         UserError: the rule borrows a moving average that is not kept.
@@ -100,10 +130,14 @@ class Lender:
         # Always as many at once, on any number of ranks: a loss's bits may depend on it.
         self._chunk = min(ENCODE_CHUNK, batch_size)
         self._visits = data.schedule.visits_a_round
-        self.round = 0
+        self._num_shards = len(data.shards)
+        self.passes_a_visit = PASSES_A_VISIT if model.adapter is None else WITH_ADAPTER
+        self.round, self.rounds_left = 0, 0
         self._lent = {which: Lent(self._family.denoiser) for which in borrows}
         self._asking = False
         self._current: set[str] = set()
+        # After which round the reference was kept, as the version of its file in checkpoints.
+        self._kept: str | None = None
         self._losses: dict[tuple[Any, ...], Tensor] = {}
         if "base" in borrows and self._adapter is None:
             self._lent["base"].take(self._live)
@@ -127,9 +161,9 @@ class Lender:
     def _live(self) -> list[Tensor]:
         return [*self._trainable.parameters.values(), *self._trainable.buffers.values()]
 
-    def begin_round(self, rules: Sequence[SkipRule], round_: int) -> None:
+    def begin_round(self, rules: Sequence[SkipRule], round_: int, rounds_left: int) -> None:
         """Lets every clone's rule compute what they share. Every rank takes part, before any clone is checked out."""
-        self.round = round_
+        self.round, self.rounds_left = round_, rounds_left
         self._current.clear()
         self._losses.clear()
         self._asking = True
@@ -145,11 +179,48 @@ class Lender:
         """
         self._check(which)
         lent = self._lent[which]
+        if which == REFERENCE:
+            if self._kept is None:
+                raise ValueError("a skip rule must ask for `keep_reference` before the reference can be lent")
+            return lent
         if which not in self._current and (which, self._adapter) != ("base", None):
             self._put(which)
             lent.take([*self._live, *self._frozen_below(which)])
         self._current.add(which)
         return lent
+
+    def keep_reference(self) -> None:
+        """See `Run`.
+
+        Raises:
+            ValueError: as `lend`.
+        """
+        self._check(REFERENCE)
+        if self._kept != f"round {self.round}":
+            self._put("ema" if "ema" in self._mergers else "merged")
+            self._lent[REFERENCE].take([*self._live, *self._may_change])
+            self._kept = f"round {self.round}"
+
+    @property
+    def _may_change(self) -> list[Tensor]:
+        """Frozen weights below an adapter that later rounds may train on otherwise than this one."""
+        merges_exactly = any(hasattr(merger, "remainders") for merger in self._mergers.values())
+        if self._adapter is None or not merges_exactly or self._num_shards == 1:
+            return []
+        return [tensor for layer in self._adapter.layers.values() for tensor in layer.holds_remainder]
+
+    def pieces(self) -> dict[str, Piece]:
+        """What this rank writes of the reference into a checkpoint: the main one all, the others nothing."""
+        if self._kept is None or not self._ranks.is_main:
+            return {}
+        return {f"{REFERENCE}.safetensors": tensors_piece(self._kept, self._lent[REFERENCE].named)}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes up the reference that a checkpoint holds, if the rule borrows one."""
+        name = f"{REFERENCE}.safetensors"
+        if REFERENCE in self._lent and checkpoint.has(name):
+            self._lent[REFERENCE].restore(checkpoint.tensors(name))
+            self._kept = checkpoint.manifest["pieces"][name]
 
     def _check(self, which: str) -> None:
         if which not in self._lent:
@@ -184,7 +255,14 @@ class Lender:
                 tensor.copy_(value)
 
     def losses(
-        self, which: str, images: Sequence[int], timesteps: Sequence[int], seed: int, *, heldout: bool = False
+        self,
+        which: str,
+        images: Sequence[int],
+        timesteps: Sequence[int],
+        seed: int,
+        *,
+        heldout: bool = False,
+        draws: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Run`. Every rank takes part.
 
@@ -199,18 +277,20 @@ class Lender:
         self._check_asking()
         if MERGERS.get(which) not in self._mergers and which != "base":
             raise ValueError(f"there are no losses of {which!r}: ask for base, merged, ema or result")
-        key = which, tuple(images), tuple(timesteps), seed, heldout
+        wanted = Looks(tuple(timesteps), tuple(range(len(timesteps)) if draws is None else draws), seed)
+        key = which, tuple(images), wanted, heldout
         if key not in self._losses:
             self._put(which)
-            self._losses[key] = self._spread(self._images[heldout], *key[1:4])
+            self._losses[key] = self._spread(self._images[heldout], key[1], wanted)
         return self._losses[key]
 
     def heldout_losses(self, images: Sequence[int], timesteps: Sequence[int], seed: int) -> Tensor:
         """Of what would be saved, as `losses`, while no clone is checked out. Every rank takes part."""
         self._put("ema" if "ema" in self._mergers else "merged")
-        return self._spread(self._images[True], tuple(images), tuple(timesteps), seed)
+        wanted = Looks(tuple(timesteps), tuple(range(len(timesteps))), seed)
+        return self._spread(self._images[True], tuple(images), wanted)
 
-    def _spread(self, source: Shard, images: tuple[int, ...], timesteps: tuple[int, ...], seed: int) -> Tensor:
+    def _spread(self, source: Shard, images: tuple[int, ...], looks: Looks) -> Tensor:
         """What `losses` returns, each rank having computed some chunks of it; images of a chunk have one size."""
         by_size: dict[Any, list[int]] = {}
         for place, index in enumerate(images):
@@ -222,21 +302,21 @@ class Lender:
         ]
         chunks = [tuple(images[place] for place in part) for part in places]
         turns = -(-len(chunks) // self._ranks.size)
-        own = torch.zeros(turns, self._chunk, len(timesteps))
+        own = torch.zeros(turns, self._chunk, len(looks.timesteps))
         family = self._family
         # Encoders of what is cached are not on the device.
         encoders = (*family.image_encoders, *family.caption_encoders) if source.encoded is None else ()
         with torch.no_grad(), calling(family, family.denoiser), family.lent(encoders, self._noising.device):
             for turn, chunk in enumerate(chunks[self._ranks.rank :: self._ranks.size]):
-                own[turn] = self._of_chunk(source, chunk, timesteps, seed)
+                own[turn] = self._of_chunk(source, chunk, looks)
         gathered = self._ranks.all_gather(own.view(-1).to(self._ranks.device)).cpu()
         by_turn = gathered.view(self._ranks.size, *own.shape).transpose(0, 1)
-        losses = torch.empty(len(images), len(timesteps))
-        for part, rows in zip(places, by_turn.reshape(-1, self._chunk, len(timesteps)), strict=False):
+        losses = torch.empty(len(images), len(looks.timesteps))
+        for part, rows in zip(places, by_turn.reshape(-1, self._chunk, len(looks.timesteps)), strict=False):
             losses[part] = rows[: len(part)]
         return losses
 
-    def _of_chunk(self, source: Shard, chunk: tuple[int, ...], timesteps: tuple[int, ...], seed: int) -> Tensor:
+    def _of_chunk(self, source: Shard, chunk: tuple[int, ...], looks: Looks) -> Tensor:
         """(chunk, J) fp32; a shorter chunk is padded with its last image."""
         device = self._noising.device
         padded = [*chunk, *[chunk[-1]] * (self._chunk - len(chunk))]
@@ -246,9 +326,11 @@ class Lender:
         latents, conditions = self._noising.inputs(batch.to(device))
         hashes = [source.images.content_hashes[index] for index in padded]
         shape = tuple(latents.shape[1:])
-        noise = torch.from_numpy(np.stack([image_noise(seed, hash_, len(timesteps), shape) for hash_ in hashes], 1))
+        count = max(looks.draws) + 1
+        noise = torch.from_numpy(np.stack([image_noise(looks.seed, each, count, shape) for each in hashes], 1))
         losses = []
-        for draw, timestep in zip(noise, timesteps, strict=True):
+        for number, timestep in zip(looks.draws, looks.timesteps, strict=True):
+            draw = noise[number]
             everywhere = torch.full((len(padded),), timestep, device=device)
             noised = self._noising.at(latents, conditions, draw.to(device), everywhere)
             losses.append(per_sample_loss(noised.predict(), noised.target))
@@ -260,12 +342,17 @@ class Lender:
             lent.values.clear()
 
 
-def need_of_rule(rule: type[SkipRule], weights: int, below: int) -> Need:
+def need_of_rule(rule: type[SkipRule], config: Any, weights: int, below: int) -> Need:
     """What a rule takes: the networks that it borrows, and gradients of what skipped samples learn instead.
 
     Args:
+        config: the values of the rule's flags.
         weights: bytes of the trained tensors.
         below: of the frozen weights below adapters that are merged exactly, which change from round to round.
     """
-    changed = sum(which != "merged" for which in rule.borrows)
-    return Need(device=(len(rule.borrows) + rule.teaches()) * weights + changed * below)
+    borrowed = rule.borrows_with(config)
+    changed = sum(which != "merged" for which in borrowed)
+    return Need(
+        device=(len(borrowed) + rule.teaches(config)) * weights + changed * below,
+        checkpoint=weights + below if REFERENCE in borrowed else 0,
+    )

@@ -185,16 +185,20 @@ class LocalTraining:
         keep = rule.keep(seen) if own else torch.zeros_like(loss, dtype=torch.bool)
         weights = self._family.objective.loss_weights(seen.timesteps, self._config.training.snr_gamma)
         learns = keep
+        weighted = loss * weights
+        total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
         if (instead := rule.instead(seen)) is not None:
             assert seen.target is not None
             weight = torch.where(keep, 0.0, instead.weight) * (own > 0)
             learns = keep | (weight != 0)
             # Rows of kept samples may hold anything, which must not reach a gradient even times 0.
             target = torch.where(keep.view(-1, *[1] * (prediction.ndim - 1)), seen.target, instead.target)
-            total = (weight * weights * per_sample_loss(prediction, target)).sum() / samples
-            self._add_apart(total, retain_graph=True)
-        weighted = loss * weights
-        total = torch.where(keep, weighted, torch.zeros_like(weighted)).sum() / samples
+            others = (weight * weights * per_sample_loss(prediction, target)).sum() / samples
+            if own == samples and self._group.size == 1 and not rule.is_off:
+                # The whole step: by how much its gradient will be rescaled is known, so one backward pass does.
+                total = total + others * (keep.sum().clamp(min=1) / samples)
+            else:
+                self._add_apart(others, retain_graph=True)
         if self._group.size > 1:
             # The group averages its gradients; their sum is wanted.
             total = total * self._group.size

@@ -175,7 +175,8 @@ def _prepare_denoiser(
     # Evaluation mode gives placement and autocast without DistributedDataParallel, which would average clones.
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     if config.training.compile:
-        twice, sizes = config.chosen(SKIP_RULES)[0].load().teaches(), len(family.buckets(config.data).sizes)
+        entry, settings = config.chosen(SKIP_RULES)
+        twice, sizes = entry.load().teaches(settings), len(family.buckets(config.data).sizes)
         compile_denoiser(family.denoiser, backward_twice=twice, sizes=sizes)
     family.network = group.wrap(family.denoiser)
     return adapter

@@ -24,14 +24,17 @@ def need_of_run(
     """
     size = sum(parameter.nbytes for parameter in trainable.parameters.values())
     policy = POLICIES[config.ensemble.optimizer_across_rounds]
-    below = adapter.nbytes if adapter is not None and config.merges_exactly else 0
+    changes = adapter is not None and config.merges_exactly and placement.num_shards > 1
+    below = adapter.nbytes if adapter is not None and changes else 0
+    entry, settings = config.chosen(SKIP_RULES)
+    rule = entry.load()
     needs = [
         trainable.need(placement),
         policy.need(state_bytes(size, config.optimizer), placement, rank),
         need_of_mergers(config, trainable, adapter, ema, placement),
         *([ema.need(placement)] if ema is not None else []),
-        need_of_rule(rule := config.chosen(SKIP_RULES)[0].load(), size, below),
+        need_of_rule(rule, settings, size, below),
         # Gradients of class images are kept apart, where those of what skipped samples learn instead are too.
-        Need(device=size if config.prior.is_on and not rule.teaches() else 0),
+        Need(device=size if config.prior.is_on and not rule.teaches(settings) else 0),
     ]
     return sum(needs, Need())

@@ -58,6 +58,7 @@ def restore(checkpoint: Checkpoint, config: Config, data: Data, run: Run) -> Non
             if run.ranks.is_main:
                 warn(f"resuming, but {line}: the weights may differ from those of a run without a stop")
     run.ensemble.restore(checkpoint)
+    run.lender.restore(checkpoint)
     run.stopping.load(saved)
     steps = run.ensemble.steps
     if any(done > total for done, total in zip(steps, data.schedule.total_steps, strict=True)):

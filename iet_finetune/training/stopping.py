@@ -15,8 +15,8 @@ from .lending import Lender
 SEED = 5
 # Middles of as many parts of the whole schedule; and held-out images, if there are so many.
 LEVELS, MOST_HELDOUT = 4, 64
-# Of the training's time at most, a forward pass being a third of a visit.
-BUDGET, _VISIT = 0.05, 3
+# Of the training's time at most.
+BUDGET = 0.05
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Stopping:
             UserError: an image cannot be read.
         """
         heldout = min(len(lender.heldout_hashes), MOST_HELDOUT)
-        every = math.ceil(heldout * LEVELS / max(1.0, BUDGET * _VISIT * lender.visits))
+        every = math.ceil(heldout * LEVELS / max(1.0, BUDGET * lender.passes_a_visit * lender.visits))
         if not self.watches or not (last or round_ % every == 0):
             return None
         middles = (torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS

@@ -132,7 +132,8 @@ class Trainer:
             self.draw()
         for _ in self.rounds():
             self._enter("looking")
-            self.run.lender.begin_round([clone.rule for clone in self.ensemble.clones], self.ensemble.round)
+            round_, rules = self.ensemble.round, [clone.rule for clone in self.ensemble.clones]
+            self.run.lender.begin_round(rules, round_, self._total_rounds - round_)
             for shards in self.ensemble.pending_waves:
                 self._enter("training")
                 clone = self.ensemble.checkout(shards)
@@ -300,7 +301,7 @@ class Trainer:
         if self.ensemble.live is not None:
             self.run.local.park(self.ensemble.live)
         facts = {"position": self.ensemble.position(), **manifest_facts(self.config, self.run)}
-        pieces, best = self.ensemble.pieces(), self.run.stopping.best
+        pieces, best = self.ensemble.pieces() | self.run.lender.pieces(), self.run.stopping.best
         of_best = self.store.path(best.step) if best is not None else None
         needed = [path for path in (self.ensemble.needed, of_best) if path is not None]
         path = self.store.save(step, pieces, facts, keep_older=keep_older, needed=needed)

@@ -88,6 +88,8 @@ def configs(draw: st.DrawFn) -> Config:
         flags.pop("instance_prompt", None)
     if flags.get("guard_levels") == ():
         flags.pop("guard_levels")
+    if (flags.get("guard_best_levels") or 0) > len(flags.get("guard_levels", (0.01, 0.02, 0.04))):
+        flags.pop("guard_best_levels")
     flags["aspect_ratio_buckets"] = draw(st.sampled_from([None, "auto", "64x32, 32x64"]))
     if flags["aspect_ratio_buckets"] is None:
         flags.pop("upscale", None)
@@ -163,6 +165,7 @@ def test_every_flag_can_be_given(name):
     flags |= {"class_prompt": "x"} if name in PRIOR else {}
     flags |= {"stop_when": "auto"} if name == "stop_patience" else {}
     flags |= {"quantize_base": "nf4"} if name == "lora_remainder_rank" else {}
+    flags |= {"guard_levels": [0.1] * 9} if name == "guard_best_levels" else {}
     flags |= next(({"skip_rule": rule} for rule in ("guard", "calibrated_agc") if name in OF_RULES[rule]), {})
     sources = {"dataset_name": SOURCES[:2], "model_config": SOURCES[2:]}.get(spec.name, SOURCES)
     config = Config.from_command_line([*sources, *on_the_command_line(flags)])

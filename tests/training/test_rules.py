@@ -128,25 +128,33 @@ LORA = {"use_lora": True, "rank": 1, "lora_export": "fuse"}
 def test_what_is_lent_is_the_network_as_it_came_as_the_round_starts_and_on_average(
     world, tmp_path, monkeypatch, extra
 ):
-    monkeypatch.setattr(Asking, "borrows", ("base", "ema", "merged"))
+    borrowed = ("base", "ema", "merged", "reference")
+    monkeypatch.setattr(Asking, "borrows", borrowed)
     trainer = Trainer(config(world, tmp_path / "out", "Asking", use_ema=True, num_train_epochs=2, **extra))
     trainer.train_rounds()
     unet = trainer.model.family.denoiser
-    lent = answer(trainer, lambda run: {which: run.lend(which) for which in ("base", "ema", "merged")})
+    lent = answer(trainer, lambda run: run.keep_reference() or {which: run.lend(which) for which in borrowed})
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), torch.randn(2, 12, 16)
     found = {which: network(*inputs).sample for which, network in lent.items()}
     assert torch.equal(found["base"], tiny_sd().unet.eval()(*inputs).sample)
     for which, name in (("merged", "denoiser"), ("ema", "ema")):
         trainer.ensemble._mergers[name].load_into(trainer.model.trainable)
         assert torch.equal(found[which], unet(*inputs).sample)
+    assert torch.equal(found["reference"], found["ema"])
     assert len({float(each.sum()) for each in found.values()}) == 3, "they do not differ"
+    # Later rounds have other weights, and the same reference.
+    for tensor in trainer.ensemble._mergers["ema"].tensors.values():
+        tensor.mul_(1.5)
+    ema, reference = answer(trainer, lambda run: (run.lend("ema"), run.lend("reference")))
+    assert torch.equal(reference(*inputs).sample, found["reference"])
+    assert not torch.equal(ema(*inputs).sample, found["ema"])
 
 
 def answer(trainer: Trainer, question: Callable[[Run], Any]) -> Any:
     """What the run answers a rule when its next round begins."""
     rule = trainer.ensemble.clones[0].rule
     rule.question = question
-    trainer.run.lender.begin_round([rule], trainer.ensemble.round)
+    trainer.run.lender.begin_round([rule], trainer.ensemble.round, 1)
     return rule.answer
 
 
@@ -169,10 +177,10 @@ def test_lent_networks_take_the_memory_that_was_counted_and_are_no_second_denois
     took = with_them - bytes_alive()
     if extra:
         # The adapter twice, and what was folded into the frozen weights below it.
-        assert 2 * trained < took <= need_of_rule(Borrowing, trained, model.adapter.nbytes).device
+        assert 2 * trained < took <= need_of_rule(Borrowing, None, trained, model.adapter.nbytes).device
         assert took < whole / 2
     else:
-        assert took == 2 * whole == need_of_rule(Borrowing, trained, 0).device
+        assert took == 2 * whole == need_of_rule(Borrowing, None, trained, 0).device
 
 
 def test_a_moving_average_that_is_not_kept_cannot_be_lent(world, tmp_path):

@@ -105,8 +105,8 @@ def test_looking_changes_no_bit_of_what_is_trained(world, tmp_path):
 class FakeLender:
     heldout_hashes = ("h",) * 10
 
-    def __init__(self, losses, visits):
-        self.found, self.visits, self.asked = iter(losses), visits, 0
+    def __init__(self, losses, visits, passes_a_visit):
+        self.found, self.visits, self.passes_a_visit, self.asked = iter(losses), visits, passes_a_visit, 0
 
     def heldout_losses(self, images, timesteps, seed):
         self.asked += 1
@@ -115,9 +115,11 @@ class FakeLender:
         return torch.full((10, LEVELS), next(self.found)).exp()
 
 
-@pytest.mark.parametrize(("visits", "every"), [(267, 1), (266, 2), (100, 3)])
-def test_looking_takes_a_twentieth_of_the_time_at_most(visits, every):
-    watching, lender = Stopping(patience=2), FakeLender([0.1] * 30, visits)
+@pytest.mark.parametrize(
+    ("passes", "visits", "every"), [(3, 267, 1), (3, 266, 2), (3, 100, 3), (2, 400, 1), (2, 399, 2)]
+)
+def test_looking_takes_a_twentieth_of_the_time_at_most(passes, visits, every):
+    watching, lender = Stopping(patience=2), FakeLender([0.1] * 30, visits, passes)
     objective = NoiseSchedule(torch.linspace(0.999, 0.01, 100).cumprod(0))
     for round_ in range(1, 13):
         watching.look(lender, objective, round_, round_, last=round_ == 11)

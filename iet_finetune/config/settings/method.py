@@ -204,8 +204,17 @@ class GuardConfig:
     guard_levels: tuple[float, ...] = fixed(
         (0.01, 0.02, 0.04), "Noise levels at which losses are looked at, as parts of the schedule (sigma with flows)."
     )
+    guard_best_levels: int | None = fixed(
+        None,
+        "Keep so many of these levels, at which training images are told best from held-out ones; all if not given.",
+    )
     guard_draws: int = fixed(1, "Draws of noise at each of these levels.")
     guard_below: float = fixed(0.3, "Images rest at lower noise levels than this; above it they go on teaching.")
+    guard_pull: float = fixed(
+        0.0,
+        "Weight with which resting images learn the reference's prediction, which teaches away what was memorized; 0 "
+        "leaves them silent.",
+    )
     guard_budget: float = fixed(
         0.05, "Time that looking may take, as a part of the training's; images take turns where it is short."
     )
@@ -218,6 +227,13 @@ class GuardConfig:
             f"`--guard_levels` must be between 0 and 1, not {' '.join(map(str, self.guard_levels)) or 'none'}.",
         )
         at_least_one("guard_draws", self.guard_draws)
+        at_least_one("guard_best_levels", self.guard_best_levels)
+        require(
+            self.guard_best_levels is None or self.guard_best_levels <= len(self.guard_levels),
+            f"`--guard_best_levels {self.guard_best_levels}` is more than the {len(self.guard_levels)} of "
+            "`--guard_levels`.",
+        )
+        not_negative("guard_pull", self.guard_pull)
         require(0 < self.guard_below <= 1, f"`--guard_below` must be in (0, 1], not {self.guard_below}.")
         require(self.guard_budget > 0, f"`--guard_budget` must be above 0, not {self.guard_budget}.")
 
