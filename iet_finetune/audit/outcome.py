@@ -58,6 +58,7 @@ def _record(measured: Measured) -> AuditRecord:
         date=datetime.date.today().isoformat(),
         versions=environment()["versions"],
         settings={**{name: flags[name] for name in SETTINGS}, **_clip(measured), **measured.sampling},
+        training=_training(measured),
         data=DataCounts(
             training_images=len(data.training),
             distinct=len(data.references),
@@ -76,6 +77,11 @@ def _record(measured: Measured) -> AuditRecord:
         warnings=tuple(findings.warnings),
         histograms=findings.histograms,
     )
+
+
+def _training(measured: Measured) -> dict[str, Any]:
+    seen = [visits.seen for visits in measured.ledger.values() if visits.seen]
+    return {**measured.trained_with, **({"passes": int(np.median(seen))} if seen else {})}
 
 
 def _contents(images: TrainingImages) -> str:

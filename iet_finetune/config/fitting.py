@@ -15,6 +15,14 @@ HELDOUT_SHARE = 0.1
 # Of images of which squares would cut off more, on average, the shapes are kept.
 MOST_CUT = 0.05
 GB = 10**9
+# The flags that may be chosen.
+CHOSEN = (
+    *("dedup", "num_shards", "holdout_fraction", "agc_bins", "agc_bias_correction", "skip_rule", "stop_when"),
+    *("num_train_epochs", "merge_every_epochs", "use_lora", "rank", "learning_rate", "lr_scheduler"),
+    *("lr_warmup_steps", "use_ema", "caption_dropout", "resolution", "aspect_ratio_buckets", "train_batch_size"),
+    *("gradient_accumulation_steps", "mixed_precision", "gradient_checkpointing", "validation_prompts"),
+    *("num_validation_images", "checkpoints_total_limit", "audit", "features"),
+)
 
 
 @dataclass(frozen=True)

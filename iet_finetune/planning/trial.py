@@ -95,7 +95,7 @@ def try_out(config: Config, found: Found, placement: Placement) -> Trial:
                 output = trainer.train()
         except KeyboardInterrupt:
             # Its checkpoints are gone with the folder.
-            raise KeyboardInterrupt("the same command starts anew") from None
+            raise KeyboardInterrupt("the same command starts over") from None
         watch.close()
         trial.result = _size_of_result(output)
     data = trainer.data

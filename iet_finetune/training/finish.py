@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from ..config.config import Config
-from ..ensemble.ledger import LEDGER, write_ledger
+from ..ensemble.ledger import write_ledger
 from ..environment import environment
 from ..errors import UserError
 from ..families import move_pipeline
+from ..files import LEDGER
 from ..publish import outputs
 from ..publish.card import CardFacts, base_license, write_model_card
 from ..publish.hub import push

@@ -96,12 +96,17 @@ def test_images_of_several_shapes_keep_them(world, tmp_path, capsys):
     assert "sizes: " in said
 
 
-def test_help_shows_the_short_names_too(capsys):
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_help_shows_the_short_names_in_two_levels_and_no_default_of_what_is_chosen(capsys, option):
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--help"])
+        cli.main(["fit", option])
     said = capsys.readouterr().out
     assert "--base STR" in said
     assert "--output STR" in said
+    assert "--config" not in said
+    assert re.search(r"--learning_rate FLOAT +Learning rate after warm-up. \(default: chosen\)", said)
+    assert ("--adam_beta2" in said) == (option == "--help-all")
+    assert option == "--help-all" or len(said.splitlines()) <= 50
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,7 @@ def test_an_interrupted_plan_promises_no_checkpoint_and_leaves_nothing(world, mo
 
     monkeypatch.setattr(Trainer, "train", interrupt)
     assert cli.main(["plan", *words(flags(world))]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "iet-finetune: interrupted; the same command starts anew."
+    assert capsys.readouterr().err.splitlines()[-1] == "iet-finetune: interrupted; the same command starts over."
     assert sorted(path.name for path in world.iterdir()) == ["base", "cache", "data"]
 
 

@@ -41,7 +41,7 @@ class EnsembleConfig:
     merge_rule: str = fixed("mean", "How the clones become the next denoiser.", choices=MERGE_RULES.names)
     optimizer_across_rounds: str = free(
         "keep",
-        "Optimizer state at a merge: each clone keeps its own, starts anew, or takes over the average of all.",
+        "Optimizer state at a merge: each clone keeps its own, starts over, or takes over the average of all.",
         choices=("keep", "reset", "average"),
     )
     outer_lr: float = free(1.0, "Step from the round's start towards the mean of the clones; 1 goes all the way.")

@@ -113,7 +113,7 @@ class CheckpointConfig:
     )
     resume_from_checkpoint: str | None = other(
         None,
-        'Checkpoint folder to go on from, or "latest" (which starts anew if there is none).',
+        'Checkpoint folder to go on from, or "latest" (which starts over if there is none).',
         scope="local",
         per_machine=False,
         brief='"latest": go on from the last checkpoint, if there is one.',
