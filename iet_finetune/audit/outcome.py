@@ -80,8 +80,12 @@ def _record(measured: Measured) -> AuditRecord:
 
 
 def _training(measured: Measured) -> dict[str, Any]:
+    """The run's flags, how often it saw an image, and the share of its samples that it skipped, as far as known."""
     seen = [visits.seen for visits in measured.ledger.values() if visits.seen]
-    return {**measured.trained_with, **({"passes": int(np.median(seen))} if seen else {})}
+    if not seen:
+        return {**measured.trained_with}
+    skipped = sum(visits.skipped for visits in measured.ledger.values())
+    return {**measured.trained_with, "passes": int(np.median(seen)), "skipped": skipped / sum(seen)}
 
 
 def _contents(images: TrainingImages) -> str:

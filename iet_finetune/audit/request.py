@@ -1,5 +1,6 @@
 """What is to be audited: from the flags, and from the `training_config.yaml` in the model's own folder."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,9 @@ from ..files import LEDGER, LORA_NAME
 from .flags import OF_THE_RUN
 
 CONFIG_NAME = "training_config.yaml"
+# What decides how much a model may remember; advice depends on it.
+OF_TRAINING = ("num_train_epochs", "stop_when", "dedup", "skip_rule", "agc_threshold", "use_lora", "rank")
 # How a pipeline of the Hub is chosen; in a finished run these belong to its base.
-# What decides how much a model may remember, which advice depends on.
-OF_TRAINING = ("num_train_epochs", "stop_when", "dedup", "skip_rule", "use_lora", "rank")
 OF_LOADING = ("base_config", "revision", "variant")
 
 
@@ -88,9 +89,14 @@ def read_request(given: Mapping[str, Any]) -> AuditRequest:
         split_is_known=_is_split_of(config, of_run),
         has_resolution="resolution" in given or "resolution" in of_run or _in_file(given, "resolution"),
         output=output,
-        trained_with={name: of_run[name] for name in OF_TRAINING if isinstance(of_run.get(name), bool | int | str)},
+        trained_with={name: of_run[name] for name in OF_TRAINING if _is_plain(of_run.get(name))},
         own=own and output.resolve() == Path(f"{model}/audit").resolve(),
     )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it as it is."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _no_output(model: str | None) -> UserError:

@@ -34,7 +34,7 @@ MAIN = {
     "default_caption": "Caption of images without one of their own.",
     "holdout_data_dir": "Folder of similar images to compare with, instead of holding some out.",
     "resolution": "Side of the square training images in pixels.",
-    "use_lora": "Train a LoRA adapter; `--no_use_lora` trains the whole denoiser.",
+    "use_lora": "Train a LoRA adapter; `--no_use_lora`: the whole denoiser.",
     "num_train_epochs": "Passes over the images, at most.",
     "train_batch_size": "Images in a micro-batch.",
     "learning_rate": "Learning rate after warm-up.",
@@ -46,7 +46,7 @@ MAIN = {
 # Sides of what a pipeline draws where its denoiser does not say.
 USUAL_SIDE, SIDE_OF_OLDER = 1024, 512
 PROMPTS = 4
-# What counts in the place of a flag where it is given.
+# Flags that override another one where they are given.
 OVERRIDDEN = {"num_train_epochs": ("max_train_steps", "total_train_steps")}
 
 
@@ -78,7 +78,7 @@ def _choose_and_train(first: Config, given: dict[str, Any], ranks: int | None) -
     made = [each for each in choose(found) if not _is_given(each.flag, given)]
     config = Config.layered(given, {each.flag: each.value for each in made})
     check_folders(config)
-    show("\n".join(["settings, chosen for these images:", *map(_line, made)]))
+    show("\n".join(["settings chosen for these images:", *map(_line, made)]))
     if config.training.dry_run:
         from .plan_command import show_plan
 
@@ -91,11 +91,11 @@ def _choose_and_train(first: Config, given: dict[str, Any], ranks: int | None) -
 
         Trainer(config).train()
     file = config.output_path / "training_config.yaml"
-    show(f"the same without choosing: {PROGRAM} train --config {file} --output_dir ANOTHER")
+    show(f"to train again, also with other settings: {PROGRAM} train --config {file} --output_dir ANOTHER")
 
 
 def _train_with_ranks(count: int, config: Config, given: dict[str, Any]) -> None:
-    """What has been chosen, trained by so many ranks; ends as they do unless all went well."""
+    """Trains with the chosen settings on so many ranks; exits with their code if they fail."""
     # The choice is made once: ranks that chose for themselves would have to agree.
     secrets = [
         f"--{name}={given[name]}" for name, spec in all_flags().items() if spec.scope == "secret" and name in given
@@ -123,7 +123,7 @@ def fit_parser() -> argparse.ArgumentParser:
     chosen = {name: f"{spec.help} (default: chosen)" for name, spec in all_flags().items() if name in CHOSEN}
     return training_parser(
         "Fine-tune on your own images with settings chosen for them, and measure what the result remembers. Every "
-        f"flag of `{PROGRAM} train` overrides what would be chosen.",
+        "flag of a run may be given, and then overrides what would be chosen.",
         flag_groups(),
         f"{PROGRAM} fit",
         brief={name: _brief(name, line) for name, line in MAIN.items()},
@@ -157,7 +157,7 @@ def _check(config: Config) -> None:
 
 
 def _is_given(flag: str, given: dict[str, Any]) -> bool:
-    """Whether a flag, or one that takes its place, is among them."""
+    """Whether a flag, or one that replaces it, was given."""
     instead = [name for name, spec in all_flags().items() if spec.instead_of == flag]
     return any(name in given for name in (flag, all_flags()[flag].instead_of, *instead, *OVERRIDDEN.get(flag, ())))
 
@@ -175,7 +175,7 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
     images = survey(config.data, seed=config.training.seed, cache_dir=config.model.cache_dir)
     if kind.needs_captions and not images.has_captions:
         raise UserError(
-            "these images have no captions, and the base model is one with prompts: give all of them one with "
+            "these images have no captions, which this base model needs: give all of them one with "
             '`--default_caption "a photo of sks dog"`, or see docs/data.md.'
         )
     sizes, can_audit = images.images.sizes, _can_audit()
@@ -194,7 +194,7 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
 
 
 def _cut(sizes: "np.ndarray") -> float:
-    """Which share of images with these sizes (N, 2) squares cut off, on average."""
+    """The share of images with these sizes (N, 2) that squares would cut off, on average."""
     from ..data.buckets import Buckets, shares_outside, targets
 
     return float(shares_outside(sizes, targets(sizes, Buckets.square(1))).mean())
@@ -225,7 +225,7 @@ def _prompts(found: "Survey") -> tuple[str, ...]:
 
 
 def _features(config: Config) -> tuple[str, ...]:
-    """What the audit compares images by. The Hub is asked where the base model comes from it, too."""
+    """What the audit compares images by; the Hub is asked only if the base model comes from it."""
     from ..audit.measures.preferred import preferred_features
 
     return preferred_features(online=not os.path.exists(str(config.model.pretrained_model_name_or_path)))

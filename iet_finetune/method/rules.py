@@ -169,6 +169,14 @@ class SkipRule(ABC):
         """
         return None
 
+    @classmethod
+    def outlook(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
+        """What the rule will see in such a run, in words, as of a plan; None if there is nothing to say.
+
+        Args are those of `doubt`.
+        """
+        return None
+
     def begin_round(self, run: Run) -> None:  # noqa: B027 - optional
         """Computes what all shards share, which is then frozen until the merge.
 
@@ -254,6 +262,14 @@ class AGCRule(SkipRule):
             f"{visits / entries:.2g} losses in all, where it takes {warm:.0f} to know what is usual. {remedy}"
             "`--agc_bias_correction` lets it act sooner."
         )
+
+    @classmethod
+    def outlook(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
+        """How many losses an entry of the bank sees."""
+        entries = config.agc_bins or objective.default_bins
+        if config.agc_threshold == 0:
+            return None
+        return f"each of the {entries} entries of a clone's loss bank will see {visits / entries:.3g} losses"
 
     def _bins(self, samples: Samples) -> Tensor:
         return samples.level(len(self.agc.bank))

@@ -12,7 +12,7 @@ from ..ensemble.budget import available_memory
 from ..errors import UserError
 from ..families import family_class, find_pipeline
 from ..training.data import find_images, schedule_of, split
-from ..training.overview import doubt_of_rule, doubts, overview
+from ..training.overview import doubt_of_rule, doubts, outlook_of_rule, overview
 from ..training.starting import first_device
 from . import estimate
 from .trial import Trial, try_out
@@ -106,7 +106,8 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     schedule = schedule_of(config, found.images, indices, trial.family.buckets(config.data))
     about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
-        about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")
+        seen = outlook_of_rule(config, schedule, trial.family)
+        about.append(f"skip rule: {config.training.skip_rule}{f', which can act: {seen}' if seen else ''}")
     num_class_images = config.prior.num_class_images if config.prior.is_on else 0
     in_files = config.ensemble.offload_dir is not None
     return Plan(

@@ -8,7 +8,7 @@ from ..files import gigabytes
 from ..training.run_words import in_words
 from .plan import Plan
 
-# Of the GPU's memory, by which it counts as hardly enough: the allocator and the driver take some, too.
+# The share of the GPU's memory from which on it may not be enough: the allocator and the driver take some, too.
 _FULL = 0.95
 
 
@@ -32,18 +32,18 @@ def lines(config: Config, plan: Plan) -> Iterator[str]:
 
 
 def doubts(plan: Plan) -> Iterator[str]:
-    """What makes little sense, and what there is not enough of."""
+    """What makes little sense, and what is too scarce."""
     yield from plan.doubts
     machine, device, disk = plan.machine, max(plan.device.values(), default=0), sum(plan.disk.values())
     memory = machine.ranks.here * max(plan.host.values())
     if memory > machine.memory:
-        yield f"the memory does not suffice: {_needs(memory)} are needed and {_has(machine.memory)} are free"
+        yield f"there is not enough memory: {_needs(memory)} are needed and {_has(machine.memory)} are free"
     if machine.gpu is not None and device > _FULL * machine.gpu:
-        yield f"the GPU has hardly enough memory: {_needs(device)} of {_has(machine.gpu)} are needed"
+        yield f"the GPU may not have enough memory: {_needs(device)} of {_has(machine.gpu)} are needed"
     if disk > machine.disk:
         yield (
-            f"the disk does not suffice: {_needs(disk)} are needed and {_has(machine.disk)} are free: fewer "
-            "checkpoints are kept with `--checkpoints_total_limit 1`"
+            f"there is not enough disk space: {_needs(disk)} are needed and {_has(machine.disk)} are free. To keep "
+            "fewer checkpoints, give `--checkpoints_total_limit 1`"
         )
 
 
@@ -51,8 +51,8 @@ def _and_audit(config: Config, plan: Plan) -> str:
     if not config.audit.audit:
         return ""
     images = f"{config.audit.num_images:,} images"
-    how_long = f", {in_words(plan.drawing)} for drawing its {images} alone" if plan.drawing else ""
-    return f"; the audit comes on top{how_long}"
+    how_long = f", which takes {in_words(plan.drawing)} to draw its {images} alone" if plan.drawing else ""
+    return f"; add the audit{how_long}"
 
 
 def _by_phase(phases: Mapping[str, int]) -> str:

@@ -19,9 +19,12 @@ from ..publish.result import Result
 from .assembly import Run
 from .data import Data
 from .model import Model
-from .overview import doubt_of_rule
+from .overview import NOTHING_TO_COMPARE, doubt_of_rule
 from .reporting import METRICS
 from .tracking import read_lines
+
+# Rounds whose skip rates are printed, at most.
+MOST_RATES = 12
 
 
 def finish(
@@ -57,6 +60,8 @@ def finish(
         print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
     if (regret := run.stopping.regret()) is not None:
         print(regret)
+    if not len(data.watched) and not config.training.smoke:
+        print(f"no images were held out: {NOTHING_TO_COMPARE}")
     _print_summary(output, sample_grid, result)
     if config.audit.audit:
         entering("auditing")
@@ -127,7 +132,11 @@ def _card_facts(
 def _skipped(rates: tuple[float, ...], doubt: str | None) -> str:
     """What the skip rule did; `doubt` is why it could hardly act, if that is so."""
     if any(rates):
-        return f"skipped by round: {' '.join(f'{rate:.1%}' for rate in rates)}"
+        shown = [f"{rate:.1%}" for rate in rates]
+        if len(rates) > MOST_RATES:
+            half, mean = MOST_RATES // 2, sum(rates) / len(rates)
+            shown = [*shown[:half], "...", *shown[-half:], f"({mean:.1%} on average; {METRICS} has all)"]
+        return f"skipped by round: {' '.join(shown)}"
     return "nothing was skipped in any round" + (f": {doubt}" if doubt else "")
 
 

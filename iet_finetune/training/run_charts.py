@@ -34,8 +34,8 @@ def charts(lines: Sequence[Part]) -> Iterator[Part]:
     yield _curve("Training loss", rounds, "all clones", [line["loss"] for line in lines], words, losses)
     if any("heldout_loss" in line for line in lines):
         words = (
-            "Mean logarithm of the loss of what would be saved, with the same noise after each round. Where it rises, "
-            "training teaches nothing more that holds for new images."
+            "Mean logarithm of the loss of the weights that would be saved, with the same noise after each round. "
+            "Once it rises, the model learns nothing more that holds for new images."
         )
         yield _curve("Held-out loss", rounds, "held-out images", [line.get("heldout_loss") for line in lines], words)
     words = "Percent of a round's samples that gave no gradient."

@@ -70,7 +70,7 @@ def test_the_lines_say_how_many_how_large_which_captions_and_what_is_cut_off(fou
     assert "copies: 2 exact, 2 near, in 2 groups; `--dedup near` trains on one of each" in said
     assert "captions: 2 distinct" in said
     (crops,) = (line for line in said if line.startswith("crops: "))
-    assert crops.startswith("crops: 3% of the pixels are cut off to make 64 x 64 of them, 50% of ")
+    assert crops.startswith("crops: cutting to 64 x 64 takes away 3% of the pixels, 50% of ")
     assert f"`{photos}/wide.png`" in crops
 
 

@@ -86,11 +86,11 @@ def test_what_does_not_suffice_is_said(plan):
 
     assert said() == said(gpu=25 << 30) == []
     (line,) = said(memory=1000)
-    assert line.startswith("the memory does not suffice: ")
+    assert line.startswith("there is not enough memory: ")
     half = max(plan.host.values()) + 1
     assert said(memory=half) == []
     assert len(said(memory=half, ranks=NumRanks(4, 2))) == 1
-    assert said(gpu=24 << 30) == ["the GPU has hardly enough memory: 24.70 GB of 25.76 GB are needed"]
+    assert said(gpu=24 << 30) == ["the GPU may not have enough memory: 24.70 GB of 25.76 GB are needed"]
     (line,) = said(disk=1000)
     assert line.endswith("`--checkpoints_total_limit 1`")
 

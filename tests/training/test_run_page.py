@@ -198,7 +198,7 @@ def test_losses_are_told_in_words():
 
 def test_the_held_out_loss_says_when_it_is_enough():
     rising = [line(1, heldout=-2.0), line(2, heldout=-2.5), line(3, heldout=-2.4)]
-    assert "lowest after round 2, and is higher since" in said(rising)[1]
+    assert "lowest after round 2 and has been higher since" in said(rising)[1]
     assert "at its lowest" in said(rising[:2])[1]
     assert "More rounds may help" in said(rising[:2], total=2)[1]
     assert "More rounds" not in said(rising[:2])[1]
@@ -207,7 +207,7 @@ def test_the_held_out_loss_says_when_it_is_enough():
 
 
 def test_skipping_is_told_with_the_noise_that_it_is_most_frequent_at():
-    assert said([line(1)])[2] == "Nothing was skipped so far."
+    assert said([line(1)])[2] == "Nothing has been skipped so far."
     assert said([line(1)], doubt="AGC will hardly skip anything.")[2].endswith(": AGC will hardly skip anything.")
     little = [0.3, 0.3, 0.3, *[None] * 3, 0.0, *[0.1] * 3]
     assert said([line(1, skip=0.125, levels=little)])[2].startswith("12.5% of the samples of the last round")

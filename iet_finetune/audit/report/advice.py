@@ -6,7 +6,7 @@ from typing import Any
 from .record import AuditRecord
 from .tones import BAD, OPEN, RARE, enough_without_copy
 
-_STOPS = "`--holdout_fraction 0.1 --stop_when auto` stops once held-out images are learned no better."
+_STOPS = "`--holdout_fraction 0.1 --stop_when auto` stops once the model gets no better on held-out images."
 
 
 def advice(audit: AuditRecord, tones: Mapping[str, str]) -> Iterator[str]:

@@ -80,7 +80,7 @@ class AuditRecord:
         versions: of this package and the libraries.
         settings: the flags that decide metrics, by name without `--`.
         training: of a model that was trained here, the flags that decide what it may remember, by name without `--`,
-            and `passes`, how often it saw an image; empty if unknown.
+            `passes`, how often it saw an image, and `skipped`, the share of samples skipped; empty if unknown.
         metrics: by name, as docs/audit.md lists them.
         not_measured: name of a metric to the reason why it is missing.
         warnings: one line each.

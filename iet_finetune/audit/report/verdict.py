@@ -61,7 +61,7 @@ def verdict(audit: AuditRecord) -> Verdict:
     ]
     tones = {each.about: each.tone for each in found}
     headline, tone = _headline(tones)
-    sentences = (*_in_short(audit, tones), *found, *_many(tried), *_caution(audit))
+    sentences = (*_in_short(audit, tones), *found, *_many(tried), *_skipping(audit), *_caution(audit))
     sentences += (Sentence(PLAIN, GUARANTEE, "guarantee"),)
     return Verdict(headline, tone, sentences, tuple(advice(audit, tones)))
 
@@ -96,6 +96,15 @@ def _many(tried: int) -> Iterator[Sentence]:
     if tried > 1:
         text = f"{tried} attacks were tried; a result counts only where chance over all of them does not explain it."
         yield Sentence(PLAIN, text, "attacks")
+
+
+def _skipping(audit: AuditRecord) -> Iterator[Sentence]:
+    """Says so if the run's skip rule did nothing."""
+    run = audit.training
+    is_off = run.get("skip_rule") == "agc" and run.get("agc_threshold") == 0
+    if "skip_rule" in run and run.get("skipped") == 0 and not is_off:
+        text = f"In training, `--skip_rule {run['skip_rule']}` skipped nothing: the rule changed nothing."
+        yield Sentence(PLAIN, text, "skipping")
 
 
 def _in_short(audit: AuditRecord, tones: Mapping[str, str]) -> Iterator[Sentence]:

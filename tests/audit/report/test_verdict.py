@@ -228,6 +228,17 @@ def test_quality_is_told_beside_what_a_copyist_would_score_and_changes_no_headli
     assert found.headline == "Memorization was not measured."
 
 
+def test_a_rule_that_skipped_nothing_in_training_is_named():
+    said = sentence(bare(training={"skip_rule": "agc", "agc_threshold": 0.8, "skipped": 0.0}), "skipping")
+    assert said.text == "In training, `--skip_rule agc` skipped nothing: the rule changed nothing."
+    for run in (
+        {},
+        {"skip_rule": "guard", "skipped": 0.1},
+        {"skip_rule": "agc", "agc_threshold": 0.0, "skipped": 0.0},
+    ):
+        assert "skipping" not in [each.about for each in verdict(bare(training=run)).sentences]
+
+
 @pytest.mark.parametrize(("warnings", "words"), [(["a"], "1 warning below"), (["a", "b"], "2 warnings below")])
 def test_warnings_are_pointed_to(warnings, words):
     assert words in sentence(bare(warnings=warnings), "warnings").text
@@ -279,8 +290,8 @@ def test_against_copies_it_advises_fewer_passes_and_rest_and_one_of_each_where_r
 def test_against_a_leak_it_advises_fewer_passes_more_images_and_a_lower_rank():
     leaks = bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.7, 0.03, 0.5)})
     assert verdict(leaks).advice == (
-        "Train for fewer passes: `--holdout_fraction 0.1 --stop_when auto` stops once held-out images are learned no "
-        "better.",
+        "Train for fewer passes: `--holdout_fraction 0.1 --stop_when auto` stops once the model gets no better on "
+        "held-out images.",
         "Add training images, or try in a LoRA a lower `--rank`: single images are then remembered less.",
     )
 
