@@ -48,6 +48,14 @@ def charts(lines: Sequence[Part]) -> Iterator[Part]:
     yield _curve("Learning rate", rounds, "first clone", [line["lr"][0] for line in lines], "At the end of a round.")
 
 
+def _short(value: float) -> str:
+    """Three digits, in so few characters that they fit beside an axis: `0.105`, `1.05e-4`."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{digits}e{int(exponent)}"
+
+
 def _by_shard(lines: Sequence[Part], name: str) -> list[tuple[float | None, ...]]:
     return list(zip(*(line[name] for line in lines), strict=True))
 
@@ -71,5 +79,5 @@ def _curve(
     words: str,
     faint: Sequence[Sequence[float | None]] = (),
 ) -> Part:
-    drawn = line_chart(title, rounds, [(name, values)], lambda value: f"{value:.3g}", faint)
+    drawn = line_chart(title, rounds, [(name, values)], _short, faint)
     return {"title": title, "axis": "round", "words": words, "series": [name], "svg": drawn}

@@ -92,6 +92,20 @@ class Stopping:
             return "most images are skipped by now"
         return None
 
+    def ending(self, reason: str | None, round_: int) -> str:
+        """Why the run has ended after a round, and which one is kept, in words.
+
+        Args:
+            reason: why it stopped; None if it took all steps.
+        """
+        assert self.best is not None
+        kept = f"round {self.best.round} is kept"
+        if reason is not None:
+            return f"stopped after round {round_}: {reason}; {kept}"
+        falling = len(self.looks) > 1 and self.best is self.looks[-1]
+        more = "; the held-out loss was still falling, so longer training may help" if falling else ""
+        return f"took all steps; {kept}{more}"
+
     def regret(self) -> str | None:
         """What the run missed by going on to the end, in words; None if nothing."""
         lowest = self.lowest

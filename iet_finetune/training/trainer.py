@@ -236,9 +236,8 @@ class Trainer:
         best = self.run.stopping.best
         if best is None:
             return
-        ended = f"stopped after round {self.ensemble.round}: {why}" if (why := self._why_stop) else "took all steps"
         if self.ranks.is_main:
-            print(f"{ended}; round {best.round} is kept", flush=True)
+            print(self.run.stopping.ending(self._why_stop, self.ensemble.round), flush=True)
         if best.step != self.ensemble.step:
             self.ranks.barrier()
             self.ensemble.restore(self.store.open(self.store.path(best.step)))

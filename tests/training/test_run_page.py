@@ -238,6 +238,13 @@ def test_a_curve_is_broken_where_there_is_no_value():
     assert "from -1 to -1.5" in drawn
 
 
+def test_small_numbers_fit_beside_an_axis():
+    rates = [{**line(number), "lr": [1e-4]} for number in (1, 2)]
+    drawn = next(str(each["svg"]) for each in charts(rates) if each["title"] == "Learning rate")
+    assert ">1.05e-4<" in drawn
+    assert ">9.50e-5<" in drawn
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("screen", SCREENS)
 def test_in_a_browser_it_is_whole_quiet_legible_and_no_wider_than_the_screen(browser, written, screen, scheme):

@@ -156,3 +156,13 @@ def test_without_it_the_loss_is_told_and_the_last_round_saved(world, tmp_path, c
 def test_too_few_held_out_images_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="--stop_when auto` compares with held-out images, 8 at least, and"):
         Trainer(config(world, tmp_path / "out", holdout_data_dir=None))
+
+
+def test_the_ending_says_whether_longer_training_may_help():
+    stopping = Stopping(patience=2, looks=[Look(1, 10, 0.5), Look(2, 20, 0.4)])
+    assert stopping.ending(None, 2) == (
+        "took all steps; round 2 is kept; the held-out loss was still falling, so longer training may help"
+    )
+    stopping.looks.append(Look(3, 30, 0.6))
+    assert stopping.ending(None, 3) == "took all steps; round 2 is kept"
+    assert stopping.ending("enough", 3) == "stopped after round 3: enough; round 2 is kept"
