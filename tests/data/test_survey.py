@@ -76,7 +76,7 @@ def test_the_lines_say_how_many_how_large_which_captions_and_what_is_cut_off(fou
 
 def test_the_page_shows_groups_crops_and_captions(found, tmp_path):
     page = write_survey(tmp_path / "page.html", "my photos", found).read_text()
-    assert page.count(">same pixels<br>") == 2
+    assert page.count(">exact or mirrored<br>") == 2
     assert page.count(">near copy<br>") == 2
     assert re.findall(r"<h3>(\d+) images</h3>", page) == ["4", "2"]
     assert "50% cut off" in page
