@@ -101,7 +101,7 @@ def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path):
     _, warnings = announced(folder, agc_threshold=0.0)
     assert len(warnings) == 2
     assert warnings[0].startswith("1 of 4 images are less than half as large as `--resolution 32`")
-    assert warnings[1].startswith("1 of 4 images fill a small part of the range")
+    assert warnings[1].startswith("1 of 4 images use only a small part of the range")
     assert "3.png" in warnings[1]
 
 
