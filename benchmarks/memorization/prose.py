@@ -28,8 +28,8 @@ removing duplicates. `make bench-memorization` writes this page from
 [measurements.parquet](../benchmarks/memorization/measurements.parquet), which it also makes.
 [benchmarks/README.md](../benchmarks/README.md) says how the data are split and how to run a part of it.
 
-Keep the scale in mind: images are 16 to 64 pixels wide and networks have a million parameters; the paper's are ten to a
-thousand times as large. A set has {ONCES} images once and {2 * sum(LONG_TAIL.values())} others
+Keep the scale in mind: images are 16 to 64 pixels wide and networks have a million parameters; the paper's are ten to
+a thousand times as large. A set has {ONCES} images once and {2 * sum(LONG_TAIL.values())} others
 {min(LONG_TAIL)} to {max(LONG_TAIL)} times. Half of those are exact copies; the rest are shifted, scaled, mirrored,
 re-encoded or of another brightness, and the search behind `--dedup near` finds most of them. Intervals are 95 %, over
 images and seeds; with one seed they cover the images alone, and with three they are somewhat too narrow.
@@ -41,8 +41,8 @@ images and seeds; with one seed they cover the images alone, and with three they
   that are twice as near, which hardly any real image is. An image is *extracted* if a near copy of it was drawn.
 * **nearest to a repeat**: drawn images whose nearest training image is a repeated one. Held-out images show how often
   that happens by chance.
-* **AUC** and **TPR** belong to a membership attack by the loss. **seconds** are processor time for training alone. They
-  come from two kinds of processors, which benchmarks/README.md tells apart, and so say little.
+* **AUC** and **TPR** belong to a membership attack by the loss. **seconds** are processor time for training alone.
+  They come from two kinds of processors, which benchmarks/README.md tells apart, and so say little.
 * **agreement with new captions**: how often an image drawn of a held-out caption is nearer, in features, to the image
   that the caption belongs to than to another held-out one. Chance is 0.5.
 * All arms of a set take the same number of steps in all; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So
@@ -51,8 +51,8 @@ images and seeds; with one seed they cover the images alone, and with three they
 
 EXTRACTED = "Originals of which a near copy was drawn, by how often they are in the data:\n"
 
-AGAINST_STOPPING = """Compared with plain training *stopped at the same quality*: for each seed, the best {quality} that
-both reach. The shares are those in excess of held-out images', followed by how much lower they are than plain
+AGAINST_STOPPING = """Compared with plain training *stopped at the same quality*: for each seed, the best {quality}
+that both reach. The shares are those in excess of held-out images', followed by how much lower they are than plain
 training's: 100 % where nothing is in excess, and – where plain training has no excess:
 """
 
@@ -142,13 +142,13 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     told = tell_tales(measured, there)
     if told:
         lines += [
-            "\nHow well columns of `ledger.parquet` identify the images that are in the data five times or more (AUC):\n"
+            "\nHow well columns of `ledger.parquet` identify images that are in the data five times or more (AUC):\n"
         ]
         lines.append(table(told))
     lines += [
         "\nWhat AGC sees of a sample tells repeated images from others with an AUC of "
-        f"{min(sees):.2f} to {max(sees):.2f}; eight draws at low noise, divided by a reference's, do so with an AUC of "
-        f"{min(eight):.2f} to {max(eight):.2f}.",
+        f"{min(sees):.2f} to {max(sees):.2f}; eight draws at low noise, divided by a reference's, do so with an AUC "
+        f"of {min(eight):.2f} to {max(eight):.2f}.",
         "\n## What could not be shown\n",
         "* The paper's own sets and sizes: `make paper SET=cifar10` prints what that would take; it has not been run.",
         "* Whether the order would change if every clone of IET were trained until it is as good as plain training.",

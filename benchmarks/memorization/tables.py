@@ -209,7 +209,11 @@ def signals_by_level(measured: Measurements, name: str) -> list[Row]:
 
 def skips(measured: Measurements, there: Sequence[str]) -> list[Row]:
     """What AGC skipped over the whole run."""
-    groups = {"once": "of images in the data once", "often": "of images in the data five times or more", "all": "of all"}
+    groups = {
+        "once": "of images in the data once",
+        "often": "of images in the data five times or more",
+        "all": "of all",
+    }
     return [
         {"": f"{TITLES[name]}, {words_of(arm)}"}
         | {words: percent(measured.end(name, arm)[f"skipped_{each}"].mean()) for each, words in groups.items()}
