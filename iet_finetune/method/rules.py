@@ -258,8 +258,8 @@ class AGCRule(SkipRule):
         fewer = int(visits / warm / 4)
         remedy = f"`--agc_bins {fewer}` or " if fewer > 1 else ""
         return (
-            f"AGC will hardly skip anything: each of the {entries} entries of a clone's loss bank will see "
-            f"{visits / entries:.2g} losses in all, where it takes {warm:.0f} to know what is usual. {remedy}"
+            f"AGC can hardly skip anything: each of the {entries} entries of a clone's loss bank sees "
+            f"{visits / entries:.2g} losses in all, and needs {warm:.0f} to know what is usual. {remedy}"
             "`--agc_bias_correction` lets it act sooner."
         )
 
@@ -269,7 +269,7 @@ class AGCRule(SkipRule):
         entries = config.agc_bins or objective.default_bins
         if config.agc_threshold == 0:
             return None
-        return f"each of the {entries} entries of a clone's loss bank will see {visits / entries:.3g} losses"
+        return f"each of the {entries} entries of a clone's loss bank sees {visits / entries:.3g} losses"
 
     def _bins(self, samples: Samples) -> Tensor:
         return samples.level(len(self.agc.bank))

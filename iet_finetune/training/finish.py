@@ -60,7 +60,7 @@ def finish(
         print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
     if (regret := run.stopping.regret()) is not None:
         print(regret)
-    if not len(data.watched) and not config.training.smoke:
+    if not len(data.watched) and not config.is_smoke:
         print(f"no images were held out: {NOTHING_TO_COMPARE}")
     _print_summary(output, sample_grid, result)
     if config.audit.audit:
@@ -137,7 +137,7 @@ def _skipped(rates: tuple[float, ...], doubt: str | None) -> str:
             half, mean = MOST_RATES // 2, sum(rates) / len(rates)
             shown = [*shown[:half], "...", *shown[-half:], f"({mean:.1%} on average; {METRICS} has all)"]
         return f"skipped by round: {' '.join(shown)}"
-    return "nothing was skipped in any round" + (f": {doubt}" if doubt else "")
+    return "nothing was skipped in any round" + (f". {doubt}" if doubt else "")
 
 
 def _print_summary(output: Path, sample_grid: Path | None, result: Result) -> None:

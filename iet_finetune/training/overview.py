@@ -43,7 +43,7 @@ def overview(
     count = count_in_words(len(images), distinct, "distinct")
     others = "" if found.watched is found.heldout else f", {len(found.watched)} others to compare with"
     yield f"images: {count}, {sizes_in_words(images)}; {len(found.heldout) or 'none'} held out{others}"
-    if not len(found.watched) and not config.training.smoke:
+    if not len(found.watched) and not config.is_smoke:
         yield f"held out: none, so nothing tells when to stop, and {NOTHING_TO_COMPARE}"
     yield from images.notes
     if images.unreadable:
@@ -68,7 +68,7 @@ def overview(
 
 def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: Family) -> Iterator[str]:
     """What makes little sense, in lines, each with a reason; `--smoke` is to make none."""
-    if config.training.smoke:
+    if config.is_smoke:
         return
     yield from doubts_of_pixels(images, family.buckets(config.data))
     if family.needs_captions and config.data.usual_caption is None:

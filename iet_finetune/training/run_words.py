@@ -55,8 +55,7 @@ def _about_heldout(lines: Sequence[Line], total_rounds: int, watches: bool) -> s
 
 def _about_skipping(lines: Sequence[Line], doubt: str | None) -> str:
     if not any(line["skip_rate"] for line in lines):
-        why = f": {doubt}" if doubt else "."
-        return f"Nothing has been skipped so far{why}"
+        return f"Nothing has been skipped so far.{f' {doubt}' if doubt else ''}"
     rate, levels = lines[-1]["skip_rate"], lines[-1]["skip_rate_by_noise_level"]
     if not rate:
         return "Nothing was skipped in the last round."

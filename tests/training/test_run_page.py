@@ -208,7 +208,7 @@ def test_the_held_out_loss_says_when_it_is_enough():
 
 def test_skipping_is_told_with_the_noise_that_it_is_most_frequent_at():
     assert said([line(1)])[2] == "Nothing has been skipped so far."
-    assert said([line(1)], doubt="AGC will hardly skip anything.")[2].endswith(": AGC will hardly skip anything.")
+    assert said([line(1)], doubt="AGC can hardly skip anything.")[2].endswith("so far. AGC can hardly skip anything.")
     little = [0.3, 0.3, 0.3, *[None] * 3, 0.0, *[0.1] * 3]
     assert said([line(1, skip=0.125, levels=little)])[2].startswith("12.5% of the samples of the last round")
     assert said([line(1, skip=0.125, levels=little)])[2].endswith("most of them with little noise.")
