@@ -99,7 +99,7 @@ class Run(Protocol):
         """The same for the held-out images, of which there may be none; of many, the first 128."""
 
     def lend(self, which: str) -> Network:
-        """A frozen denoiser, which holds still until the next round.
+        """A frozen denoiser, which does not change until the next round.
 
         Args:
             which: "base" as it came, "merged" as the round starts, or "ema" for its moving average; one of the rule's
@@ -124,7 +124,7 @@ class Run(Protocol):
 class SkipRule(ABC):
     """Decides which samples of a step give no gradient. Each clone has a rule of its own.
 
-    Within a step a rule stands still: all micro-batches are judged before `update` learns of them.
+    Within a step a rule does not change: all micro-batches are judged before `update` learns of them.
 
     Args:
         config: the values of the rule's flags.
@@ -171,7 +171,7 @@ class SkipRule(ABC):
 
     @classmethod
     def outlook(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
-        """What the rule will see in such a run, in words, as of a plan; None if there is nothing to say.
+        """What the rule sees in such a run, in words, for a plan; None if there is nothing to say.
 
         Args are those of `doubt`.
         """
@@ -197,10 +197,10 @@ class SkipRule(ABC):
         return None
 
     def note(self, samples: Samples) -> Tensor | None:
-        """(B,) fp32, what `update` shall know of each sample: it finds it in `samples.noted`. None if nothing.
+        """(B,) fp32, what `update` needs to know of each sample and finds in `samples.noted`. None if nothing.
 
-        What takes latents, as another network's losses do, must be taken here: a whole step has none, and of a group
-        each rank sees its own samples alone.
+        Compute here whatever needs latents, such as another network's losses: `update` has none. In a group each rank
+        sees only its own samples here.
         """
         return None
 
@@ -216,7 +216,7 @@ class SkipRule(ABC):
         return {}
 
     def suspicion(self) -> Tensor | None:
-        """(N,) how much points to each training image being memorized, the higher the more; 0 where nothing does.
+        """(N,) how strongly each training image seems to be memorized; 0 where nothing suggests it.
 
         None if the rule does not know: the ledger then says whose loss is low.
         """
