@@ -247,7 +247,7 @@ class Trainer:
             self._draw(best.round)
 
     def save_round(self, *, again: bool) -> None:
-        """Saves the result of the merged round, if `--save_every_rounds` asks for it; not a second time unless `again`."""
+        """Saves what the merged round made, if `--save_every_rounds` asks for it; twice only if `again`."""
         if self.ranks.is_main:
             save_round(self.config, self.data, self.model, self.run, again=again)
 
