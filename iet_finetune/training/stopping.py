@@ -13,9 +13,9 @@ from .lending import Lender
 
 # Of the noise that is added to held-out images.
 SEED = 5
-# Noise levels, in the middles of equal parts of the schedule; and the most held-out images that are looked at.
+# Middles of as many parts of the whole schedule; and held-out images, if there are so many.
 LEVELS, MOST_HELDOUT = 4, 64
-# The largest share of the training's time; a forward pass takes a third of a visit.
+# Of the training's time at most, a forward pass being a third of a visit.
 BUDGET, _VISIT = 0.05, 3
 
 

@@ -205,13 +205,12 @@ class GuardConfig:
         1, "Falls are measured from the end of this round; 0: from the base pipeline, if it knows the subject."
     )
     guard_levels: tuple[float, ...] = fixed(
-        (0.01, 0.02, 0.04),
-        "Noise levels to measure losses at, as fractions of the schedule (sigma with flow matching).",
+        (0.01, 0.02, 0.04), "Noise levels at which losses are looked at, as parts of the schedule (sigma with flows)."
     )
-    guard_draws: int = fixed(1, "Noise draws at each of these levels.")
-    guard_below: float = fixed(0.3, "Images rest only at noise levels below this; above it they are still trained on.")
+    guard_draws: int = fixed(1, "Draws of noise at each of these levels.")
+    guard_below: float = fixed(0.3, "Images rest at lower noise levels than this; above it they go on teaching.")
     guard_budget: float = fixed(
-        0.05, "Share of the training time to spend on measuring losses; if it is too short, images take turns."
+        0.05, "Time that looking may take, as a part of the training's; images take turns where it is short."
     )
 
     def __post_init__(self) -> None:
