@@ -157,7 +157,9 @@ def _check(config: Config) -> None:
 
 
 def _is_given(flag: str, given: dict[str, Any]) -> bool:
-    """Whether a flag, or one that replaces it, was given."""
+    """Whether a flag, or one that replaces it, was given, or does nothing beside what was given."""
+    if flag == "features" and given.get("audit") is False:
+        return True
     instead = [name for name, spec in all_flags().items() if spec.instead_of == flag]
     return any(name in given for name in (flag, all_flags()[flag].instead_of, *instead, *OVERRIDDEN.get(flag, ())))
 
