@@ -19,10 +19,14 @@ from ..publish.result import Result
 from .assembly import Run
 from .data import Data
 from .model import Model
-from .overview import NOTHING_TO_COMPARE, doubt_of_rule
+from .overview import doubt_of_rule
 from .reporting import METRICS
 from .tracking import read_lines
 
+NONE_HELD_OUT = (
+    "no images were held out, so an audit cannot tell memory from chance unless you give it similar images with "
+    "`--holdout_data_dir`"
+)
 # Rounds whose skip rates are printed, at most.
 MOST_RATES = 12
 
@@ -57,11 +61,12 @@ def finish(
     skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
     write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
     if not run.ensemble.clones[0].rule.is_off:
-        print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
+        doubt = None if config.is_smoke else doubt_of_rule(config, data.schedule, model.family)
+        print(_skipped(skip_rates, doubt))
     if (regret := run.stopping.regret()) is not None:
         print(regret)
     if not len(data.watched) and not config.is_smoke:
-        print(f"no images were held out: {NOTHING_TO_COMPARE}")
+        print(NONE_HELD_OUT)
     _print_summary(output, sample_grid, result)
     if config.audit.audit:
         entering("auditing")

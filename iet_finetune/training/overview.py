@@ -23,11 +23,6 @@ from .data import Found
 from .tracking import tensorboard_command
 
 UNREADABLE = "unreadable_images.txt"
-# What it costs to hold no images out.
-NOTHING_TO_COMPARE = (
-    "an audit cannot tell memory from chance: `--holdout_fraction 0.1` holds some out, and `--holdout_data_dir` names "
-    "others"
-)
 
 
 def overview(
@@ -44,7 +39,10 @@ def overview(
     others = "" if found.watched is found.heldout else f", {len(found.watched)} others to compare with"
     yield f"images: {count}, {sizes_in_words(images)}; {len(found.heldout) or 'none'} held out{others}"
     if not len(found.watched) and not config.is_smoke:
-        yield f"held out: none, so nothing tells when to stop, and {NOTHING_TO_COMPARE}"
+        yield (
+            "held out: none, so nothing tells when to stop, and an audit cannot tell memory from chance; "
+            "`--holdout_fraction 0.1` holds some out, or `--holdout_data_dir` names others"
+        )
     yield from images.notes
     if images.unreadable:
         yield f"left out {len(images.unreadable)} images that cannot be read, listed in {UNREADABLE}"

@@ -45,8 +45,8 @@ def test_a_run_says_what_it_has_and_what_it_will_do(tmp_path):
     )
     assert lines == [
         "images: 8, 32 x 64 to 128 x 64 pixels; none held out",
-        "held out: none, so nothing tells when to stop, and an audit cannot tell memory from chance: "
-        "`--holdout_fraction 0.1` holds some out, and `--holdout_data_dir` names others",
+        "held out: none, so nothing tells when to stop, and an audit cannot tell memory from chance; "
+        "`--holdout_fraction 0.1` holds some out, or `--holdout_data_dir` names others",
         "captions: 8 distinct; 1 is longer than the 12 tokens that the text encoder reads (by up to 70) and is cut "
         "off there",
         f"crops: cutting to 32 x 32 takes away 12% of the pixels, 50% of `{folder}/1.png`",
