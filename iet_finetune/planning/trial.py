@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config.config import Config
+from ..data.loader import Shard, Visit
 from ..distributed.placement import Placement
 from ..ensemble.budget import Need
 from ..ensemble.ema import EMA
@@ -51,6 +52,7 @@ class Trial:
         host, device: the most bytes in each phase, of this process's memory and of tensors on the GPU.
         encoded: how many images there were to train on, and beside them.
         drawn: how many of the latter were drawn.
+        rows: bytes in the cache of an encoded image, its mirrored copy included, and of a caption; 0 without a cache.
         result: bytes of the finished pipeline or LoRA file.
         needs: what training keeps, here and in the run.
         family: the pipeline.
@@ -65,6 +67,7 @@ class Trial:
     device: dict[str, int] = field(default_factory=dict)
     encoded: int = 0
     drawn: int = 0
+    rows: tuple[int, int] = (0, 0)
     result: int = 0
     needs: Needs = Needs()
     family: Family | None = None
@@ -101,7 +104,17 @@ def try_out(config: Config, found: Found, placement: Placement) -> Trial:
     data = trainer.data
     trial.family, trial.drawn = trainer.model.family, data.beside.drawn if data.beside is not None else 0
     trial.encoded = len(data.images) + (len(data.beside.images) if data.beside is not None else 0)
+    trial.rows = _row_sizes(data.shards[0], mirrored=config.data.random_flip)
     return trial
+
+
+def _row_sizes(shard: Shard, *, mirrored: bool) -> tuple[int, int]:
+    """As `Trial.rows`, of the first sample that a shard reads."""
+    encoded = shard[Visit(0, 0)].encoded
+    if encoded is None:
+        return 0, 0
+    image = encoded.mean.nbytes + (encoded.std.nbytes if encoded.std is not None else 0)
+    return image * (1 + mirrored), sum(tensor.nbytes for tensor in encoded.conditions.values())
 
 
 def _need_of(config: Config, trainer: Trainer, placement: Placement) -> Need:

@@ -22,6 +22,8 @@ def lines(config: Config, plan: Plan) -> Iterator[str]:
     yield f"memory: {_by_phase(plan.host)}{each}; {_has(machine.memory)} are free"
     parts = ", ".join(f"{name} {_needs(size)}" for name, size in plan.disk.items())
     yield f"disk: {_needs(sum(plan.disk.values()))} ({parts}); {_has(machine.disk)} are free"
+    if plan.cache:
+        yield f"cache: {_needs(plan.cache)} of encoded images and captions, what is there already included"
     longest = sorted(plan.seconds, key=lambda part: -plan.seconds[part])
     shown = ", ".join(f"{part} {in_words(plan.seconds[part])}" for part in longest)
     ends = " at most" if config.training.stop_when == "auto" else ""

@@ -3,18 +3,21 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from e2e.command import words
 from tiny import RESOLUTION, save_images, save_tiny_sd
 
 from iet_finetune import Config, Trainer, UserError, cli
+from iet_finetune.data.encoded import Encoded
 from iet_finetune.distributed.placement import Placement
 from iet_finetune.ensemble.budget import Need
 from iet_finetune.method.schedule import Schedule
 from iet_finetune.planning import estimate
 from iet_finetune.planning.plan import Machine, NumRanks, make_plan
-from iet_finetune.planning.trial import Needs, Trial, shortened
+from iet_finetune.planning.trial import Needs, Trial, _row_sizes, shortened
 from iet_finetune.planning.words import doubts
 from iet_finetune.planning.words import lines as in_lines
 from iet_finetune.training.data import find_images
@@ -50,7 +53,7 @@ def plan(world):
 
 def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan, world):
     told = [line.partition(":")[0] for line in in_lines(config_of(world), plan)]
-    assert told[:-1] == ["images", "captions", "steps", "output", "curves", "memory", "disk", "time"]
+    assert told[:-1] == ["images", "captions", "steps", "output", "curves", "memory", "disk", "cache", "time"]
     assert told[-1].startswith("measured here with 8 steps of 2 clones")
     assert "training" in plan.seconds
     assert set(plan.host) >= {
@@ -65,6 +68,17 @@ def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan, world):
     }
     assert set(plan.disk) == {"4 checkpoints", "the result"}, "three rounds, and one more while it is written"
     assert plan.device == {}
+
+
+def test_it_counts_what_is_encoded_with_mirrored_copies_and_each_caption_once(plan, world):
+    latent, states = plan.trial.rows
+    found = find_images(config_of(world), True)
+    captions = {text for images in (found.images, found.watched) for texts in images.captions for text in texts}
+    assert latent > 0 < states
+    assert plan.cache == latent * 40 + states * len(captions)
+    shard = SimpleNamespace(encoded=Encoded(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8), {"x": torch.zeros(12, 32)}))
+    sample = type("Shard", (), {"__getitem__": lambda self, visit: shard})()
+    assert _row_sizes(sample, mirrored=True) == (2 * 2 * 4 * 4 * 64, 4 * 12 * 32)
 
 
 def test_it_leaves_nothing_but_the_cache(plan, world):
