@@ -110,7 +110,7 @@ def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path):
     [
         (
             {"num_train_epochs": 100},
-            "each of the 1000 entries of a clone's loss bank will see 0.2 losses in",
+            "each of the 1000 entries of a clone's loss bank sees 0.2 losses in",
         ),
         ({"num_train_epochs": 100, "agc_bins": 40}, None),
         ({"num_train_epochs": 100, "agc_bins": 41}, "`--agc_bins 10` or `--agc_bias_correction` lets it act sooner."),
