@@ -19,7 +19,11 @@ def lines(config: Config, plan: Plan) -> Iterator[str]:
     if machine.gpu is not None:
         yield f"GPU memory: {_by_phase(plan.device)}; the card has {_has(machine.gpu)}"
     each = f" for each of {machine.ranks.here} ranks" if machine.ranks.here > 1 else ""
-    yield f"memory: {_by_phase(plan.host)}{each}; {_has(machine.memory)} are free"
+    kept = trial.needs.run.memory(
+        device_is_host=machine.gpu is None, offloaded=config.ensemble.offload_dir is not None
+    )
+    clones = f"{_needs(kept)} in training are clones, their sum and their optimizer states"
+    yield f"memory: {_by_phase(plan.host)}{each}; {clones}; {_has(machine.memory)} are free"
     parts = ", ".join(f"{name} {_needs(size)}" for name, size in plan.disk.items())
     yield f"disk: {_needs(sum(plan.disk.values()))} ({parts}); {_has(machine.disk)} are free"
     if plan.cache:
@@ -28,8 +32,8 @@ def lines(config: Config, plan: Plan) -> Iterator[str]:
     shown = ", ".join(f"{part} {in_words(plan.seconds[part])}" for part in longest)
     ends = " at most" if config.training.stop_when == "auto" else ""
     yield f"time: {in_words(sum(plan.seconds.values()))}{ends} ({shown}){_and_audit(config, plan)}"
-    clones = trial.config.ensemble.num_shards
-    of = f"{trial.steps} steps of {clones} clone{'s' * (clones > 1)}"
+    tried = trial.config.ensemble.num_shards
+    of = f"{trial.steps} steps of {tried} clone{'s' * (tried > 1)}"
     yield f"measured here with {of}, {trial.step_seconds / trial.steps:.2g} s each"
 
 

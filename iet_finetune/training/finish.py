@@ -142,7 +142,7 @@ def _skipped(rates: tuple[float, ...], doubt: str | None) -> str:
             half, mean = MOST_RATES // 2, sum(rates) / len(rates)
             shown = [*shown[:half], "...", *shown[-half:], f"({mean:.1%} on average; {METRICS} has all)"]
         return f"skipped by round: {' '.join(shown)}"
-    return "nothing was skipped in any round" + (f". {doubt}" if doubt else "")
+    return "nothing was skipped in any round" + (f". {doubt}" if doubt else ": the rule found nothing to skip")
 
 
 def _print_summary(output: Path, sample_grid: Path | None, result: Result) -> None:

@@ -161,6 +161,8 @@ def test_what_cannot_be_read_is_written_down(tmp_path):
 
 def test_of_many_rounds_some_skip_rates_are_printed_and_their_mean():
     assert _skipped((0.1, 0.25), None) == "skipped by round: 10.0% 25.0%"
+    assert _skipped((0.0, 0.0), None) == "nothing was skipped in any round: the rule found nothing to skip"
+    assert _skipped((0.0,), "It cannot.") == "nothing was skipped in any round. It cannot."
     many = _skipped((0.0,) * 10 + (0.2,) * 10, None)
     zeros, twenties = " ".join(["0.0%"] * 6), " ".join(["20.0%"] * 6)
     assert many == f"skipped by round: {zeros} ... {twenties} (10.0% on average; metrics.jsonl has all)"
