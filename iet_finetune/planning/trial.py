@@ -18,6 +18,7 @@ from ..data.loader import Shard, Visit
 from ..distributed.placement import Placement
 from ..ensemble.budget import Need
 from ..ensemble.ema import EMA
+from ..errors import UserError
 from ..families import Family
 from ..files import CLASS_FOLDER
 from ..training.callbacks import Callback, StepFacts
@@ -110,8 +111,9 @@ def try_out(config: Config, found: Found, placement: Placement) -> Trial:
 
 def _row_sizes(shard: Shard, *, mirrored: bool) -> tuple[int, int]:
     """As `Trial.rows`, of the first sample that a shard reads."""
-    encoded = shard[Visit(0, 0)].encoded
-    if encoded is None:
+    sample = shard[Visit(0, 0)]
+    # The trial has read it: it is no error.
+    if isinstance(sample, UserError) or (encoded := sample.encoded) is None:
         return 0, 0
     image = encoded.mean.nbytes + (encoded.std.nbytes if encoded.std is not None else 0)
     return image * (1 + mirrored), sum(tensor.nbytes for tensor in encoded.conditions.values())
