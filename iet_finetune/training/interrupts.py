@@ -72,17 +72,22 @@ def how_to_go_on(output: Path, class_images: Path | None = None) -> str:
     return f"there is no checkpoint yet: the same command with `--resume_from_checkpoint latest` starts over{kept}"
 
 
-@contextmanager
-def says_how_to_go_on(config: Config, started_in: Path = Path()) -> Iterator[None]:
-    """Inside, a `KeyboardInterrupt` that does not say what helps is raised as one that does.
+def what_helps(config: Config, started_in: Path = Path()) -> str:
+    """The same for the run of a configuration.
 
     Args:
         started_in: what relative folders are relative to.
     """
+    class_images = started_in / config.class_path if config.prior.is_on else None
+    return how_to_go_on(started_in / config.output_path, class_images)
+
+
+@contextmanager
+def says_how_to_go_on(config: Config) -> Iterator[None]:
+    """Inside, a `KeyboardInterrupt` that does not say what helps is raised as one that does."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
             raise
-        class_images = started_in / config.class_path if config.prior.is_on else None
-        raise KeyboardInterrupt(how_to_go_on(started_in / config.output_path, class_images)) from None
+        raise KeyboardInterrupt(what_helps(config)) from None

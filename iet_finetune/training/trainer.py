@@ -21,7 +21,7 @@ from ..publish import outputs
 from .callbacks import Callback, CheckpointFacts, ImagesFacts, RoundFacts
 from .device_memory import out_of_memory_explained
 from .finish import finish, save_round
-from .interrupts import Interrupts, says_how_to_go_on
+from .interrupts import Interrupts, what_helps
 from .model import hand_back
 from .overview import doubt_of_rule
 from .preparing import prepare
@@ -81,9 +81,12 @@ class Trainer:
         self._home = getattr(pipeline, "device", None)
         self._callbacks: tuple[Callback, ...] = tuple(callbacks)
         try:
-            with says_how_to_go_on(config), self.ranks.report_errors_once():
+            with self.ranks.report_errors_once():
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 prepared = prepare(config, accelerator, self.ranks, objects, self._enter)
+        except KeyboardInterrupt:
+            self._release()
+            raise KeyboardInterrupt(what_helps(config)) from None
         except BaseException:
             self._release()
             raise
@@ -98,16 +101,14 @@ class Trainer:
     def train(self) -> Path:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
-            with (
-                says_how_to_go_on(self.config, self._started_in),
-                contextlib.chdir(self._started_in),
-                self.ranks.report_errors_once(),
-            ):
+            with contextlib.chdir(self._started_in), self.ranks.report_errors_once():
                 with out_of_memory_explained(self.config, self.store):
                     self.train_rounds()
                 self.finish()
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
                 self.ranks.leave()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(what_helps(self.config, self._started_in)) from None
         finally:
             self.reporter.close()
             self._release()
