@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,8 +14,25 @@ from .errors import UserError, disk_full, one_line
 LOCK_NAME = ".iet_finetune.lock"
 # What diffusers calls a LoRA file, in a folder of its own or in a repository.
 LORA_NAME = "pytorch_lora_weights.safetensors"
+# A row for each image of a run; see `ensemble.ledger`.
+LEDGER = "ledger.parquet"
 # Where a run keeps the class images of prior preservation, unless it is told a folder.
 CLASS_FOLDER = "class_images"
+# A checkpoint is complete once it has this file.
+MANIFEST = "manifest.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The N of a folder `checkpoint-N`; -1 if it has another name."""
+    found = _CHECKPOINT.fullmatch(folder.name)
+    return int(found[1]) if found else -1
+
+
+def complete_checkpoints(output: Path) -> list[Path]:
+    """The complete checkpoints in an output folder, oldest first; none if there is no such folder."""
+    found = [path for path in output.glob("checkpoint-*") if checkpoint_step(path) >= 0]
+    return sorted((path for path in found if (path / MANIFEST).is_file()), key=checkpoint_step)
 
 
 def partial_name(path: Path) -> Path:

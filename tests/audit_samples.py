@@ -50,6 +50,7 @@ def sample_json(**changes: Any) -> dict[str, Any]:
             "scheduler": "DDIMScheduler",
             "membership_draws": 8,
         },
+        "training": {},
         "data": {
             "training_images": 580,
             "distinct": 300,

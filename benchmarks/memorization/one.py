@@ -16,10 +16,9 @@ from PIL import Image
 
 from iet_finetune import Config, Trainer
 from iet_finetune.audit.measures.separation import auc
-from iet_finetune.ensemble.ledger import LEDGER
 from iet_finetune.families import family_class
 from iet_finetune.families.finding import source_of
-from iet_finetune.files import written_beside
+from iet_finetune.files import LEDGER, written_beside
 from iet_finetune.training.data import compares_with
 
 from . import rules

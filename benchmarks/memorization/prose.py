@@ -23,37 +23,37 @@ from .tables import (
 
 HEAD = f"""# Does it hold?
 
-The paper's experiments, rerun small, and what its parts are worth beside training for a shorter time and removing
-duplicates. `make bench-memorization` writes this page from
-[measurements.parquet](../benchmarks/memorization/measurements.parquet), which it makes too.
+The paper's experiments at a small scale, and what its parts are worth compared with training for less time and with
+removing duplicates. `make bench-memorization` writes this page from
+[measurements.parquet](../benchmarks/memorization/measurements.parquet), which it also makes.
 [benchmarks/README.md](../benchmarks/README.md) says how the data are split and how to run a part of it.
 
-Read it with its size in mind. Images have 16 to 64 pixels and networks a million parameters; the paper's are ten to a
-thousand times as large. A set has {ONCES} images once and {2 * sum(LONG_TAIL.values())} others
+Keep the scale in mind: images are 16 to 64 pixels wide and networks have a million parameters; the paper's are ten to
+a thousand times as large. A set has {ONCES} images once and {2 * sum(LONG_TAIL.values())} others
 {min(LONG_TAIL)} to {max(LONG_TAIL)} times. Half of those are exact copies; the rest are shifted, scaled, mirrored,
 re-encoded or of another brightness, and the search behind `--dedup near` finds most of them. Intervals are 95 %, over
-images and seeds; with one seed they know of the images alone, and with three they are rather too narrow.
+images and seeds; with one seed they cover the images alone, and with three they are somewhat too narrow.
 
 * **MQ 0.3** is the paper's measure: an image counts if its squared distance to the nearest training image is less than
-  0.3 times the mean over its 50 nearest. Among a hundred images of two kinds real ones do that too, so look at what
-  held-out images give.
+  0.3 times the mean over its 50 nearest. Among a hundred images of two kinds, real ones do that too, so compare
+  with held-out images.
 * **f_mem** counts images that are three times nearer to one training image than to the next, **near copies** those
   that are twice as near, which hardly any real image is. An image is *extracted* if a near copy of it was drawn.
-* **nearest to a repeat**: drawn images whose nearest training image is a repeated one. Held-out images show how many
-  are by chance.
-* **AUC** and **TPR** are of a membership attack by the loss. **seconds** are a processor's, for training alone; of two
-  kinds of processors, which benchmarks/README.md tells apart, so that they say little.
+* **nearest to a repeat**: drawn images whose nearest training image is a repeated one. Held-out images show how often
+  that happens by chance.
+* **AUC** and **TPR** belong to a membership attack by the loss. **seconds** are processor time for training alone.
+  They come from two kinds of processors, which benchmarks/README.md tells apart, and so say little.
 * **agreement with new captions**: how often an image drawn of a held-out caption is nearer, in features, to the image
   that the caption belongs to than to another held-out one. Chance is 0.5.
-* All arms of a set take as many steps in all; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So they make
-  as many passes over the data, except de-duplicated ones, whose data are smaller.
+* All arms of a set take the same number of steps in all; with IET each of {SHARDS} clones takes 1/{SHARDS} of them. So
+  they make the same number of passes over the data, except the de-duplicated ones, whose data are smaller.
 """
 
 EXTRACTED = "Originals of which a near copy was drawn, by how often they are in the data:\n"
 
-AGAINST_STOPPING = """Beside plain training *stopped at the same quality*: with each seed the best {quality} that both
-come to. Shares in excess of held-out images', and how much less than plain training's that is, all of it where nothing
-is in excess; – where plain training has none to lose:
+AGAINST_STOPPING = """Compared with plain training *stopped at the same quality*: for each seed, the best {quality}
+that both reach. The shares are those in excess of held-out images', followed by how much lower they are than plain
+training's: 100 % where nothing is in excess, and – where plain training has no excess:
 """
 
 ONCE_ONLY = """{images} images of the two classes that the base has never seen, each in the data once: nothing can be
@@ -62,19 +62,19 @@ not only what exceeds held-out images:
 """
 
 MUCH_LONGER = """Plain training of this set is best, by its held-out loss, after round {best} of those that were
-judged. Does what a model did not remember then come after all? De-duplicated data are visited more often in as many
-steps. After so many rounds of 40 steps:
+judged. Are images memorized after all if training goes on from there? De-duplicated data are visited more often in the
+same number of steps. After this many rounds of 40 steps:
 """
 
 LOOKS_AT = """## What AGC looks at
 
-AGC skips samples whose loss is far below the bank's, the usual one at their noise level. How well losses tell images
-that are in the data five times or more from those that are there once, about half way through plain training (AUC; 0.5
-is chance). The reference is the model that fine-tuning started from; from scratch, the run itself at the first round
-that was judged:
+AGC skips samples whose loss is far below the bank's, which is the usual loss at their noise level. The table shows how
+well losses tell images that are in the data five times or more from those that are there once, about halfway through
+plain training (AUC; 0.5 is chance). The reference is the model that fine-tuning started from or, when training from
+scratch, the run itself at the first round that was judged:
 """
 
-BY_LEVEL = """By noise level, as a part of the schedule: eight draws at little noise, then five over the whole of it.
+BY_LEVEL = """By noise level, as a fraction of the schedule: eight draws at low noise, then five over the whole of it.
 """
 
 SKIPPED = """What AGC skipped, over the whole run:
@@ -85,7 +85,7 @@ def opening(measured: Measurements, there: Sequence[str]) -> str:
     """The paper's headline, as found here."""
     lines = [
         "## The headline\n",
-        "The paper: memorization far down, quality kept, after as many passes. Found here:\n",
+        "The paper reports far less memorization at the same quality, after the same number of passes. Found here:\n",
     ]
     for name in (name for name in there if "iet-agc" in measured.arms(name)):
         seeds, quality = measured.shared_seeds(name, "iet-agc"), QUALITY[name]
@@ -95,10 +95,10 @@ def opening(measured: Measurements, there: Sequence[str]) -> str:
             f"{ours['close'].sum():.0f} instead of {plain['close'].sum():.0f}; repeated images extracted: "
             f"{ours['extracted_close'].sum():.0f} instead of {plain['extracted_close'].sum():.0f} of "
             f"{plain['repeated'].sum():.0f}. {WORDS[quality]}: {number(ours[quality].mean())} instead of "
-            f"{number(plain[quality].mean())}. Plain training for as many steps as a clone takes: near copies "
+            f"{number(plain[quality].mean())}. Plain training for only as many steps as a clone takes: near copies "
             f"{early['close'].sum():.0f}, {WORDS[quality]} {number(early[quality].mean())}."
         )
-    lines.append("\nEach part by itself, near copies after as many steps:\n")
+    lines.append("\nEach part by itself; near copies after the same number of steps:\n")
     lines += _by_arm(measured, there, ("agc", "chance", "iet", "iet-agc"))
     lines.append("\nBeyond the paper ([memorize-less.md](memorize-less.md)), the same:\n")
     beyond = ("search", "guard", "search-guard", "guard-pull", "search-guard-pull", "guard-levels")
@@ -124,10 +124,10 @@ def _by_arm(measured: Measurements, there: Sequence[str], arms: Sequence[str]) -
 def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     """Against early stopping and de-duplication, from the tables, and what could not be shown."""
     lines = ["## What it is worth\n"]
-    lines += ["Against plain training stopped at the same quality: by how much fewer images, in excess of chance, are"]
+    lines += ["Compared with plain training stopped at the same quality, how many fewer images, beyond chance, are"]
     for column in (f"nearest_{EXACT}", f"nearest_{NEAR}"):
         lines += [f"\n{COUNTED[column]} (a negative number is more):\n", table(worth(measured, there, column))]
-    lines += ["Plain training stopped where its held-out loss is lowest, beside the end of the same run:\n"]
+    lines += ["Plain training stopped where its held-out loss is lowest, compared with the end of the same run:\n"]
     for name in there:
         stopped, end = measured.end(name, STOPPED), measured.end(name, "plain")
         share = (stopped["round"].to_numpy() / end["round"].to_numpy()).mean()
@@ -143,13 +143,13 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     told = tell_tales(measured, there)
     if told:
         lines += [
-            "\nHow well columns of `ledger.parquet` name the images that are in the data five times or more (AUC):\n"
+            "\nHow well columns of `ledger.parquet` identify images that are in the data five times or more (AUC):\n"
         ]
         lines.append(table(told))
     lines += [
         "\nWhat AGC sees of a sample tells repeated images from others with an AUC of "
-        f"{min(sees):.2f} to {max(sees):.2f}; eight draws over a reference's, at little noise, with "
-        f"{min(eight):.2f} to {max(eight):.2f}.",
+        f"{min(sees):.2f} to {max(sees):.2f}; eight draws at low noise, divided by a reference's, do so with an AUC "
+        f"of {min(eight):.2f} to {max(eight):.2f}.",
         "\n## What could not be shown\n",
         "* The paper's own sets and sizes: `make paper SET=cifar10` prints what that would take; it has not been run.",
         "* Whether the order would change if every clone of IET were trained until it is as good as plain training.",

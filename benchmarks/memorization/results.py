@@ -67,9 +67,9 @@ def section(measured: Measurements, name: str) -> str:
         [
             f"## {TITLES[name]}\n",
             f"![Quality and memorization of every arm](results/{name}.png)\n",
-            f"After as many steps; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n",
+            f"After the same number of steps; {len(seeds)} seed{'s' if len(seeds) > 1 else ''}.\n",
             tables.table(tables.equal_steps(measured, name)),
-            "By how much fewer than plain training's, after as many steps:\n",
+            "How many fewer than plain training's, after the same number of steps:\n",
             tables.table(tables.fewer_than_plain(measured, name)),
             EXTRACTED,
             tables.table(tables.extracted(measured, name)),

@@ -189,9 +189,9 @@ def signals(measured: Measurements, there: Sequence[str]) -> list[Row]:
 
 SIGNALS = {
     "told_by_loss_all": "loss, any noise level",
-    "told_by_bank_all": "loss over the bank's",
-    "told_by_reference_all": "loss over a reference's, any noise level",
-    "told_by_reference_eight": "the same, eight draws at little noise",
+    "told_by_bank_all": "loss divided by the bank's",
+    "told_by_reference_all": "loss divided by a reference's, any noise level",
+    "told_by_reference_eight": "the same, eight draws at low noise",
 }
 
 
@@ -208,7 +208,7 @@ def signals_by_level(measured: Measurements, name: str) -> list[Row]:
     last = half_way(measured, name)
     levels = last["levels"].iloc[0]
     rows = []
-    for column, words in (("told_by_loss", "loss"), ("told_by_reference", "loss over a reference's")):
+    for column, words in (("told_by_loss", "loss"), ("told_by_reference", "loss divided by a reference's")):
         means = pd.DataFrame(last[column].tolist()).mean()
         cells = {f"{100 * level:.1f} %": f"{mean:.2f}" for level, mean in zip(levels, means, strict=True)}
         rows.append({"": f"{TITLES[name]}, {words}", **cells})
@@ -217,7 +217,11 @@ def signals_by_level(measured: Measurements, name: str) -> list[Row]:
 
 def skips(measured: Measurements, there: Sequence[str]) -> list[Row]:
     """What AGC skipped over the whole run."""
-    groups = {"once": "of images in the data once", "often": "of images five times and more", "all": "of all"}
+    groups = {
+        "once": "of images in the data once",
+        "often": "of images in the data five times or more",
+        "all": "of all",
+    }
     return [
         {"": f"{TITLES[name]}, {words_of(arm)}"}
         | {words: percent(measured.end(name, arm)[f"skipped_{each}"].mean()) for each, words in groups.items()}

@@ -40,6 +40,7 @@ class Measured:
         subject: the audited pipeline and its class, if there is one.
         reference: the model that membership inference was calibrated by; None without one.
         ledger: how often the run that trained the model saw and skipped each image, by its content; empty if unknown.
+        trained_with: as in `AuditRequest`.
         sampling: how the images were drawn.
         nearest: training images of the generated ones.
         similarity: by the features' slug, of each generated image to the training image most similar to it.
@@ -50,6 +51,7 @@ class Measured:
     pipeline_class: str | None
     reference: ModelIdentity | None
     ledger: LedgerCounts
+    trained_with: Mapping[str, Any]
     sampling: dict[str, Any]
     data: AuditData
     generated: Generated
@@ -95,6 +97,7 @@ def measure(request: AuditRequest, sources: AuditSources, device: torch.device, 
         pipeline_class=pipeline_class,
         reference=reference if "mia_ref_auc" in findings.metrics else None,
         ledger=sources.ledger,
+        trained_with=request.trained_with,
         sampling=sampling,
         data=context.data,
         generated=generated,

@@ -58,6 +58,7 @@ def _record(measured: Measured) -> AuditRecord:
         date=datetime.date.today().isoformat(),
         versions=environment()["versions"],
         settings={**{name: flags[name] for name in SETTINGS}, **_clip(measured), **measured.sampling},
+        training=_training(measured),
         data=DataCounts(
             training_images=len(data.training),
             distinct=len(data.references),
@@ -76,6 +77,15 @@ def _record(measured: Measured) -> AuditRecord:
         warnings=tuple(findings.warnings),
         histograms=findings.histograms,
     )
+
+
+def _training(measured: Measured) -> dict[str, Any]:
+    """The run's flags, how often it saw an image, and the share of its samples that it skipped, as far as known."""
+    seen = [visits.seen for visits in measured.ledger.values() if visits.seen]
+    if not seen:
+        return {**measured.trained_with}
+    skipped = sum(visits.skipped for visits in measured.ledger.values())
+    return {**measured.trained_with, "passes": int(np.median(seen)), "skipped": skipped / sum(seen)}
 
 
 def _contents(images: TrainingImages) -> str:

@@ -1,8 +1,9 @@
 """What is to be audited: from the flags, and from the `training_config.yaml` in the model's own folder."""
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from ..config.config import Config, flag_names
 from ..config.places import expanded
 from ..config.recipes import read_yaml
 from ..config.settings import ModelConfig
-from ..ensemble.ledger import LEDGER
 from ..errors import UserError, one_line
-from ..files import LORA_NAME
+from ..files import LEDGER, LORA_NAME
 from .flags import OF_THE_RUN
 
 CONFIG_NAME = "training_config.yaml"
+# What decides how much a model may remember; advice depends on it.
+OF_TRAINING = ("num_train_epochs", "stop_when", "dedup", "skip_rule", "agc_threshold", "use_lora", "rank")
 # How a pipeline of the Hub is chosen; in a finished run these belong to its base.
 OF_LOADING = ("base_config", "revision", "variant")
 
@@ -35,6 +37,7 @@ class AuditRequest:
         has_resolution: whether `--resolution` was given; otherwise it is that of the pipeline's images.
         output: the folder of the audit and of the images that are drawn.
         own: whether that folder belongs to this model alone.
+        trained_with: those of the flags `OF_TRAINING` that the run had; empty if the model was not trained here.
     """
 
     config: Config
@@ -45,6 +48,7 @@ class AuditRequest:
     has_resolution: bool
     output: Path
     own: bool
+    trained_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ledger(self) -> Path | None:
@@ -69,7 +73,7 @@ def read_request(given: Mapping[str, Any]) -> AuditRequest:
         refuse_drawing(given)
     own = model is not None and os.path.isdir(model)
     if not own and "output_dir" not in given:
-        raise UserError("`--output_dir` is missing: say where the audit is to be written.")
+        raise _no_output(model)
     output = Path(config.training.output_dir if "output_dir" in given else f"{model}/audit")
     asked = config.audit.reference_model
     # The base of a run that was trained here is what its model was before.
@@ -85,7 +89,23 @@ def read_request(given: Mapping[str, Any]) -> AuditRequest:
         split_is_known=_is_split_of(config, of_run),
         has_resolution="resolution" in given or "resolution" in of_run or _in_file(given, "resolution"),
         output=output,
+        trained_with={name: of_run[name] for name in OF_TRAINING if _is_plain(of_run.get(name))},
         own=own and output.resolve() == Path(f"{model}/audit").resolve(),
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it as it is."""
+    return isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _no_output(model: str | None) -> UserError:
+    """What is wrong where no folder is given and the model has none, perhaps since its name is mistyped."""
+    if model is None or os.path.exists(model):
+        return UserError("`--output_dir` is missing: say where the audit is to be written.")
+    return UserError(
+        f"`--model {model}` is no folder here. If it is a pipeline of the Hub, give `--output_dir` too, where the "
+        "audit is to be written."
     )
 
 

@@ -61,7 +61,9 @@ def complete(source: Source, ranks: Ranks) -> None:
         together = _sharing(source.rows.folder, ranks)
         missing = source.missing()
         if ranks.is_main:
-            print(f"encoding {len(missing)} {source.words} once, kept in {source.rows.folder}", file=sys.stderr)
+            # `images of 512 x 512` or `captions`: the first s is that of the plural.
+            words = source.words if len(missing) != 1 else source.words.replace("s", "", 1)
+            print(f"encoding {len(missing)} {words} once, kept in {source.rows.folder}", file=sys.stderr)
         if ranks.rank == together[0]:
             source.rows.clean()
         # Contiguous shares, so that an image and its mirrored copy are read once.

@@ -58,6 +58,7 @@ def audit_parser() -> argparse.ArgumentParser:
         only=FLAGS,
         helps={name: spec.audit_help for name, spec in FLAGS.items() if spec.audit_help},
     )
+    parser.usage = "%(prog)s --model MODEL [--quick] [--FLAG VALUE ...]"
     parser.add_argument(
         "--model",
         metavar="STR",

@@ -51,5 +51,6 @@ def data_parser() -> argparse.ArgumentParser:
         f"{PROGRAM} data",
         only=FLAGS,
     )
+    parser.usage = "%(prog)s FOLDER [--FLAG VALUE ...]"
     parser.add_argument("--page", metavar="FILE", help="Where to write the page. (default: FOLDER.html, here)")
     return parser

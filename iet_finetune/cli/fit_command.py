@@ -1,5 +1,7 @@
 """The command `fit`: fine-tunes on somebody's own images with settings that it chooses, and audits the result."""
 
+import argparse
+import contextlib
 import json
 import os
 import sys
@@ -10,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..audit.flags import check_extra
-from ..config.command_line import build_parser, parse_arguments
+from ..config.command_line import parse_arguments, training_parser, with_default
 from ..config.config import Config, all_flags, flag_groups, flag_names
-from ..config.fitting import Choice, Circumstances, choose
+from ..config.fitting import CHOSEN, Choice, Circumstances, choose
 from ..config.folders import check_folders
 from ..errors import UserError, show
+from ..training.interrupts import says_how_to_go_on
 from .parsing import PROGRAM
 from .ranks import split_off, start_ranks
 
@@ -25,10 +28,25 @@ if TYPE_CHECKING:
 
 # Flags of `train` under shorter names.
 SHORT = {"base": "pretrained_model_name_or_path", "output": "output_dir"}
+# What `--help` shows besides; `--help-all` shows all flags.
+MAIN = {
+    "train_data_dir": "Folder of images; or give it as the first argument.",
+    "default_caption": "Caption of images without one of their own.",
+    "holdout_data_dir": "Folder of similar images to compare with, instead of holding some out.",
+    "resolution": "Side of the square training images in pixels.",
+    "use_lora": "Train a LoRA adapter; `--no_use_lora`: the whole denoiser.",
+    "num_train_epochs": "Passes over the images, at most.",
+    "train_batch_size": "Images in a micro-batch.",
+    "learning_rate": "Learning rate after warm-up.",
+    "validation_prompts": "Prompts drawn before training and after rounds.",
+    "num_images": "Images that the audit draws.",
+    "resume_from_checkpoint": '"latest": go on from the last checkpoint, if there is one.',
+    "dry_run": "Choose, say how much memory, disk and time the run takes, and end.",
+}
 # Sides of what a pipeline draws where its denoiser does not say.
 USUAL_SIDE, SIDE_OF_OLDER = 1024, 512
 PROMPTS = 4
-# What counts in the place of a flag where it is given.
+# Flags that override another one where they are given.
 OVERRIDDEN = {"num_train_epochs": ("max_train_steps", "total_train_steps")}
 
 
@@ -43,13 +61,24 @@ def fit_command(argv: list[str]) -> None:
     first = Config.layered(given)
     _check(first)
     check_folders(first)
+    with contextlib.nullcontext() if first.training.dry_run else says_how_to_go_on(first):
+        _choose_and_train(first, given, ranks)
+
+
+def _choose_and_train(first: Config, given: dict[str, Any], ranks: int | None) -> None:
+    """Trains with what was given and what is chosen besides, or says what that would take.
+
+    Args:
+        first: what was given, alone.
+        ranks: how many to start; None for this process alone.
+    """
     from ..training.starting import first_device
 
     found = _look(first, given, first_device())
     made = [each for each in choose(found) if not _is_given(each.flag, given)]
     config = Config.layered(given, {each.flag: each.value for each in made})
     check_folders(config)
-    show("\n".join(["settings, chosen for these images:", *map(_line, made)]))
+    show("\n".join(["settings chosen for these images:", *map(_line, made)]))
     if config.training.dry_run:
         from .plan_command import show_plan
 
@@ -62,11 +91,11 @@ def fit_command(argv: list[str]) -> None:
 
         Trainer(config).train()
     file = config.output_path / "training_config.yaml"
-    show(f"the same without choosing: {PROGRAM} train --config {file} --output_dir ANOTHER")
+    show(f"to train again, also with other settings: {PROGRAM} train --config {file} --output_dir ANOTHER")
 
 
 def _train_with_ranks(count: int, config: Config, given: dict[str, Any]) -> None:
-    """What has been chosen, trained by so many ranks; ends as they do unless all went well."""
+    """Trains with the chosen settings on so many ranks; exits with their code if they fail."""
     # The choice is made once: ranks that chose for themselves would have to agree.
     secrets = [
         f"--{name}={given[name]}" for name, spec in all_flags().items() if spec.scope == "secret" and name in given
@@ -89,19 +118,35 @@ def _read(argv: list[str]) -> dict[str, Any]:
     return given
 
 
-def fit_parser() -> Any:
+def fit_parser() -> argparse.ArgumentParser:
     """The parser of its arguments."""
-    parser = build_parser(
-        "Fine-tune on your own images with settings chosen for them, and measure what the result remembers: "
-        f"`{PROGRAM} fit my_photos --base HUB_ID --output my_model`. Every flag of `{PROGRAM} train` may be given "
-        "instead.",
+    chosen = {name: f"{spec.help} (default: chosen)" for name, spec in all_flags().items() if name in CHOSEN}
+    return training_parser(
+        "Fine-tune on your own images with settings chosen for them, and measure what the result remembers. Every "
+        "flag of a run may be given, and then overrides what would be chosen.",
         flag_groups(),
         f"{PROGRAM} fit",
+        brief={name: _brief(name, line) for name, line in MAIN.items()},
+        helps=chosen,
+        usage="FOLDER --base HUB_ID [--output DIR] [--FLAG VALUE ...]",
+        add=_add_short,
     )
-    short = parser.add_argument_group("In short")
+
+
+def _brief(name: str, line: str) -> str:
+    return f"{line} (default: chosen)" if name in CHOSEN else with_default(all_flags()[name], line)
+
+
+def _add_short(parser: argparse.ArgumentParser) -> None:
+    """The short names, and `--config`, which is refused in words of its own."""
+    helps = {
+        "base": "Hub id, folder or .safetensors file of the pipeline to fine-tune.",
+        "output": "Where the result is written.",
+    }
     for name, flag in SHORT.items():
-        short.add_argument(f"--{name}", dest=flag, metavar="STR", help=f"`--{flag}`.")
-    return parser
+        said = with_default(all_flags()[flag], helps[name])
+        parser.add_argument(f"--{name}", dest=flag, metavar="STR", help=said)
+    parser.add_argument("--config", help=argparse.SUPPRESS)
 
 
 def _check(config: Config) -> None:
@@ -112,7 +157,9 @@ def _check(config: Config) -> None:
 
 
 def _is_given(flag: str, given: dict[str, Any]) -> bool:
-    """Whether a flag, or one that takes its place, is among them."""
+    """Whether a flag, or one that replaces it, was given, or does nothing beside what was given."""
+    if flag == "features" and given.get("audit") is False:
+        return True
     instead = [name for name, spec in all_flags().items() if spec.instead_of == flag]
     return any(name in given for name in (flag, all_flags()[flag].instead_of, *instead, *OVERRIDDEN.get(flag, ())))
 
@@ -130,7 +177,7 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
     images = survey(config.data, seed=config.training.seed, cache_dir=config.model.cache_dir)
     if kind.needs_captions and not images.has_captions:
         raise UserError(
-            "these images have no captions, and the base model is one with prompts: give all of them one with "
+            "these images have no captions, which this base model needs: give all of them one with "
             '`--default_caption "a photo of sks dog"`, or see docs/data.md.'
         )
     sizes, can_audit = images.images.sizes, _can_audit()
@@ -149,7 +196,7 @@ def _look(config: Config, given: dict[str, Any], device: Any) -> Circumstances:
 
 
 def _cut(sizes: "np.ndarray") -> float:
-    """Which share of images with these sizes (N, 2) squares cut off, on average."""
+    """The share of images with these sizes (N, 2) that squares would cut off, on average."""
     from ..data.buckets import Buckets, shares_outside, targets
 
     return float(shares_outside(sizes, targets(sizes, Buckets.square(1))).mean())
@@ -180,7 +227,7 @@ def _prompts(found: "Survey") -> tuple[str, ...]:
 
 
 def _features(config: Config) -> tuple[str, ...]:
-    """What the audit compares images by. The Hub is asked where the base model comes from it, too."""
+    """What the audit compares images by; the Hub is asked only if the base model comes from it."""
     from ..audit.measures.preferred import preferred_features
 
     return preferred_features(online=not os.path.exists(str(config.model.pretrained_model_name_or_path)))

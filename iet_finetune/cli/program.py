@@ -26,7 +26,7 @@ _NOT_FOR_PEOPLE = {
     "transformers.utils.import_utils": "requires torchvision",
     "transformers.tokenization_utils_base": "Token indices sequence length is longer",
 }
-HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint"
+HOW_TO_GO_ON = "`--resume_from_checkpoint latest` goes on from the last checkpoint, if there is one"
 
 
 class Command(NamedTuple):
@@ -55,9 +55,12 @@ def train(argv: list[str], prog: str | None = None) -> None:
 
         show_plan(config)
         return
-    from ..training.trainer import Trainer
+    from ..training.interrupts import says_how_to_go_on
 
-    Trainer(config).train()
+    with says_how_to_go_on(config):
+        from ..training.trainer import Trainer
+
+        Trainer(config).train()
 
 
 def plan(argv: list[str]) -> None:
@@ -169,26 +172,26 @@ COMMANDS = {
     "plan": Command(
         "say what a run would do, how much memory, disk and time it takes; takes the flags of train",
         plan,
-        "the same command starts anew",
+        "the same command starts over",
     ),
     "data": Command(
         "look at a set of images before training: faults, copies, captions, crops",
         data,
-        "the same command starts anew",
+        "the same command starts over",
     ),
     "audit": Command(
         "measure how much a pipeline repeats its training images, and how good its images are",
         audit,
         "the same command goes on where it was",
     ),
-    "doctor": Command("check whether this machine is fit for training", doctor, "the same command starts anew"),
-    "recipes": Command("list the recipes for --config, one line each", recipes, "the same command starts anew"),
-    "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts anew"),
+    "doctor": Command("check whether this machine is fit for training", doctor, "the same command starts over"),
+    "recipes": Command("list the recipes for --config, one line each", recipes, "the same command starts over"),
+    "push": Command("upload a finished pipeline with its model card to the Hub", push, "the same command starts over"),
     "merge": Command(
-        "merge LoRA files, pipelines or denoisers trained elsewhere", merge, "the same command starts anew"
+        "merge LoRA files, pipelines or denoisers trained elsewhere", merge, "the same command starts over"
     ),
     "convert": Command(
-        "write a LoRA file under the names that other tools match", convert, "the same command starts anew"
+        "write a LoRA file under the names that other tools match", convert, "the same command starts over"
     ),
 }
 

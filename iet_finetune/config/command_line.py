@@ -43,6 +43,7 @@ def build_parser(
     only: typing.Container[str] | None = None,
     helps: typing.Mapping[str, str] | None = None,
     add_help: bool = True,
+    takes_config: bool = True,
 ) -> argparse.ArgumentParser:
     """An argument parser with one titled group of flags per dataclass; absent flags leave no attribute.
 
@@ -51,6 +52,7 @@ def build_parser(
         only: the names of the flags that it has; all if not given.
         helps: the line of `--help`, default and all, of flags for which it is another one here.
         add_help: whether it has argparse's `--help`.
+        takes_config: whether it has `--config`.
     """
     specs = [spec for group in groups.values() for spec in flag_specs(group)]
     parser = _Parser(
@@ -62,9 +64,9 @@ def build_parser(
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40, width=119),
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file whose keys are the flags below; flags override it."
-    )
+    if takes_config:
+        said = "YAML file whose keys are the flags below; flags override it."
+        parser.add_argument("--config", metavar="FILE", help=said)
     for title, group in groups.items():
         section = parser.add_argument_group(title)
         for spec in flag_specs(group):
@@ -73,20 +75,38 @@ def build_parser(
     return parser
 
 
-def training_parser(description: str, groups: dict[str, type], prog: str | None = None) -> argparse.ArgumentParser:
+def training_parser(
+    description: str,
+    groups: dict[str, type],
+    prog: str | None = None,
+    *,
+    brief: typing.Mapping[str, str] | None = None,
+    helps: typing.Mapping[str, str] | None = None,
+    usage: str = "[--config FILE] [--FLAG VALUE ...]",
+    add: typing.Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.ArgumentParser:
     """The parser of a run: as `build_parser` makes it, but with help in levels.
 
-    `--help` shows the flags that have a `brief` line, `--help-all` all of them, and `--help-from` those of others.
+    `--help` shows the flags that matter most, `--help-all` all of them, and `--help-from` those of others.
+
+    Args:
+        brief: the former and their lines; those that declare a `brief` line if not given.
+        helps: as in `build_parser`.
+        usage: what follows the program's name.
+        add: adds arguments of its own to a parser, in the place of `--config`.
     """
     specs = [spec for group in groups.values() for spec in flag_specs(group)]
-    brief = {spec.name: with_default(spec, _brief(spec)) for spec in specs if spec.brief}
-    every = build_parser(description, groups, prog, add_help=False)
-    main = build_parser(description, groups, prog, only=brief, helps=brief, add_help=False)
-    main.usage = "%(prog)s [--config FILE] [--FLAG VALUE ...]"
-    ranks = "`--num_processes N` starts N ranks on this machine, one a GPU."
+    if brief is None:
+        brief = {spec.name: with_default(spec, _brief(spec)) for spec in specs if spec.brief}
+    every = build_parser(description, groups, prog, helps=helps, add_help=False, takes_config=add is None)
+    main = build_parser(description, groups, prog, only=brief, helps=brief, add_help=False, takes_config=add is None)
+    ranks = "`--num_processes N` starts N ranks on this machine, one per GPU."
     main.epilog = f"These are {len(brief)} of {len(specs)} flags; `--help-all` shows the others too. {ranks}"
     every.epilog = ranks
     for parser in (main, every):
+        parser.usage = f"%(prog)s {usage}"
+        if add is not None:
+            add(parser)
         _add_helps(parser, main, every)
     return every
 

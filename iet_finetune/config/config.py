@@ -64,6 +64,7 @@ class Config:
 
     Attributes:
         rules: the flags of registered rules from outside the package, one dataclass a rule; see `chosen`.
+        is_smoke: whether it is a recipe that `--smoke` has shrunk; no flag.
     """
 
     model: ModelConfig = ModelConfig()
@@ -82,6 +83,7 @@ class Config:
     logging: LoggingConfig = LoggingConfig()
     hub: HubConfig = HubConfig()
     rules: tuple[Any, ...] = field(default_factory=lambda: tuple(group() for group in _rules_from_outside().values()))
+    is_smoke: bool = False
 
     def __post_init__(self) -> None:
         require(

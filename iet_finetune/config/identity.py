@@ -43,7 +43,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: s
         if before != value:
             shown = "" if name.startswith("the ") else f" ({before} then, {value} now)"
             raise UserError(
-                f"cannot resume from {checkpoint}: {name} has changed{shown}. Put it back, or start anew in another "
+                f"cannot resume from {checkpoint}: {name} has changed{shown}. Put it back, or start over in another "
                 "`--output_dir`."
             )
 

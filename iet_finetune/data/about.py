@@ -1,4 +1,4 @@
-"""What is to be said of a set of images before it is trained on: sizes, what is cut off, and doubts."""
+"""Describes a set of images before training: sizes, what is cut off, and doubts."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,26 +24,26 @@ def sizes_in_words(images: TrainingImages) -> str:
 
 
 def shares_cut(images: TrainingImages, buckets: Buckets) -> np.ndarray | None:
-    """(N,) which share of each image is cut off to bring it to its size; None if sizes are not known, or no images."""
+    """(N,) the share of each image that cropping takes away; None if sizes are unknown or there are no images."""
     if images.sizes is None or not len(images):
         return None
     return shares_outside(images.sizes, targets(images.sizes, buckets))
 
 
 def cut_in_words(images: TrainingImages, buckets: Buckets) -> str | None:
-    """How much of the images is cut off to bring them to their sizes; None if nothing is, or sizes are not known."""
+    """How much of the images cropping takes away; None if nothing, or if sizes are unknown."""
     shares = shares_cut(images, buckets)
     if shares is None or not shares.any():
         return None
-    single = f"make {in_words(buckets.sizes[0])} of them" if len(buckets.sizes) == 1 else None
+    size = in_words(buckets.sizes[0]) if len(buckets.sizes) == 1 else "their sizes"
     return (
-        f"{shares.mean():.0%} of the pixels are cut off to {single or 'bring them to their sizes'}, "
+        f"cutting to {size} takes away {shares.mean():.0%} of the pixels, "
         f"{shares.max():.0%} of `{images.names[int(shares.argmax())]}`"
     )
 
 
 def buckets_in_words(images: TrainingImages, buckets: Buckets, most: int = 6) -> str | None:
-    """How many images are brought to which size; None where all have one, or their sizes are not known."""
+    """How many images are brought to which size; None if all have one size, or sizes are unknown."""
     if images.sizes is None or len(buckets.sizes) == 1:
         return None
     numbers = buckets.numbers(images.sizes)
@@ -56,7 +56,7 @@ def buckets_in_words(images: TrainingImages, buckets: Buckets, most: int = 6) ->
     smaller = 0
     if not buckets.upscale:
         smaller = int((replace(buckets, upscale=True).numbers(images.sizes) != numbers).sum())
-    less = f"; {smaller} are smaller than the size of their shape, and have a smaller one" if smaller else ""
+    less = f"; {smaller} are smaller than the size of their shape, and keep a smaller one" if smaller else ""
     return f"{words}{rest}{less}"
 
 
@@ -69,13 +69,13 @@ def doubts_of_pixels(images: TrainingImages, buckets: Buckets) -> Iterator[str]:
         (width, height), several = buckets.sizes[0], len(buckets.sizes) > 1
         wanted = f"`--resolution {width}`" if width == height and not several else "the size of their shape"
         yield (
-            f"{small} of {len(images)} images are less than half as large as {wanted}: they are "
-            "blown up, and the model learns to draw blurred"
+            f"{small} of {len(images)} images are less than half as large as {wanted}: they are enlarged, and the "
+            "model learns to draw blurry images"
         )
     if images.narrow is not None and (narrow := int(images.narrow.sum())):
         yield (
-            f"{narrow} of {len(images)} images fill a small part of the range from black to white, such as "
-            f"`{images.names[int(np.argmax(images.narrow))]}`: look at whether they are what they should be"
+            f"{narrow} of {len(images)} images use only a small part of the range from black to white, such as "
+            f"`{images.names[int(np.argmax(images.narrow))]}`: check that they look as they should"
         )
 
 
@@ -83,9 +83,9 @@ def doubts_of_captions(images: TrainingImages) -> Iterator[str]:
     """What makes little sense of captions, in lines."""
     texts = {text.strip() for captions in images.captions for text in captions}
     if texts == {""}:
-        yield "every caption is empty: the model is trained for the empty prompt alone"
+        yield "every caption is empty: the model learns the empty prompt alone"
     elif "" in texts:
         empty = sum(not any(text.strip() for text in captions) for captions in images.captions)
-        yield f"{empty} of {len(images)} images have an empty caption alone: `--default_caption` gives them another"
+        yield f"{empty} of {len(images)} images have only an empty caption: `--default_caption` gives them another"
     elif len(texts) == 1 and len(images) > 1:
         yield f"every image has the same caption, {next(iter(texts))!r:.60}: prompts will not tell them apart"

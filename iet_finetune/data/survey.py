@@ -168,7 +168,7 @@ def _group(found: Survey, group: list[int]) -> Part:
             {
                 "image": embedded(found.images.load(index)),
                 "name": found.name(index),
-                "kind": "first" if index == group[0] else "same pixels" if found.exact[index] else "near copy",
+                "kind": "first" if index == group[0] else "exact or mirrored" if found.exact[index] else "near copy",
             }
             for index in shown
         ],

@@ -67,7 +67,7 @@ class Reset:
         """Ends a round; every rank takes part.
 
         Args:
-            rebased: numbers of the parameters that the merge has put into another basis: their state starts anew.
+            rebased: numbers of the parameters that the merge has put into another basis: their state starts over.
         """
 
     def clear(self) -> None:

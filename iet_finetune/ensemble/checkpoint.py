@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -18,12 +17,20 @@ from torch import Tensor
 
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
-from ..files import no_space_named, partial_name, remove_folder, removed_on_error, replaced_folder, to_disk
+from ..files import (
+    MANIFEST,
+    checkpoint_step,
+    complete_checkpoints,
+    no_space_named,
+    partial_name,
+    remove_folder,
+    removed_on_error,
+    replaced_folder,
+    to_disk,
+)
 from .pieces import Piece
 
-MANIFEST = "manifest.json"
 PART = "part-{:05d}.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _FORMAT = 1
 _GIVEN_UP = ".given-up"
 
@@ -103,8 +110,7 @@ class CheckpointStore:
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        found = [path for path in self._folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-        return sorted((path for path in found if (path / MANIFEST).is_file()), key=_number)
+        return complete_checkpoints(self._folder)
 
     def has(self, step: int) -> bool:
         """Whether there is a complete `checkpoint-{step}`."""
@@ -154,7 +160,7 @@ class CheckpointStore:
     def go_back_to(self, checkpoint: Checkpoint) -> None:
         """Puts aside later checkpoints, from which the run does not go on; removed once there is a new one."""
         for later in self.all():
-            if _number(later) > _number(checkpoint.path):
+            if checkpoint_step(later) > checkpoint_step(checkpoint.path):
                 aside = later.with_name(f".{later.name}{_GIVEN_UP}")
                 shutil.rmtree(aside, ignore_errors=True)
                 later.rename(aside)
@@ -277,8 +283,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format") != _FORMAT:
         raise UserError(f"checkpoint {path} has format {manifest.get('format')}; this version reads {_FORMAT}.")
     return manifest
-
-
-def _number(path: Path) -> int:
-    found = _NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1

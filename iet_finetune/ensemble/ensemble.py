@@ -134,7 +134,7 @@ class Ensemble:
         return clone
 
     def set_back(self) -> bool:
-        """Takes back what the live clone did in this round; its optimizer state, which may be spoilt, starts anew.
+        """Takes back what the live clone did in this round; its optimizer state, which may be spoilt, starts over.
 
         Returns:
             whether that could be done: how a clone began that a checkpoint caught midway is not known, and with

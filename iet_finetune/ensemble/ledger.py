@@ -13,8 +13,6 @@ from ..data.dataset import TrainingImages
 from ..data.dedup import LeftOut
 from ..files import written_beside
 
-LEDGER = "ledger.parquet"
-
 
 class ShardLedger(nn.Module):
     """The ledger of one shard, kept on the device and read once at the end.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..config.sizes import AUTO
 from ..errors import UserError, one_line
 
 IMAGES_A_SHARD, IMAGES_OF_CLASS = 2, 2
+LONGEST_PROMPT = 9
 # Pipelines of recipes by their ids on the Hub, which need not be reached then.
 KNOWN = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "StableDiffusionPipeline",
@@ -62,8 +64,11 @@ def shrink(config: Config, folder: Path) -> Config:
         changes["aspect_ratio_buckets"] = AUTO
     # Names of classes are those of the recipe's own data.
     prompts = config.validation.validation_prompts[:1] if config.data.class_column is None else ()
-    changes["validation_prompts"] = list(prompts)
-    return Config.from_flags(**(config.to_flags() | changes))
+    # A tiny model reads a few letters, and of a longer prompt the pipeline would say that it was cut off.
+    changes["validation_prompts"] = [prompt[:LONGEST_PROMPT] for prompt in prompts]
+    if config.prior.class_prompt is not None:
+        changes["class_prompt"] = config.prior.class_prompt.strip()[:LONGEST_PROMPT]
+    return replace(Config.from_flags(**(config.to_flags() | changes)), is_smoke=True)
 
 
 def _pipeline_class(config: Config) -> str:

@@ -83,7 +83,8 @@ def _share_lost(made: "Iterable[_Made]") -> float:
 def _words(trained: int, saved: int, lost: float, would_lose: float) -> str:
     """What a file is; `would_lose` is what it would lose if it were cut to the rank that was trained, if known."""
     if lost > NOTHING:
-        return f"a LoRA file of rank {saved}, which lost {100 * lost:.3g} % of the update's energy"
+        share = f"{100 * lost:.3g} %" if lost >= 1e-4 else "less than 0.01 %"
+        return f"a LoRA file of rank {saved}, which lost {share} of the update's energy"
     if saved <= trained:
         return f"a LoRA file of rank {saved}"
     if would_lose:

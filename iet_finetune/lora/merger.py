@@ -31,7 +31,7 @@ class _Settled(NamedTuple):
         kept: the adapter's matrices B and A, fp32.
         rest: what is left of the update beside it, fp32; None if nothing is.
         facts: gathered on all ranks: energies of the rest, of what is kept, of what a quantised layer cannot take and
-            of the change, and whether the optimizer state starts anew.
+            of the change, and whether the optimizer state starts over.
     """
 
     kept: LowRank
@@ -75,7 +75,7 @@ class ExactMerger(MergesClones):
     rest and is folded into the frozen weights. B A leaves the basis of its factors open: they are rotated to where
     they are nearest to the mean of the clones' factors (orthogonal Procrustes). Adam's state belongs to the numbers in
     the factors and cannot be rotated with them: the second moment of a sum does not follow from those of its terms. So
-    a layer's state is kept only where the rotated factors are near that mean, and starts anew elsewhere: as after the
+    a layer's state is kept only where the rotated factors are near that mean, and starts over elsewhere: as after the
     first merge, which balances an A that was drawn with a B that has only just left 0.
 
     The layers are divided among the ranks; all have the same bits afterwards, whatever their number.

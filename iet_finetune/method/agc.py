@@ -1,4 +1,4 @@
-"""Anti-gradient control: a bank of usual losses by timestep, and the decision which samples give no gradient.
+"""Anti-gradient control: a bank of the usual loss at each timestep decides which samples give no gradient.
 
 Source: Liu, Guan, Wu, Miao, "Iterative Ensemble Training with Anti-Gradient Control for Mitigating Memorization in
 Diffusion Models", ECCV 2024, section 3.3. The authors' `mem_ratio` is 1/threshold.
@@ -20,13 +20,13 @@ class AntiGradientControl(nn.Module):
         num_train_timesteps: length T of the noise schedule, or the number of noise-level bins.
         threshold: in [0, 1); 0 keeps every sample. The paper's are 0.8 (Stable Diffusion) and 0.5 (CIFAR-10).
         decay: d, in [0, 1).
-        bias_correction: compare with bank / (1 − d^count) instead, the bank freed of its start at 0, as Adam's moments
-            are (Kingma and Ba, 2015, section 3). The paper's bank keeps nearly everything until many losses have
-            entered an entry, which in a run over a few images never happens.
+        bias_correction: compare with bank / (1 − d^count) instead, which corrects for the bank's start at 0 as Adam
+            does for its moments (Kingma and Ba, 2015, section 3). The paper's bank keeps nearly everything until an
+            entry has seen many losses, which never happens in a run over a few images.
 
     Attributes:
         bank: (T,) fp32, the moving average of per-sample losses.
-        count: (T,) fp32, how many losses entered each entry.
+        count: (T,) fp32, how many losses each entry has seen.
     """
 
     bank: Tensor
@@ -62,13 +62,13 @@ class AntiGradientControl(nn.Module):
     def keep_mask(self, per_sample_loss: Tensor, timesteps: Tensor) -> Tensor:
         """(B,) bool, False for a sample to be skipped; compares with the bank as it stands."""
         self._follow(per_sample_loss)
-        # Where no loss has entered yet everything is kept.
+        # An entry that has seen no loss keeps everything.
         usual = self.expected_loss(timesteps).nan_to_num(0.0) if self.bias_correction else self.bank[timesteps]
         return per_sample_loss >= self.threshold * usual
 
     @torch.no_grad()
     def update(self, per_sample_loss: Tensor, timesteps: Tensor) -> None:
-        """Enters a step's losses into the bank as if one after the other; losses that are not finite stay out.
+        """Adds a step's losses to the bank as if one after the other; losses that are not finite are left out.
 
         With m losses at a timestep, the j-th of them has weight (1 − d) d^(m−j) and the old value d^m. All samples
         of a timestep compute the same new value, so that the order of the writes cannot matter.
@@ -85,7 +85,7 @@ class AntiGradientControl(nn.Module):
 
     @torch.no_grad()
     def expected_loss(self, timesteps: Tensor) -> Tensor:
-        """(B,) the bank's value freed of its start at 0, bank / (1 − d^count); NaN where no loss has entered yet."""
+        """(B,) the bank's value corrected for its start at 0, bank / (1 − d^count); NaN where it has seen no loss."""
         return self.bank[timesteps] / (1 - torch.pow(self.decay, self.count[timesteps]))
 
     def _follow(self, tensor: Tensor) -> None:

@@ -70,9 +70,9 @@ class CalibratedAGC(SkipRule):
         if looks >= config.calibrated_visits:
             return None
         return (
-            f"calibrated AGC will hardly skip anything: an image's loss will be looked at {looks:.2g} times in the "
-            f"mean, where `--calibrated_visits` asks for {config.calibrated_visits}. It takes more passes, or a "
-            "higher `--calibrated_below`."
+            f"calibrated AGC can hardly skip anything: an image's loss is looked at {looks:.2g} times on average, and "
+            f"`--calibrated_visits` asks for {config.calibrated_visits}. Train for more passes, or raise "
+            "`--calibrated_below`."
         )
 
     def begin_round(self, run: Run) -> None:

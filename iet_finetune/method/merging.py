@@ -1,6 +1,6 @@
 """The merge of iterative ensemble training: θ ← Σ_k n_k θ_k / Σ_k n_k, in float64, in the order of the clones.
 
-Other merge rules take the place of `Mean`: `SumRule` where the sum is enough, `CloneRule` where it is not.
+Other merge rules replace `Mean`: a `SumRule` if the sum is enough, else a `CloneRule`.
 """
 
 from abc import ABC, abstractmethod
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Numbers worked on at once: a block of fp32 and one of float64 stay in a processor's cache.
+# Elements processed at once: a block of fp32 and one of float64 fit in a processor's cache.
 BLOCK = 1 << 17
 
 
@@ -31,10 +31,10 @@ def add_weighted(total: Tensor, values: Tensor, weight: float, *, first: bool = 
 
 
 class SumRule(ABC):
-    """A merge rule that needs only the sum of the clones, which pass by one at a time.
+    """A merge rule that needs only the sum of the clones, which arrive one at a time.
 
-    It works number by number: it is given any part of the parameters, and what it makes of a number depends on that
-    number alone. So it gives the same bits on any number of ranks.
+    It works elementwise: it may be given any slice of the parameters, and each result depends on that element alone.
+    So it gives the same bits on any number of ranks.
 
     Args:
         config: the values of the rule's flags, if it has any.
@@ -60,7 +60,7 @@ class SumRule(ABC):
 class CloneRule(ABC):
     """A merge rule that needs all clones at once, which wait in host memory or `--offload_dir` until the merge.
 
-    It works number by number, and is made, as a `SumRule`.
+    It works elementwise, and is constructed, as a `SumRule`.
     """
 
     def __init__(self, config: Any = None) -> None:
@@ -178,7 +178,7 @@ def _unflattened(flat: Tensor, shape: torch.Size, order: list[int] | None) -> Te
 
 
 class WeightedSum:
-    """A running Σ_k n_k θ_k over clones, of which only one is held at a time.
+    """A running Σ_k n_k θ_k over clones, only one of which is held at a time.
 
     With integer weights below 2^29 the product n_k θ_k of an fp32 tensor is exact in float64; so clones that are equal
     merge to themselves bit for bit. Tensors that are not floating point (counters) are taken from the first clone.
@@ -226,11 +226,11 @@ class WeightedSum:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The float64 sums by name, for a checkpoint; `total` is the caller's to keep."""
+        """The float64 sums by name, for a checkpoint; the caller keeps `total`."""
         return dict(self.sums)
 
     def load_state_dict(self, sums: Mapping[str, Tensor], total: float, like: Mapping[str, Tensor]) -> None:
-        """Takes up a saved sum; `like` gives the tensors' dtypes."""
+        """Restores a saved sum; `like` gives the tensors' dtypes."""
         self.sums = dict(sums)
         self.total = total
         self._dtypes = {name: like[name].dtype for name in sums}

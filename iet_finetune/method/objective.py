@@ -11,7 +11,7 @@ _FINEST = 1 << 20
 
 
 class Objective(ABC):
-    """How images become noisy, and what the denoiser is to say of them, at each of T timesteps."""
+    """How images become noisy, and what the denoiser should predict, at each of T timesteps."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -20,7 +20,7 @@ class Objective(ABC):
     @property
     @abstractmethod
     def default_bins(self) -> int:
-        """How many entries AGC's loss bank has unless the user says otherwise."""
+        """The default number of entries in AGC's loss bank."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> "Objective":
@@ -36,13 +36,13 @@ class Objective(ABC):
 
     @abstractmethod
     def levels(self, timesteps: Tensor, count: int) -> Tensor:
-        """(B,) int64 in [0, count): which of so many parts of the schedule, from little noise to much."""
+        """(B,) int64 in [0, count): which of `count` parts of the schedule, from low noise to high."""
 
     def nearest(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """The timesteps (J,) int64 whose noise levels are next to those wanted, and these levels (J,) float64.
+        """The timesteps (J,) int64 whose noise levels are closest to those wanted, and these levels (J,) float64.
 
         Args:
-            levels: (J,) float64 in [0, 1], parts of the schedule from little noise to much; sigma for flow matching.
+            levels: (J,) float64 in [0, 1], fractions of the schedule from low noise to high; sigma for flow matching.
         """
         # On the host: the same on every device.
         every = self.to("cpu").levels(torch.arange(len(self)), _FINEST)
@@ -56,7 +56,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss_weights(self, timesteps: Tensor, snr_gamma: float | None) -> Tensor | float:
-        """What each sample's loss counts; 1.0 if all count the same."""
+        """The weight of each sample's loss; 1.0 if all weigh the same."""
 
 
 class NoiseSchedule(Objective):
@@ -111,7 +111,7 @@ class NoiseSchedule(Objective):
 
     @property
     def default_bins(self) -> int:
-        """One a timestep."""
+        """One per timestep."""
         return len(self)
 
     def levels(self, timesteps: Tensor, count: int) -> Tensor:
@@ -151,7 +151,7 @@ class FlowMatching(Objective):
 
     Args:
         sigmas: σ of each timestep, (T,), falling from 1 as a diffusers scheduler holds them.
-        weighting_scheme: how timesteps are drawn (`logit_normal`, `mode`, else uniformly) and what a loss counts
+        weighting_scheme: how timesteps are drawn (`logit_normal`, `mode`, else uniformly) and how losses are weighted
             (`sigma_sqrt`: σ⁻², `cosmap`: 2 / (π (1 − 2σ + 2σ²)), else 1).
         logit_mean, logit_std: of the logit-normal distribution.
         mode_scale: s of the distribution with a heavier middle.

@@ -119,7 +119,7 @@ class Run(Protocol):
         """The same for the held-out images, of which there may be none; of many, the first 128."""
 
     def lend(self, which: str) -> Network:
-        """A frozen denoiser, which holds still until the next round.
+        """A frozen denoiser, which does not change until the next round.
 
         Args:
             which: "base" as it came, "merged" as the round starts, "ema" for its moving average, or "reference" for
@@ -158,7 +158,7 @@ class Run(Protocol):
 class SkipRule(ABC):
     """Decides which samples of a step give no gradient. Each clone has a rule of its own.
 
-    Within a step a rule stands still: all micro-batches are judged before `update` learns of them.
+    Within a step a rule does not change: all micro-batches are judged before `update` learns of them.
 
     Args:
         config: the values of the rule's flags.
@@ -208,6 +208,14 @@ class SkipRule(ABC):
         """
         return None
 
+    @classmethod
+    def outlook(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
+        """What the rule sees in such a run, in words, for a plan; None if there is nothing to say.
+
+        Args are those of `doubt`.
+        """
+        return None
+
     def begin_round(self, run: Run) -> None:  # noqa: B027 - optional
         """Computes what all shards share, which is then frozen until the merge.
 
@@ -228,10 +236,10 @@ class SkipRule(ABC):
         return None
 
     def note(self, samples: Samples) -> Tensor | None:
-        """(B,) fp32, what `update` shall know of each sample: it finds it in `samples.noted`. None if nothing.
+        """(B,) fp32, what `update` needs to know of each sample and finds in `samples.noted`. None if nothing.
 
-        What takes latents, as another network's losses do, must be taken here: a whole step has none, and of a group
-        each rank sees its own samples alone.
+        Compute here whatever needs latents, such as another network's losses: `update` has none. In a group each rank
+        sees only its own samples here.
         """
         return None
 
@@ -247,7 +255,7 @@ class SkipRule(ABC):
         return {}
 
     def suspicion(self) -> Tensor | None:
-        """(N,) how much points to each training image being memorized, the higher the more; 0 where nothing does.
+        """(N,) how strongly each training image seems to be memorized; 0 where nothing suggests it.
 
         None if the rule does not know: the ledger then says whose loss is low.
         """
@@ -289,10 +297,18 @@ class AGCRule(SkipRule):
         fewer = int(visits / warm / 4)
         remedy = f"`--agc_bins {fewer}` or " if fewer > 1 else ""
         return (
-            f"AGC will hardly skip anything: each of the {entries} entries of a clone's loss bank will see "
-            f"{visits / entries:.2g} losses in all, where it takes {warm:.0f} to know what is usual. {remedy}"
+            f"AGC can hardly skip anything: each of the {entries} entries of a clone's loss bank sees "
+            f"{visits / entries:.2g} losses in all, and needs {warm:.0f} to know what is usual. {remedy}"
             "`--agc_bias_correction` lets it act sooner."
         )
+
+    @classmethod
+    def outlook(cls, config: Any, objective: Objective, visits: int, images: int) -> str | None:
+        """How many losses an entry of the bank sees."""
+        entries = config.agc_bins or objective.default_bins
+        if config.agc_threshold == 0:
+            return None
+        return f"each of the {entries} entries of a clone's loss bank sees {visits / entries:.3g} losses"
 
     def _bins(self, samples: Samples) -> Tensor:
         return samples.level(len(self.agc.bank))

@@ -1,4 +1,4 @@
-"""Every random draw of a run as a function of (seed, shard, pass, position), so that no split or stop changes it.
+"""Every random draw of a run is a function of (seed, shard, pass, position), so no split or stop changes it.
 
 Each draw comes from `numpy.random.SeedSequence(seed, spawn_key=(purpose, ...))`; numpy pads the seed before it appends
 the key, so different keys never give the same stream.
@@ -33,7 +33,7 @@ def step_order(seed: int, shard: int, pass_: int, num_steps: int) -> np.ndarray:
 def network_seed(seed: int, shard: int, round_: int, member: int = 0) -> int:
     """The seed (63 bits) of torch's global generators while a clone trains in a round: dropout uses those.
 
-    `member` is the rank's place in the group that trains the clone: each drops out something else.
+    `member` is the rank's place in the group that trains the clone: each has its own dropout masks.
     """
     return _torch_seed(seed, _NETWORK, shard, round_, *((member,) if member else ()))
 
@@ -70,7 +70,7 @@ def image_noise(seed: int, content_hash: str, count: int, shape: tuple[int, ...]
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """What chance decides for one visit of one sample.
+    """The random draws for one visit to one sample.
 
     Attributes:
         flip, caption, caption_dropout, timestep: uniform in [0, 1).
@@ -89,7 +89,7 @@ class SampleDraws:
 
 
 def sample_draws(seed: int, shard: int, pass_: int, position: int, shape: tuple[int, ...]) -> SampleDraws:
-    """The draws of the sample at a position of a pass; all are always drawn, whatever of them a run uses.
+    """The draws of the sample at a position of a pass; all of them are made, whichever a run uses.
 
     Args:
         shape: (C, H, W) of a latent.

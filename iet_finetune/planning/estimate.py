@@ -1,6 +1,9 @@
 """From what a trial took to what the whole run will take: seconds, memory and disk."""
 
+from collections.abc import Iterable
+
 from ..config.config import Config
+from ..data.dataset import TrainingImages
 from ..distributed.placement import Placement
 from ..method.schedule import Schedule
 from ..training.class_images import missing
@@ -98,6 +101,14 @@ def memory(trial: Trial, *, device_is_host: bool, offloaded: bool) -> dict[str, 
     """The most bytes of host memory of a rank in each phase, with the clones that the trial did without."""
     here, there = (need.memory(device_is_host=device_is_host, offloaded=offloaded) for need in trial.needs)
     return {phase: size + (there - here) * (phase in _WITH_CLONES) for phase, size in trial.host.items()}
+
+
+def cache(trial: Trial, images: Iterable[TrainingImages]) -> int:
+    """Bytes in the cache of what the run encodes: all images, and each caption once."""
+    sets = list(images)
+    captions = {text for each in sets for texts in each.captions for text in texts}
+    image, caption = trial.rows
+    return image * sum(map(len, sets)) + caption * len(captions)
 
 
 def disk(config: Config, trial: Trial, rounds: int) -> dict[str, int]:

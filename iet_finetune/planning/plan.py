@@ -11,8 +11,8 @@ from ..distributed.placement import Placement
 from ..ensemble.budget import available_memory
 from ..errors import UserError
 from ..families import family_class, find_pipeline
-from ..training.data import find_images, schedule_of, split
-from ..training.overview import doubt_of_rule, doubts, overview
+from ..training.data import MOST_WATCHED, find_images, schedule_of, split
+from ..training.overview import doubt_of_rule, doubts, outlook_of_rule, overview
 from ..training.starting import first_device
 from . import estimate
 from .trial import Trial, try_out
@@ -74,6 +74,7 @@ class Plan:
         host: bytes of this machine's memory for a rank, in each phase.
         device: of the GPU's, without what the allocator and other programs keep; {} without one.
         disk: bytes of what is written to the output folder.
+        cache: bytes of encoded images and captions, those included that are there already; 0 without a cache.
         machine: what there is.
         trial: what was measured.
     """
@@ -85,6 +86,7 @@ class Plan:
     host: dict[str, int]
     device: dict[str, int]
     disk: dict[str, int]
+    cache: int
     machine: Machine
     trial: Trial
 
@@ -106,7 +108,9 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
     schedule = schedule_of(config, found.images, indices, trial.family.buckets(config.data))
     about = [*source.notes, *overview(config, found, schedule, trial.family)]
     if doubt_of_rule(config, schedule, trial.family) is None:
-        about.append(f"skip rule: {config.training.skip_rule}; it can act, as noise levels and images are met often")
+        seen = outlook_of_rule(config, schedule, trial.family)
+        about.append(f"skip rule: {config.training.skip_rule}{f', which can act: {seen}' if seen else ''}")
+    watched = found.watched.subset(range(min(len(found.watched), MOST_WATCHED)))
     num_class_images = config.prior.num_class_images if config.prior.is_on else 0
     in_files = config.ensemble.offload_dir is not None
     return Plan(
@@ -117,6 +121,7 @@ def make_plan(config: Config, ranks: NumRanks = ALONE) -> Plan:
         estimate.memory(trial, device_is_host=machine.gpu is None, offloaded=in_files),
         trial.device,
         estimate.disk(config, trial, schedule.remaining_rounds([0] * len(schedule.shard_sizes))),
+        estimate.cache(trial, (found.images, watched)),
         machine,
         trial,
     )

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..config.config import Config
+from ..data.loader import Shard, Visit
 from ..distributed.placement import Placement
 from ..ensemble.budget import Need
 from ..ensemble.ema import EMA
+from ..errors import UserError
 from ..families import Family
 from ..files import CLASS_FOLDER
 from ..training.callbacks import Callback, StepFacts
@@ -51,6 +53,7 @@ class Trial:
         host, device: the most bytes in each phase, of this process's memory and of tensors on the GPU.
         encoded: how many images there were to train on, and beside them.
         drawn: how many of the latter were drawn.
+        rows: bytes in the cache of an encoded image, its mirrored copy included, and of a caption; 0 without a cache.
         result: bytes of the finished pipeline or LoRA file.
         needs: what training keeps, here and in the run.
         family: the pipeline.
@@ -65,6 +68,7 @@ class Trial:
     device: dict[str, int] = field(default_factory=dict)
     encoded: int = 0
     drawn: int = 0
+    rows: tuple[int, int] = (0, 0)
     result: int = 0
     needs: Needs = Needs()
     family: Family | None = None
@@ -95,13 +99,24 @@ def try_out(config: Config, found: Found, placement: Placement) -> Trial:
                 output = trainer.train()
         except KeyboardInterrupt:
             # Its checkpoints are gone with the folder.
-            raise KeyboardInterrupt("the same command starts anew") from None
+            raise KeyboardInterrupt("the same command starts over") from None
         watch.close()
         trial.result = _size_of_result(output)
     data = trainer.data
     trial.family, trial.drawn = trainer.model.family, data.beside.drawn if data.beside is not None else 0
     trial.encoded = len(data.images) + (len(data.beside.images) if data.beside is not None else 0)
+    trial.rows = _row_sizes(data.shards[0], mirrored=config.data.random_flip)
     return trial
+
+
+def _row_sizes(shard: Shard, *, mirrored: bool) -> tuple[int, int]:
+    """As `Trial.rows`, of the first sample that a shard reads."""
+    sample = shard[Visit(0, 0)]
+    # The trial has read it: it is no error.
+    if isinstance(sample, UserError) or (encoded := sample.encoded) is None:
+        return 0, 0
+    image = encoded.mean.nbytes + (encoded.std.nbytes if encoded.std is not None else 0)
+    return image * (1 + mirrored), sum(tensor.nbytes for tensor in encoded.conditions.values())
 
 
 def _need_of(config: Config, trainer: Trainer, placement: Placement) -> Need:

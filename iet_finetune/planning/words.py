@@ -8,7 +8,7 @@ from ..files import gigabytes
 from ..training.run_words import in_words
 from .plan import Plan
 
-# Of the GPU's memory, by which it counts as hardly enough: the allocator and the driver take some, too.
+# The share of the GPU's memory from which on it may not be enough: the allocator and the driver take some, too.
 _FULL = 0.95
 
 
@@ -19,31 +19,37 @@ def lines(config: Config, plan: Plan) -> Iterator[str]:
     if machine.gpu is not None:
         yield f"GPU memory: {_by_phase(plan.device)}; the card has {_has(machine.gpu)}"
     each = f" for each of {machine.ranks.here} ranks" if machine.ranks.here > 1 else ""
-    yield f"memory: {_by_phase(plan.host)}{each}; {_has(machine.memory)} are free"
+    kept = trial.needs.run.memory(
+        device_is_host=machine.gpu is None, offloaded=config.ensemble.offload_dir is not None
+    )
+    clones = f"{_needs(kept)} in training are clones, their sum and their optimizer states"
+    yield f"memory: {_by_phase(plan.host)}{each}; {clones}; {_has(machine.memory)} are free"
     parts = ", ".join(f"{name} {_needs(size)}" for name, size in plan.disk.items())
     yield f"disk: {_needs(sum(plan.disk.values()))} ({parts}); {_has(machine.disk)} are free"
+    if plan.cache:
+        yield f"cache: {_needs(plan.cache)} of encoded images and captions, what is there already included"
     longest = sorted(plan.seconds, key=lambda part: -plan.seconds[part])
     shown = ", ".join(f"{part} {in_words(plan.seconds[part])}" for part in longest)
     ends = " at most" if config.training.stop_when == "auto" else ""
     yield f"time: {in_words(sum(plan.seconds.values()))}{ends} ({shown}){_and_audit(config, plan)}"
-    clones = trial.config.ensemble.num_shards
-    of = f"{trial.steps} steps of {clones} clone{'s' * (clones > 1)}"
+    tried = trial.config.ensemble.num_shards
+    of = f"{trial.steps} steps of {tried} clone{'s' * (tried > 1)}"
     yield f"measured here with {of}, {trial.step_seconds / trial.steps:.2g} s each"
 
 
 def doubts(plan: Plan) -> Iterator[str]:
-    """What makes little sense, and what there is not enough of."""
+    """What makes little sense, and what is too scarce."""
     yield from plan.doubts
     machine, device, disk = plan.machine, max(plan.device.values(), default=0), sum(plan.disk.values())
     memory = machine.ranks.here * max(plan.host.values())
     if memory > machine.memory:
-        yield f"the memory does not suffice: {_needs(memory)} are needed and {_has(machine.memory)} are free"
+        yield f"there is not enough memory: {_needs(memory)} are needed and {_has(machine.memory)} are free"
     if machine.gpu is not None and device > _FULL * machine.gpu:
-        yield f"the GPU has hardly enough memory: {_needs(device)} of {_has(machine.gpu)} are needed"
+        yield f"the GPU may not have enough memory: {_needs(device)} of {_has(machine.gpu)} are needed"
     if disk > machine.disk:
         yield (
-            f"the disk does not suffice: {_needs(disk)} are needed and {_has(machine.disk)} are free: fewer "
-            "checkpoints are kept with `--checkpoints_total_limit 1`"
+            f"there is not enough disk space: {_needs(disk)} are needed and {_has(machine.disk)} are free. To keep "
+            "fewer checkpoints, give `--checkpoints_total_limit 1`"
         )
 
 
@@ -51,8 +57,8 @@ def _and_audit(config: Config, plan: Plan) -> str:
     if not config.audit.audit:
         return ""
     images = f"{config.audit.num_images:,} images"
-    how_long = f", {in_words(plan.drawing)} for drawing its {images} alone" if plan.drawing else ""
-    return f"; the audit comes on top{how_long}"
+    how_long = f", which takes {in_words(plan.drawing)} to draw its {images} alone" if plan.drawing else ""
+    return f"; add the audit{how_long}"
 
 
 def _by_phase(phases: Mapping[str, int]) -> str:

@@ -63,7 +63,7 @@ class Result:
             other = shlex.quote(f"{folder}-rank-{rank}")
             return f"a smaller file, cut to rank {rank}: iet-finetune merge {name} --rank {rank} --output {other}"
         if self._export.cut:
-            return "all of it, in a file of higher rank: train with `--lora_export full_rank`"
+            return "to keep all of it, in a file of higher rank, train with `--lora_export full_rank`"
         return None
 
     def save(self, folder: Path) -> None:

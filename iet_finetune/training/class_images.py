@@ -117,7 +117,7 @@ def _claim(config: Config, family: Family, precision: str) -> None:
     """Makes the folder, and notes how its images are drawn, or checks that earlier ones were drawn in the same way.
 
     Raises:
-        UserError: they were not, or the folder cannot be written.
+        UserError: they were not, or the folder cannot be made or written.
     """
     folder = config.class_path
     settings = {
@@ -130,6 +130,12 @@ def _claim(config: Config, family: Family, precision: str) -> None:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the folder of class images `{folder}` cannot be made: {error.strerror or one_line(error)}. Choose "
+            "another `--class_data_dir`."
+        ) from None
+    try:
         before = json.loads((folder / SETTINGS).read_text(encoding="utf-8")) if _images(folder)[1] else settings
         for name, value in settings.items():
             if before.get(name) != value:

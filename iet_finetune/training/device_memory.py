@@ -24,7 +24,7 @@ def out_of_memory_explained(config: Config, store: CheckpointStore) -> Iterator[
         ways, anew = _ways(config)
         if saved and ways:
             advice = f"go on from {saved[-1].name} with `--resume_from_checkpoint latest` and {_listed(ways)}"
-            advice += f"; or start anew in another `--output_dir` and {_listed(anew)}" if anew else ""
+            advice += f"; or start over in another `--output_dir` and {_listed(anew)}" if anew else ""
         else:
             advice = _listed([*ways, *anew])
         raise UserError(f"{out_of_memory(error)}: {advice}.") from None

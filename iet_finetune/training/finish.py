@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from ..config.config import Config
-from ..ensemble.ledger import LEDGER, write_ledger
+from ..ensemble.ledger import write_ledger
 from ..environment import environment
 from ..errors import UserError
 from ..families import move_pipeline
+from ..files import LEDGER
 from ..publish import outputs
 from ..publish.card import CardFacts, base_license, write_model_card
 from ..publish.hub import push
@@ -21,6 +22,13 @@ from .model import Model
 from .overview import doubt_of_rule
 from .reporting import METRICS
 from .tracking import read_lines
+
+NONE_HELD_OUT = (
+    "no images were held out, so an audit cannot tell memory from chance unless you give it similar images with "
+    "`--holdout_data_dir`"
+)
+# Rounds whose skip rates are printed, at most.
+MOST_RATES = 12
 
 
 def finish(
@@ -53,9 +61,12 @@ def finish(
     skip_rates = tuple(line["skip_rate"] for line in read_lines(output / METRICS))
     write_model_card(output, _card_facts(config, data, model, run, skip_rates, sample_grid, result))
     if not run.ensemble.clones[0].rule.is_off:
-        print(_skipped(skip_rates, doubt_of_rule(config, data.schedule, model.family)))
+        doubt = None if config.is_smoke else doubt_of_rule(config, data.schedule, model.family)
+        print(_skipped(skip_rates, doubt))
     if (regret := run.stopping.regret()) is not None:
         print(regret)
+    if not len(data.watched) and not config.is_smoke:
+        print(NONE_HELD_OUT)
     _print_summary(output, sample_grid, result)
     if config.audit.audit:
         entering("auditing")
@@ -126,8 +137,12 @@ def _card_facts(
 def _skipped(rates: tuple[float, ...], doubt: str | None) -> str:
     """What the skip rule did; `doubt` is why it could hardly act, if that is so."""
     if any(rates):
-        return f"skipped by round: {' '.join(f'{rate:.1%}' for rate in rates)}"
-    return "nothing was skipped in any round" + (f": {doubt}" if doubt else "")
+        shown = [f"{rate:.1%}" for rate in rates]
+        if len(rates) > MOST_RATES:
+            half, mean = MOST_RATES // 2, sum(rates) / len(rates)
+            shown = [*shown[:half], "...", *shown[-half:], f"({mean:.1%} on average; {METRICS} has all)"]
+        return f"skipped by round: {' '.join(shown)}"
+    return "nothing was skipped in any round" + (f". {doubt}" if doubt else ": the rule found nothing to skip")
 
 
 def _print_summary(output: Path, sample_grid: Path | None, result: Result) -> None:

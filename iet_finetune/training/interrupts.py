@@ -7,7 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..ensemble.checkpoint import CheckpointStore
+from ..config.config import Config
+from ..files import complete_checkpoints
+
+# The files of class images that the base model drew.
+DRAWN = "drawn-*.png"
 
 
 class Interrupts:
@@ -54,8 +58,36 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def how_to_go_on(output: Path) -> str:
-    """What helps after an interruption, in words."""
-    if not (saved := CheckpointStore(output).all()):
-        return "there is no checkpoint yet: the same command with `--resume_from_checkpoint latest` starts anew"
-    return f"`--resume_from_checkpoint latest` goes on from {saved[-1].name}"
+def how_to_go_on(output: Path, class_images: Path | None = None) -> str:
+    """What helps after an interruption, in words.
+
+    Args:
+        output: folder of the run.
+        class_images: where it draws class images, which are kept; None if it draws none.
+    """
+    if saved := complete_checkpoints(output):
+        return f"`--resume_from_checkpoint latest` goes on from {saved[-1].name}"
+    drawn = len(list(class_images.glob(DRAWN))) if class_images is not None else 0
+    kept = f", and keeps the class images drawn so far ({drawn})" if drawn else ""
+    return f"there is no checkpoint yet: the same command with `--resume_from_checkpoint latest` starts over{kept}"
+
+
+def what_helps(config: Config, started_in: Path = Path()) -> str:
+    """The same for the run of a configuration.
+
+    Args:
+        started_in: what relative folders are relative to.
+    """
+    class_images = started_in / config.class_path if config.prior.is_on else None
+    return how_to_go_on(started_in / config.output_path, class_images)
+
+
+@contextmanager
+def says_how_to_go_on(config: Config) -> Iterator[None]:
+    """Inside, a `KeyboardInterrupt` that does not say what helps is raised as one that does."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        raise KeyboardInterrupt(what_helps(config)) from None

@@ -1,7 +1,8 @@
-"""The first lines of a run: what it has, what it is going to do with it, and what of that makes little sense."""
+"""The first lines of a run: what it has, what it will do with it, and what of that makes little sense."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..config.config import Config
 from ..config.registry import SKIP_RULES
@@ -36,7 +37,12 @@ def overview(
     distinct = len(images) - images.num_duplicates
     count = count_in_words(len(images), distinct, "distinct")
     others = "" if found.watched is found.heldout else f", {len(found.watched)} others to compare with"
-    yield f"images: {count}, {sizes_in_words(images)}; {len(found.heldout)} held out{others}"
+    yield f"images: {count}, {sizes_in_words(images)}; {len(found.heldout) or 'none'} held out{others}"
+    if not len(found.watched) and not config.is_smoke:
+        yield (
+            "held out: none, so nothing tells when to stop, and an audit cannot tell memory from chance; "
+            "`--holdout_fraction 0.1` holds some out, or `--holdout_data_dir` names others"
+        )
     yield from images.notes
     if images.unreadable:
         yield f"left out {len(images.unreadable)} images that cannot be read, listed in {UNREADABLE}"
@@ -51,7 +57,8 @@ def overview(
         yield f"sizes: {sizes}"
     if (cut := cut_in_words(images, buckets)) is not None:
         yield f"crops: {cut}"
-    yield f"steps: {_steps(schedule)}"
+    at_most = "at most " if config.training.stop_when == "auto" else ""
+    yield f"steps: {at_most}{_steps(schedule)}"
     yield f"output: {config.output_path} (open run.html there to see how it goes)"
     if (command := tensorboard_command(config)) is not None:
         yield f"curves: {command}"
@@ -59,7 +66,7 @@ def overview(
 
 def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: Family) -> Iterator[str]:
     """What makes little sense, in lines, each with a reason; `--smoke` is to make none."""
-    if config.training.smoke:
+    if config.is_smoke:
         return
     yield from doubts_of_pixels(images, family.buckets(config.data))
     if family.needs_captions and config.data.usual_caption is None:
@@ -71,10 +78,21 @@ def doubts(config: Config, images: TrainingImages, schedule: Schedule, family: F
 
 def doubt_of_rule(config: Config, schedule: Schedule, family: Family) -> str | None:
     """Why the skip rule can hardly act in this run; None if it can."""
+    rule, settings, visits, size = _rule_of(config, schedule)
+    return rule.doubt(settings, family.objective, visits, size)
+
+
+def outlook_of_rule(config: Config, schedule: Schedule, family: Family) -> str | None:
+    """What the skip rule will see in this run; None if there is nothing to say."""
+    rule, settings, visits, size = _rule_of(config, schedule)
+    return rule.outlook(settings, family.objective, visits, size)
+
+
+def _rule_of(config: Config, schedule: Schedule) -> tuple[type[SkipRule], Any, int, int]:
+    """The run's skip rule, its settings, and the visits and images of the clone that sees the fewest samples."""
     entry, settings = config.chosen(SKIP_RULES)
     visits, size = min((schedule.visits(shard), size) for shard, size in enumerate(schedule.shard_sizes))
-    rule: type[SkipRule] = entry.load()
-    return rule.doubt(settings, family.objective, visits, size)
+    return entry.load(), settings, visits, size
 
 
 def write_unreadable(output: Path, images: TrainingImages) -> None:
@@ -93,9 +111,10 @@ def _captions(images: TrainingImages, family: Family) -> str:
     if found is None or not found[0]:
         return words
     lengths, limit = found
+    are = "is" if len(lengths) == 1 else "are"
     return (
-        f"{words}; {len(lengths)} are longer than the {limit} tokens that the text encoder reads, by "
-        f"{max(lengths) - limit} at most, and are cut off there"
+        f"{words}; {len(lengths)} {are} longer than the {limit} tokens that the text encoder reads (by up to "
+        f"{max(lengths) - limit}) and {are} cut off there"
     )
 
 

@@ -49,7 +49,8 @@ class Reporter(Callback):
             place = f"round {facts.round}/{self._rounds} shard {facts.shard + 1}/{self._num_shards}"
             self._progress.describe(place, logged.loss, logged.skip_rate)
             values = {"loss": logged.loss, "skip_rate": logged.skip_rate, "lr": logged.learning_rate}
-            self._trackers.log(values, facts.step)
+            curve = f"shard-{facts.shard}/" if self._num_shards > 1 else ""
+            self._trackers.log_clone(values, curve, facts.clone_step, facts.step)
 
     def on_round_end(self, facts: RoundFacts) -> None:
         """Writes the round's lines of metrics and timings."""

@@ -19,7 +19,7 @@ from .model import Model
 
 
 def open_checkpoint(store: CheckpointStore, ranks: Ranks, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from, which rank 0 looks for and all open; None to start anew.
+    """The checkpoint to go on from, which rank 0 looks for and all open; None to start over.
 
     Args:
         resume: `--resume_from_checkpoint`.
@@ -73,7 +73,7 @@ def after_a_break(store: CheckpointStore) -> str:
     """What to try after a loss or gradient that was not finite."""
     if not (saved := store.all()):
         return (
-            "Nothing was saved yet: lower `--learning_rate` or use `--mixed_precision no`, and start anew in another "
+            "Nothing was saved yet: lower `--learning_rate` or use `--mixed_precision no`, and start over in another "
             "`--output_dir`"
         )
     *older, newest = saved

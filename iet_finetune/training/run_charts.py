@@ -34,8 +34,8 @@ def charts(lines: Sequence[Part]) -> Iterator[Part]:
     yield _curve("Training loss", rounds, "all clones", [line["loss"] for line in lines], words, losses)
     if any("heldout_loss" in line for line in lines):
         words = (
-            "Mean logarithm of the loss of what would be saved, with the same noise after each round. Where it rises, "
-            "training teaches nothing more that holds for new images."
+            "Mean logarithm of the loss of the weights that would be saved, with the same noise after each round. "
+            "Once it rises, the model learns nothing more that holds for new images."
         )
         yield _curve("Held-out loss", rounds, "held-out images", [line.get("heldout_loss") for line in lines], words)
     words = "Percent of a round's samples that gave no gradient."
@@ -46,6 +46,14 @@ def charts(lines: Sequence[Part]) -> Iterator[Part]:
     words += " Thin: each clone's before they are merged." if several else ""
     yield _curve("How far the weights move", rounds, "merged", [line["merge_drift"] for line in lines], words, drifts)
     yield _curve("Learning rate", rounds, "first clone", [line["lr"][0] for line in lines], "At the end of a round.")
+
+
+def _short(value: float) -> str:
+    """Three digits, in so few characters that they fit beside an axis: `0.105`, `1.05e-4`."""
+    if not 0 < abs(value) < 1e-3:
+        return f"{value:.3g}"
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{digits}e{int(exponent)}"
 
 
 def _by_shard(lines: Sequence[Part], name: str) -> list[tuple[float | None, ...]]:
@@ -71,5 +79,5 @@ def _curve(
     words: str,
     faint: Sequence[Sequence[float | None]] = (),
 ) -> Part:
-    drawn = line_chart(title, rounds, [(name, values)], lambda value: f"{value:.3g}", faint)
+    drawn = line_chart(title, rounds, [(name, values)], _short, faint)
     return {"title": title, "axis": "round", "words": words, "series": [name], "svg": drawn}

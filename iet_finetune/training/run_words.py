@@ -37,25 +37,25 @@ def _about_heldout(lines: Sequence[Line], total_rounds: int, watches: bool) -> s
         if watches:
             return "The held-out images have not been looked at yet."
         return (
-            "Nothing says when it is enough: `--holdout_fraction 0.1 --stop_when auto` would watch images that are "
-            "not trained on, and stop in time."
+            "Nothing tells when to stop: `--holdout_fraction 0.1 --stop_when auto` would watch images that are not "
+            "trained on, and stop in time."
         )
     (_, best), latest = min(looks), looks[-1][1]
     if best == latest:
         more = " More rounds may help." if latest >= total_rounds else ""
         return (
-            f"The held-out loss is at its lowest: what is learnt holds for images that are not trained on, too.{more}"
+            "The held-out loss is at its lowest: what the model learns also holds for images that it is not trained "
+            f"on.{more}"
         )
     return (
-        f"The held-out loss was lowest after round {best}, and is higher since: what is learnt from then on holds "
-        "for the training images alone, and some of them may be memorized."
+        f"The held-out loss was lowest after round {best} and has been higher since: what the model has learned from "
+        "then on holds for the training images alone, and it may be memorizing some of them."
     )
 
 
 def _about_skipping(lines: Sequence[Line], doubt: str | None) -> str:
     if not any(line["skip_rate"] for line in lines):
-        why = f": {doubt}" if doubt else "."
-        return f"Nothing was skipped so far{why}"
+        return f"Nothing has been skipped so far.{f' {doubt}' if doubt else ''}"
     rate, levels = lines[-1]["skip_rate"], lines[-1]["skip_rate_by_noise_level"]
     if not rate:
         return "Nothing was skipped in the last round."

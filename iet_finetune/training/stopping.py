@@ -1,4 +1,4 @@
-"""The held-out loss by round; with `--stop_when auto` a run ends where it falls no more, and keeps its best round."""
+"""The held-out loss by round; `--stop_when auto` ends a run once it falls no more, and keeps the best round."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from ..method.objective import Objective
 from ..method.rules import SkipRule
 from .lending import Lender
 
-# Of the noise in which held-out images are looked at.
+# Of the noise that is added to held-out images.
 SEED = 5
 # Middles of as many parts of the whole schedule; and held-out images, if there are so many.
 LEVELS, MOST_HELDOUT = 4, 64
@@ -38,7 +38,7 @@ class Stopping:
     """Looks at held-out images from round to round, and says when it is enough; the same on all ranks.
 
     The loss is that of what would be saved, with the same noise in every look, at `LEVELS` noise levels that count the
-    same. Where looking after every round would take more than a twentieth of the time, some rounds are left out.
+    same. If looking after every round would take more than a twentieth of the time, it skips some rounds.
 
     Args:
         patience: looks in a row without a lower loss; None never stops, and keeps the last round.
@@ -54,7 +54,7 @@ class Stopping:
 
     @property
     def best(self) -> Look | None:
-        """The look whose round is to be kept; None before the first look, and where the last round is kept."""
+        """The look whose round is kept; None before the first look, and if the last round is kept."""
         return self.lowest if self.patience is not None else None
 
     @property
@@ -83,27 +83,41 @@ class Stopping:
         return loss
 
     def reason(self, rules: Sequence[SkipRule]) -> str | None:
-        """Why the run is to stop, in words; None if it is to go on."""
+        """Why the run stops now, in words; None if it goes on."""
         if self.patience is None or (best := self.best) is None:
             return None
         if len(self.looks) - 1 - self.looks.index(best) >= self.patience:
             return f"the held-out loss was lowest after round {best.round}"
         if any(rule.is_done for rule in rules):
-            return "most images rest"
+            return "most images are skipped by now"
         return None
 
+    def ending(self, reason: str | None, round_: int) -> str:
+        """Why the run has ended after a round, and which one is kept, in words.
+
+        Args:
+            reason: why it stopped; None if it took all steps.
+        """
+        assert self.best is not None
+        kept = f"round {self.best.round} is kept"
+        if reason is not None:
+            return f"stopped after round {round_}: {reason}; {kept}"
+        falling = len(self.looks) > 1 and self.best is self.looks[-1]
+        more = "; the held-out loss was still falling, so longer training may help" if falling else ""
+        return f"took all steps; {kept}{more}"
+
     def regret(self) -> str | None:
-        """What was missed by going on to the end, in words; None if nothing was."""
+        """What the run missed by going on to the end, in words; None if nothing."""
         lowest = self.lowest
         if self.patience is not None or lowest is None or lowest is self.looks[-1]:
             return None
         return (
-            f"the held-out loss was lowest after round {lowest.round} of {self.looks[-1].round}, and the last one is "
-            "saved: `--stop_when auto` keeps the best"
+            f"the held-out loss was lowest after round {lowest.round} of {self.looks[-1].round}, but the last round "
+            "is saved: `--stop_when auto` keeps the best one"
         )
 
     def forget(self, is_lost: Callable[[Look], bool]) -> None:
-        """Forgets the best looks whose weights are there no more."""
+        """Forgets the best looks whose weights no longer exist."""
         while (best := self.best) is not None and is_lost(best):
             self.looks.remove(best)
 

@@ -95,6 +95,24 @@ class Trackers:
         """Logs numbers at a step, counted over all clones."""
         self._accelerator.log(dict(values), step=step)
 
+    def log_clone(self, values: Mapping[str, float], curve: str, clone_step: int, step: int) -> None:
+        """Logs numbers of one clone's step, as curves of their own over the steps of that clone.
+
+        TensorBoard has a step for each curve. Other trackers have one for all, which may not go back from one clone to
+        the next; they are told the clone's step as a number beside the others.
+
+        Args:
+            curve: begins the names of the curves.
+            clone_step: of that clone alone.
+            step: of all clones together.
+        """
+        named = {f"{curve}{name}": value for name, value in values.items()}
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log(named, step=clone_step)
+            else:
+                tracker.log({**named, f"{curve}step": clone_step}, step=step)
+
     def log_images(self, name: str, images: Iterable[Any], captions: list[str], step: int) -> None:
         """Logs PIL images to the trackers that show images."""
         import numpy as np

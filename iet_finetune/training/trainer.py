@@ -1,4 +1,4 @@
-"""A run, from load to save: tells the story and leaves every part of it to the module that knows it."""
+"""A run, from load to save: tells the story, and leaves each part to the module that knows it."""
 
 import atexit
 import contextlib
@@ -21,7 +21,7 @@ from ..publish import outputs
 from .callbacks import Callback, CheckpointFacts, ImagesFacts, RoundFacts
 from .device_memory import out_of_memory_explained
 from .finish import finish, save_round
-from .interrupts import Interrupts, how_to_go_on
+from .interrupts import Interrupts, what_helps
 from .model import hand_back
 from .overview import doubt_of_rule
 from .preparing import prepare
@@ -86,7 +86,7 @@ class Trainer:
                 prepared = prepare(config, accelerator, self.ranks, objects, self._enter)
         except KeyboardInterrupt:
             self._release()
-            raise KeyboardInterrupt(how_to_go_on(self.output)) from None
+            raise KeyboardInterrupt(what_helps(config)) from None
         except BaseException:
             self._release()
             raise
@@ -108,7 +108,7 @@ class Trainer:
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
                 self.ranks.leave()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(how_to_go_on(self._started_in / self.output)) from None
+            raise KeyboardInterrupt(what_helps(self.config, self._started_in)) from None
         finally:
             self.reporter.close()
             self._release()
@@ -123,7 +123,7 @@ class Trainer:
     def train_rounds(self) -> None:
         """Iterative ensemble training: every round trains each clone on its shard and merges them.
 
-        The ranks take the shards in waves, one each or one a group; between a wave's ends none waits for another.
+        The ranks take the shards in waves, one shard per rank or group; within a wave no rank waits for another.
         """
         self._call("on_run_begin", run_facts(self.data, self.run, self.output, self._total_rounds))
         self._draw(0)
@@ -175,9 +175,10 @@ class Trainer:
         return Wave(tuple(shards), tuple(steps), self.ensemble.step)
 
     def train_locally(self, clone: Clone | None, wave: Wave) -> None:
-        """Takes this rank's clone through its steps of this round, logging and writing checkpoints on the way.
+        """Trains this rank's clone for its steps of this round, logging and writing checkpoints along the way.
 
-        A checkpoint falls on the same steps of all the wave's clones; a rank that has no more writes its part at once.
+        A checkpoint falls on the same step of every clone in the wave; a rank with no steps left writes its part at
+        once.
         """
         due = [taken for taken in wave.checkpoints(self._checkpoint_every) if taken < wave.length]
         taken, stop = 0, self.data.schedule.round_end(clone.shard, clone.began) if clone is not None else 0
@@ -208,7 +209,7 @@ class Trainer:
             self.save_checkpoint(wave.total(later))
 
     def _steps(self, clone: Clone | None, stop: int) -> Iterator[Step]:
-        """Takes the clone's steps up to number `stop` one after the other; yields each when it is done."""
+        """Takes the clone's steps up to number `stop` one by one, and yields each once it is done."""
         if clone is not None:
             steps = self.data.schedule.steps(clone.shard, clone.step, stop)
             rates = self.run.learning_rates[clone.shard]
@@ -234,13 +235,12 @@ class Trainer:
         self._call("on_round_end", facts)
 
     def keep_best(self) -> None:
-        """Goes back to the round with the lowest held-out loss, if the run looked for it, and says why it ended."""
+        """Goes back to the round with the lowest held-out loss, if the run looks for it, and says why it ended."""
         best = self.run.stopping.best
         if best is None:
             return
-        reason = self._why_stop or "all steps were taken"
         if self.ranks.is_main:
-            print(f"stopped after round {self.ensemble.round}: {reason}; round {best.round} is kept", flush=True)
+            print(self.run.stopping.ending(self._why_stop, self.ensemble.round), flush=True)
         if best.step != self.ensemble.step:
             self.ranks.barrier()
             self.ensemble.restore(self.store.open(self.store.path(best.step)))
@@ -249,12 +249,12 @@ class Trainer:
             self._draw(best.round)
 
     def save_round(self, *, again: bool) -> None:
-        """Saves what the merged round has made, if `--save_every_rounds` asks for it; unless `again`, not twice."""
+        """Saves what the merged round made, if `--save_every_rounds` asks for it; twice only if `again`."""
         if self.ranks.is_main:
             save_round(self.config, self.data, self.model, self.run, again=again)
 
     def draw(self) -> None:
-        """Draws the validation images of the merged denoiser, if this round is to have some."""
+        """Draws validation images with the merged denoiser, if they are due in this round."""
         if self.validation.is_due(self.ensemble.round):
             self.ensemble.load_result()
             self._draw(self.ensemble.round)
@@ -270,9 +270,9 @@ class Trainer:
     def stop_if_broken(self, clone: Clone, sums: RoundSums) -> None:
         """Ends a run whose loss or gradient was not finite, with good weights saved.
 
-        Broken steps changed no weight, but a finite step before them may have driven the weights too far. So what is
-        saved is the start of this clone's round, unless a checkpoint written since then stands. With several ranks,
-        whose other clones are in the midst of theirs, it is the newest checkpoint that stands.
+        Broken steps changed no weight, but a finite step before them may have driven the weights too far. So the start
+        of this clone's round is saved, unless a checkpoint has been written since. With several ranks, whose other
+        clones are in the middle of their rounds, the newest checkpoint is kept instead.
 
         Raises:
             UserError: says where it happened and what to try.

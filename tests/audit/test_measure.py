@@ -107,7 +107,9 @@ def test_held_out_images_that_were_trained_on_are_left_out(world, tmp_path):
     made = copied(world / "train", tmp_path / "made", 20)
     audit = run_audit(tmp_path / "out", **settings(world, made, holdout_data_dir=tmp_path / "held"))
     assert audit["data"]["heldout_images"] == 22
-    assert any(line.startswith("2 held-out images are training images") for line in audit["warnings"])
+    assert any(
+        line.startswith("left out 2 held-out images that the training data have too") for line in audit["warnings"]
+    )
     assert audit["metrics"]["f_mem"]["baseline"] == 0.0
 
 

@@ -149,7 +149,7 @@ def test_every_field_is_a_flag_with_a_sentence_of_help_and_a_name_of_its_own():
     fields = [field for _, group in GROUPS.values() for field in dataclasses.fields(group)]
     assert flag_names() == [field.name for field in fields]
     assert len(set(flag_names())) == len(fields)
-    assert {field.name for field in dataclasses.fields(Config)} == {*GROUPS, "rules"}
+    assert {field.name for field in dataclasses.fields(Config)} == {*GROUPS, "rules", "is_smoke"}
     for spec in SPECS.values():
         assert spec.help.strip().endswith((".", ")")), f"--{spec.name}: {spec.help!r}"
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iet_finetune import Config
-from iet_finetune.config.fitting import GB, LEAST_HELDOUT, Circumstances, choose, held_out_share
+from iet_finetune.config.fitting import CHOSEN, GB, LEAST_HELDOUT, Circumstances, choose, held_out_share
 
 PAGE = (Path(__file__).parents[2] / "docs" / "fit.md").read_text(encoding="utf-8")
 PHOTOS = Circumstances(300, 1200, 512, adapters=True, prompts=("a cat", "a dog"), device_memory=24 * GB)
@@ -96,4 +96,4 @@ def test_the_page_has_every_flag_that_may_be_chosen():
     )
     in_table = set(re.findall(r"^\| ((?:`--\w+`(?:, )?)+) \|", PAGE, flags=re.MULTILINE))
     named = {name for cell in in_table for name in re.findall(r"--(\w+)", cell)}
-    assert named == {each.flag for found in some for each in choose(found)}
+    assert named == {each.flag for found in some for each in choose(found)} == {*CHOSEN}

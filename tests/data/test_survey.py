@@ -70,13 +70,13 @@ def test_the_lines_say_how_many_how_large_which_captions_and_what_is_cut_off(fou
     assert "copies: 2 exact, 2 near, in 2 groups; `--dedup near` trains on one of each" in said
     assert "captions: 2 distinct" in said
     (crops,) = (line for line in said if line.startswith("crops: "))
-    assert crops.startswith("crops: 3% of the pixels are cut off to make 64 x 64 of them, 50% of ")
+    assert crops.startswith("crops: cutting to 64 x 64 takes away 3% of the pixels, 50% of ")
     assert f"`{photos}/wide.png`" in crops
 
 
 def test_the_page_shows_groups_crops_and_captions(found, tmp_path):
     page = write_survey(tmp_path / "page.html", "my photos", found).read_text()
-    assert page.count(">same pixels<br>") == 2
+    assert page.count(">exact or mirrored<br>") == 2
     assert page.count(">near copy<br>") == 2
     assert re.findall(r"<h3>(\d+) images</h3>", page) == ["4", "2"]
     assert "50% cut off" in page

@@ -23,7 +23,7 @@ PROGRAM = "iet-finetune: "
 ERROR = f"{PROGRAM}error: "
 # transformers says on import that it goes without torchvision, and we that something is encoded, and that AGC can do
 # little in runs as short as those of tests.
-HARMLESS = ("[transformers] ", "encoding ", "warning: AGC will hardly skip anything")
+HARMLESS = ("[transformers] ", "encoding ", "warning: AGC can hardly skip anything")
 # Several ranks on one CPU: without the second, gloo looks for a network that a machine without one has not.
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
 

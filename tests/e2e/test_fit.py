@@ -57,7 +57,7 @@ def test_it_says_what_it_chose_and_why_but_not_what_it_was_given(fitted):
     assert told["resolution"] == str(RESOLUTION)
     assert told["rank"] == "4"
     assert "num_train_epochs" not in told
-    assert said.splitlines()[-1].startswith("the same without choosing: iet-finetune train --config ")
+    assert said.splitlines()[-1].startswith("to train again, also with other settings: iet-finetune train --config ")
 
 
 def test_the_file_that_it_leaves_does_the_same_without_choosing(fitted, tmp_path):
@@ -92,16 +92,21 @@ def test_images_of_several_shapes_keep_them(world, tmp_path, capsys):
     flags += ["--output", str(tmp_path / "out"), "--report_to", "none"]
     assert cli.main(["fit", str(tmp_path / "wide"), "--base", str(world / "base"), *flags]) == 0
     said = capsys.readouterr().out
-    assert "--aspect_ratio_buckets auto: squares would cut off 25% of what is in the images" in said
+    assert "--aspect_ratio_buckets auto: squares would cut off 25% of the images, on average" in said
     assert "sizes: " in said
 
 
-def test_help_shows_the_short_names_too(capsys):
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_help_shows_the_short_names_in_two_levels_and_no_default_of_what_is_chosen(capsys, option):
     with pytest.raises(SystemExit):
-        cli.main(["fit", "--help"])
+        cli.main(["fit", option])
     said = capsys.readouterr().out
     assert "--base STR" in said
     assert "--output STR" in said
+    assert "--config" not in said
+    assert re.search(r"--learning_rate FLOAT +Learning rate after warm-up. \(default: chosen\)", said)
+    assert ("--adam_beta2" in said) == (option == "--help-all")
+    assert option == "--help-all" or len(said.splitlines()) <= 50
 
 
 @pytest.mark.parametrize(

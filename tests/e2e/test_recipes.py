@@ -26,7 +26,7 @@ def read(name: str) -> dict:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_runs_when_it_is_shrunk(recipe, tmp_path, monkeypatch):
+def test_a_recipe_runs_when_it_is_shrunk_and_prints_nothing_alarming(recipe, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)  # from where a recipe counts its paths
     argv = ["--config", str(recipe), "--smoke", "--output_dir", str(tmp_path / "out")]
     output = Trainer(Config.from_command_line(argv)).train()
@@ -37,6 +37,8 @@ def test_a_recipe_runs_when_it_is_shrunk(recipe, tmp_path, monkeypatch):
     kept = ("num_shards", "agc_threshold", "agc_decay", "use_lora", "use_ema", "image_column", "class_column")
     for name in kept:
         assert effective[name] == read(recipe.stem).get(name, Config().to_flags()[name]), name
+    said = "".join(capfd.readouterr())
+    assert not re.search("[Ww]arning|hardly skip|cannot tell|truncated|indexing errors", said), said
 
 
 @pytest.mark.parametrize("name", PAPER)

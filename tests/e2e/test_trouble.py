@@ -170,7 +170,7 @@ def test_ctrl_c_in_the_middle_of_a_file_of_a_checkpoint_is_still_ctrl_c(world, t
     assert train(settings) == 130
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith(("round ", *HARMLESS))]
     # The first Ctrl-C waits for the checkpoint, the next one, a little later in the same file, does not.
-    anew = "there is no checkpoint yet: the same command with `--resume_from_checkpoint latest` starts anew"
+    anew = "there is no checkpoint yet: the same command with `--resume_from_checkpoint latest` starts over"
     assert said == [f"iet-finetune: interrupted; {anew}."]
     monkeypatch.undo()
     assert train(settings) == 0

@@ -209,7 +209,7 @@ def test_a_rule_that_is_loaded_goes_on_as_if_it_had_not_stopped(steps):
     [
         (40 * 50, 40, OBJECTIVE, {}, None),
         (40 * 5, 40, OBJECTIVE, {}, None),
-        (40 * 4, 40, OBJECTIVE, {}, "looked at 1.6 times in the mean, where `--calibrated_visits` asks for 2."),
+        (40 * 4, 40, OBJECTIVE, {}, "looked at 1.6 times on average, and `--calibrated_visits` asks for 2."),
         (40 * 8, 40, OBJECTIVE, {"every": 2}, "looked at 1.6 times"),
         (3 * 50, 3, OBJECTIVE, {}, "`--calibrated_cap 0.3` of a shard of 3 images is less than one image."),
         # Levels that are drawn in the middle more often.

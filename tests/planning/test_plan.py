@@ -3,18 +3,21 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from e2e.command import words
 from tiny import RESOLUTION, save_images, save_tiny_sd
 
 from iet_finetune import Config, Trainer, UserError, cli
+from iet_finetune.data.encoded import Encoded
 from iet_finetune.distributed.placement import Placement
 from iet_finetune.ensemble.budget import Need
 from iet_finetune.method.schedule import Schedule
 from iet_finetune.planning import estimate
 from iet_finetune.planning.plan import Machine, NumRanks, make_plan
-from iet_finetune.planning.trial import Needs, Trial, shortened
+from iet_finetune.planning.trial import Needs, Trial, _row_sizes, shortened
 from iet_finetune.planning.words import doubts
 from iet_finetune.planning.words import lines as in_lines
 from iet_finetune.training.data import find_images
@@ -50,7 +53,7 @@ def plan(world):
 
 def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan, world):
     told = [line.partition(":")[0] for line in in_lines(config_of(world), plan)]
-    assert told[:-1] == ["images", "captions", "steps", "output", "curves", "memory", "disk", "time"]
+    assert told[:-1] == ["images", "captions", "steps", "output", "curves", "memory", "disk", "cache", "time"]
     assert told[-1].startswith("measured here with 8 steps of 2 clones")
     assert "training" in plan.seconds
     assert set(plan.host) >= {
@@ -67,13 +70,24 @@ def test_it_says_what_runs_what_it_needs_and_how_long_it_takes(plan, world):
     assert plan.device == {}
 
 
+def test_it_counts_what_is_encoded_with_mirrored_copies_and_each_caption_once(plan, world):
+    latent, states = plan.trial.rows
+    found = find_images(config_of(world), True)
+    captions = {text for images in (found.images, found.watched) for texts in images.captions for text in texts}
+    assert latent > 0 < states
+    assert plan.cache == latent * 40 + states * len(captions)
+    shard = SimpleNamespace(encoded=Encoded(torch.zeros(4, 8, 8), torch.zeros(4, 8, 8), {"x": torch.zeros(12, 32)}))
+    sample = type("Shard", (), {"__getitem__": lambda self, visit: shard})()
+    assert _row_sizes(sample, mirrored=True) == (2 * 2 * 4 * 4 * 64, 4 * 12 * 32)
+
+
 def test_it_leaves_nothing_but_the_cache(plan, world):
     assert not (world / "never").exists()
     assert sorted(path.name for path in world.iterdir()) == ["base", "cache", "data"]
 
 
 def test_it_warns_of_a_rule_that_cannot_act(plan):
-    assert any("AGC will hardly skip anything" in doubt for doubt in doubts(plan))
+    assert any("AGC can hardly skip anything" in doubt for doubt in doubts(plan))
     assert not any(line.startswith("skip rule") for line in plan.about)
 
 
@@ -86,11 +100,11 @@ def test_what_does_not_suffice_is_said(plan):
 
     assert said() == said(gpu=25 << 30) == []
     (line,) = said(memory=1000)
-    assert line.startswith("the memory does not suffice: ")
+    assert line.startswith("there is not enough memory: ")
     half = max(plan.host.values()) + 1
     assert said(memory=half) == []
     assert len(said(memory=half, ranks=NumRanks(4, 2))) == 1
-    assert said(gpu=24 << 30) == ["the GPU has hardly enough memory: 24.70 GB of 25.76 GB are needed"]
+    assert said(gpu=24 << 30) == ["the GPU may not have enough memory: 24.70 GB of 25.76 GB are needed"]
     (line,) = said(disk=1000)
     assert line.endswith("`--checkpoints_total_limit 1`")
 
@@ -164,12 +178,12 @@ def test_dry_run_says_the_same_and_so_does_fit(world, capsys):
     assert cli.main(["train", *words(flags(world)), "--dry_run"]) == 0
     said = capsys.readouterr()
     assert "\nmemory: " in said.out
-    assert "warning: AGC will hardly skip anything" in said.err
+    assert "warning: AGC can hardly skip anything" in said.err
     assert "round 1" not in said.err
     fit = ["fit", str(world / "data"), "--base", str(world / "base"), "--output", str(world / "never"), "--dry_run"]
     assert cli.main([*fit, "--no_audit", "--validation_inference_steps", "2"]) == 0
     said = capsys.readouterr()
-    assert said.out.index("settings, chosen") < said.out.index("\ntime: ")
+    assert said.out.index("settings chosen") < said.out.index("\ntime: ")
     assert not (world / "never").exists()
 
 
@@ -202,7 +216,7 @@ def test_an_interrupted_plan_promises_no_checkpoint_and_leaves_nothing(world, mo
 
     monkeypatch.setattr(Trainer, "train", interrupt)
     assert cli.main(["plan", *words(flags(world))]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "iet-finetune: interrupted; the same command starts anew."
+    assert capsys.readouterr().err.splitlines()[-1] == "iet-finetune: interrupted; the same command starts over."
     assert sorted(path.name for path in world.iterdir()) == ["base", "cache", "data"]
 
 

@@ -122,6 +122,14 @@ def test_class_images_are_in_no_ledger_weight_or_audit_and_the_card_says_what_th
     assert "(`` a thing ``, weight 1), one of 5, of which the base model drew 0." in card
 
 
+def test_a_folder_that_cannot_be_made_is_told_as_that(world, tmp_path):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "class"
+    said = r"^the folder of class images `.*class` cannot be made: Not a directory\. Choose another"
+    with pytest.raises(UserError, match=said):
+        Trainer(config(world, tmp_path / "out", class_data_dir=str(place)))
+
+
 def test_drawing_goes_on_where_it_stopped_before_anything_else_is_there(world, tmp_path, monkeypatch):
     from iet_finetune.families.base import Family
 

@@ -71,7 +71,7 @@ def test_what_is_done_already_is_not_named(tmp_path):
 def test_a_run_goes_on_from_its_checkpoint_with_what_it_is_told(tmp_path):
     line = the_line(config(tmp_path), 10)
     assert "go on from checkpoint-8 with `--resume_from_checkpoint latest` and add `--gradient_checkpointing`" in line
-    first, anew = line.split("; or start anew in another `--output_dir` and ")
+    first, anew = line.split("; or start over in another `--output_dir` and ")
     assert set(re.findall(r"`--(\w+)", anew)) == {"use_8bit_adam", "use_lora", "resolution"}
     told = set(re.findall(r"`--(\w+)", first)) - {"resume_from_checkpoint"}
     changes = {

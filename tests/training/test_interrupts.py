@@ -81,7 +81,7 @@ def test_the_second_one_does_not_wait_for_the_step(world, tmp_path):
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt, match=r"^there is no checkpoint yet: .* starts anew$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^there is no checkpoint yet: .* starts over$"):
         Trainer(config(world, tmp_path / "out"), [Impatient()]).train()
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     Trainer(config(world, tmp_path / "out", resume_from_checkpoint="latest")).train()
@@ -117,6 +117,20 @@ def test_the_command_ends_with_that_line_and_code_130(world, tmp_path, capsys, m
     assert said == "iet-finetune: interrupted; `--resume_from_checkpoint latest` goes on from checkpoint-7."
 
 
+def test_while_the_program_starts_nothing_is_promised_that_is_not_there(world, tmp_path, capsys, monkeypatch):
+    def interrupted(self, given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "__init__", interrupted)
+    words = [f"--{name}={value}" for name, value in changed(config(world, tmp_path / "out")).items()]
+    assert cli.main(["train", *words]) == 130
+    assert "interrupted; there is no checkpoint yet: " in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "out" / "checkpoint-12").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-12" / "manifest.json").touch()
+    assert cli.main(["train", *words]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("goes on from checkpoint-12.")
+
+
 def changed(settings: Config) -> dict:
     """Flags that differ from their defaults and are no lists."""
     flags, usual = settings.to_flags(), Config.from_flags().to_flags()
@@ -147,6 +161,14 @@ def test_several_ranks_are_interrupted_as_ever():
     with interrupts.noted(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert not interrupts.asked
+
+
+def test_class_images_that_are_drawn_are_kept(tmp_path):
+    (tmp_path / "drawn-000000.png").touch()
+    (tmp_path / "own.png").touch()
+    said = how_to_go_on(tmp_path / "out", tmp_path)
+    assert said.endswith("starts over, and keeps the class images drawn so far (1)")
+    assert how_to_go_on(tmp_path / "out", tmp_path / "none").endswith("starts over")
 
 
 def test_where_there_is_no_folder_there_is_no_checkpoint(tmp_path):

@@ -13,6 +13,7 @@ from iet_finetune.families.stable_diffusion import StableDiffusion
 from iet_finetune.families.tiny import tiny_sd
 from iet_finetune.method.agc import AntiGradientControl
 from iet_finetune.training.data import Found, schedule_of, split
+from iet_finetune.training.finish import _skipped
 from iet_finetune.training.overview import UNREADABLE, doubts, overview, write_unreadable
 
 
@@ -43,10 +44,12 @@ def test_a_run_says_what_it_has_and_what_it_will_do(tmp_path):
         folder, num_train_epochs=6, merge_every_epochs=2, train_batch_size=3, agc_threshold=0.0
     )
     assert lines == [
-        "images: 8, 32 x 64 to 128 x 64 pixels; 0 held out",
-        "captions: 8 distinct; 1 are longer than the 12 tokens that the text encoder reads, by 70 at most, and are "
-        "cut off there",
-        f"crops: 12% of the pixels are cut off to make 32 x 32 of them, 50% of `{folder}/1.png`",
+        "images: 8, 32 x 64 to 128 x 64 pixels; none held out",
+        "held out: none, so nothing tells when to stop, and an audit cannot tell memory from chance; "
+        "`--holdout_fraction 0.1` holds some out, or `--holdout_data_dir` names others",
+        "captions: 8 distinct; 1 is longer than the 12 tokens that the text encoder reads (by up to 70) and is cut "
+        "off there",
+        f"crops: cutting to 32 x 32 takes away 12% of the pixels, 50% of `{folder}/1.png`",
         "steps: 24 (12 of each of 2 clones, 3 rounds); each image is visited 6 times",
         "output: there (open run.html there to see how it goes)",
         "curves: tensorboard --logdir there/logs",
@@ -59,24 +62,28 @@ def test_copies_and_held_out_images_are_counted(tmp_path):
     for i in (5, 6):
         (folder / f"{i}.png").write_bytes((folder / "0.png").read_bytes())
     lines, _ = announced(folder)
-    assert lines[0] == "images: 8 (6 distinct), 32 x 32 pixels; 0 held out"
+    assert lines[0] == "images: 8 (6 distinct), 32 x 32 pixels; none held out"
     assert not any(line.startswith("crops") for line in lines)
-    assert announced(folder, holdout_fraction=0.25)[0][0].endswith("; 2 held out")
+    lines, _ = announced(folder, holdout_fraction=0.25)
+    assert lines[0].endswith("; 2 held out")
+    assert not any(line.startswith("held out") for line in lines)
 
 
 def test_the_longest_text_encoder_counts(tmp_path):
     folder = folder_of(tmp_path / "images", [(32, 32)] * 4, ["word " * 30] * 3 + ["a"])
     flux = {"family": Flux, "pipeline": tiny_pipeline("flux dev")}
     assert "captions: 2 distinct" in announced(folder, **flux)[0]
-    cut = announced(folder, **flux, max_sequence_length=16)[0][1]
-    assert cut.startswith("captions: 2 distinct; 1 are longer than the 16 tokens that the text encoder reads, by ")
+    cut = announced(folder, **flux, max_sequence_length=16)[0][2]
+    assert cut.startswith(
+        "captions: 2 distinct; 1 is longer than the 16 tokens that the text encoder reads (by up to "
+    )
 
 
 @pytest.mark.parametrize(
     ("captions", "flags", "words"),
     [
         (["", " ", "", ""], {}, "every caption is empty"),
-        (["a", "", "b", ""], {}, "2 of 4 images have an empty caption alone"),
+        (["a", "", "b", ""], {}, "2 of 4 images have only an empty caption"),
         (["a"] * 4, {}, "every image has the same caption, 'a'"),
         (["a"] * 4, {"default_caption": "a"}, None),
         (["", "", "", ""], {"default_caption": "a"}, None),
@@ -94,7 +101,7 @@ def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path):
     _, warnings = announced(folder, agc_threshold=0.0)
     assert len(warnings) == 2
     assert warnings[0].startswith("1 of 4 images are less than half as large as `--resolution 32`")
-    assert warnings[1].startswith("1 of 4 images fill a small part of the range")
+    assert warnings[1].startswith("1 of 4 images use only a small part of the range")
     assert "3.png" in warnings[1]
 
 
@@ -103,7 +110,7 @@ def test_small_images_and_images_of_one_shade_are_warned_of(tmp_path):
     [
         (
             {"num_train_epochs": 100},
-            "each of the 1000 entries of a clone's loss bank will see 0.2 losses in",
+            "each of the 1000 entries of a clone's loss bank sees 0.2 losses in",
         ),
         ({"num_train_epochs": 100, "agc_bins": 40}, None),
         ({"num_train_epochs": 100, "agc_bins": 41}, "`--agc_bins 10` or `--agc_bias_correction` lets it act sooner."),
@@ -150,3 +157,12 @@ def test_what_cannot_be_read_is_written_down(tmp_path):
     (folder / "1.png").write_bytes((folder / "0.png").read_bytes())
     write_unreadable(tmp_path, load(folder)[0])
     assert not (tmp_path / UNREADABLE).exists()
+
+
+def test_of_many_rounds_some_skip_rates_are_printed_and_their_mean():
+    assert _skipped((0.1, 0.25), None) == "skipped by round: 10.0% 25.0%"
+    assert _skipped((0.0, 0.0), None) == "nothing was skipped in any round: the rule found nothing to skip"
+    assert _skipped((0.0,), "It cannot.") == "nothing was skipped in any round. It cannot."
+    many = _skipped((0.0,) * 10 + (0.2,) * 10, None)
+    zeros, twenties = " ".join(["0.0%"] * 6), " ".join(["20.0%"] * 6)
+    assert many == f"skipped by round: {zeros} ... {twenties} (10.0% on average; metrics.jsonl has all)"

@@ -198,7 +198,7 @@ def test_losses_are_told_in_words():
 
 def test_the_held_out_loss_says_when_it_is_enough():
     rising = [line(1, heldout=-2.0), line(2, heldout=-2.5), line(3, heldout=-2.4)]
-    assert "lowest after round 2, and is higher since" in said(rising)[1]
+    assert "lowest after round 2 and has been higher since" in said(rising)[1]
     assert "at its lowest" in said(rising[:2])[1]
     assert "More rounds may help" in said(rising[:2], total=2)[1]
     assert "More rounds" not in said(rising[:2])[1]
@@ -207,8 +207,8 @@ def test_the_held_out_loss_says_when_it_is_enough():
 
 
 def test_skipping_is_told_with_the_noise_that_it_is_most_frequent_at():
-    assert said([line(1)])[2] == "Nothing was skipped so far."
-    assert said([line(1)], doubt="AGC will hardly skip anything.")[2].endswith(": AGC will hardly skip anything.")
+    assert said([line(1)])[2] == "Nothing has been skipped so far."
+    assert said([line(1)], doubt="AGC can hardly skip anything.")[2].endswith("so far. AGC can hardly skip anything.")
     little = [0.3, 0.3, 0.3, *[None] * 3, 0.0, *[0.1] * 3]
     assert said([line(1, skip=0.125, levels=little)])[2].startswith("12.5% of the samples of the last round")
     assert said([line(1, skip=0.125, levels=little)])[2].endswith("most of them with little noise.")
@@ -236,6 +236,13 @@ def test_a_curve_is_broken_where_there_is_no_value():
     assert drawn.count('class="series-1 dot"') == 1
     assert drawn.count('class="series-1 outline"') == 1
     assert "from -1 to -1.5" in drawn
+
+
+def test_small_numbers_fit_beside_an_axis():
+    rates = [{**line(number), "lr": [1e-4]} for number in (1, 2)]
+    drawn = next(str(each["svg"]) for each in charts(rates) if each["title"] == "Learning rate")
+    assert ">1.05e-4<" in drawn
+    assert ">9.50e-5<" in drawn
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -88,7 +88,7 @@ def test_a_run_stops_when_the_held_out_loss_rises_and_keeps_the_best_round(world
 def test_a_run_that_ends_before_keeps_its_best_round_too(world, tmp_path, capsys):
     Trainer(config(world, tmp_path / "out", num_train_epochs=4, learning_rate=1e-5)).train()
     losses = heldout_losses(tmp_path / "out")
-    assert f"all steps were taken; round {min(losses, key=losses.get)} is kept" in capsys.readouterr().out
+    assert f"took all steps; round {min(losses, key=losses.get)} is kept" in capsys.readouterr().out
 
 
 def test_looking_changes_no_bit_of_what_is_trained(world, tmp_path):
@@ -143,7 +143,7 @@ def test_it_stops_after_so_many_looks_without_a_lower_loss():
     Rule.is_done = True
     again.forget(lambda look: look.round == 4)
     assert again.best.round == 5
-    assert again.reason([Rule]) == "most images rest"
+    assert again.reason([Rule]) == "most images are skipped by now"
 
 
 def test_without_it_the_loss_is_told_and_the_last_round_saved(world, tmp_path, capsys):
@@ -151,10 +151,20 @@ def test_without_it_the_loss_is_told_and_the_last_round_saved(world, tmp_path, c
     said = capsys.readouterr().out
     assert len(heldout_losses(output)) > 1
     assert re.search(
-        r"lowest after round \d+ of 20, and the last one is saved: `--stop_when auto` keeps the best", said
+        r"lowest after round \d+ of 20, but the last round is saved: `--stop_when auto` keeps the best one", said
     )
 
 
 def test_too_few_held_out_images_are_refused(world, tmp_path):
     with pytest.raises(UserError, match="--stop_when auto` compares with held-out images, 8 at least, and"):
         Trainer(config(world, tmp_path / "out", holdout_data_dir=None))
+
+
+def test_the_ending_says_whether_longer_training_may_help():
+    stopping = Stopping(patience=2, looks=[Look(1, 10, 0.5), Look(2, 20, 0.4)])
+    assert stopping.ending(None, 2) == (
+        "took all steps; round 2 is kept; the held-out loss was still falling, so longer training may help"
+    )
+    stopping.looks.append(Look(3, 30, 0.6))
+    assert stopping.ending(None, 3) == "took all steps; round 2 is kept"
+    assert stopping.ending("enough", 3) == "stopped after round 3: enough; round 2 is kept"

@@ -4,12 +4,13 @@ import io
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from iet_finetune.ensemble.meter import RoundMeter, RoundSums
-from iet_finetune.training.tracking import Progress, append_line, cut_back, read_lines
+from iet_finetune.training.tracking import Progress, Trackers, append_line, cut_back, read_lines
 
 
 def filled():
@@ -92,3 +93,27 @@ def test_without_a_terminal_there_are_lines_and_no_bar(monkeypatch):
     progress.say("round 1/3: done")
     progress.close()
     assert sys.stderr.getvalue() == "round 1/3: done\n"
+
+
+class Tracker:
+    """Keeps what is logged."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.seen = name, []
+
+    def log(self, values, step):
+        self.seen.append((step, values))
+
+
+def test_each_shard_has_curves_of_its_own_over_the_steps_of_its_clone():
+    board, other = Tracker("tensorboard"), Tracker("wandb")
+    accelerator = SimpleNamespace(trackers=[board, other], init_trackers=lambda *_: None)
+    trackers = Trackers(accelerator, "project", {})
+    # Two clones of a run, which take ten steps each, one after the other.
+    trackers.log_clone({"loss": 0.5}, "shard-0/", 10, 10)
+    trackers.log_clone({"loss": 0.4}, "shard-1/", 10, 20)
+    assert board.seen == [(10, {"shard-0/loss": 0.5}), (10, {"shard-1/loss": 0.4})]
+    assert other.seen == [
+        (10, {"shard-0/loss": 0.5, "shard-0/step": 10}),
+        (20, {"shard-1/loss": 0.4, "shard-1/step": 10}),
+    ]

@@ -173,8 +173,8 @@ def _warnings(known: int, heldout: int) -> list[str]:
     lines = []
     if known:
         lines.append(
-            f"{known} held-out images are training images, or look the same as one: they were left out, as they say "
-            "nothing of images that were not trained on."
+            f"left out {known} held-out image{'s' * (known > 1)} that the training data have too, exactly or nearly: "
+            "such images are no baseline."
         )
     if known and not heldout:
         lines.append("no held-out images are left.")

@@ -70,6 +70,6 @@ def check_split(
     if strangers := sum(content not in trained for content in training.content_hashes):
         warnings.append(
             f"{strangers} of {len(training)} training images were not trained on, as the ledger of the run says: all "
-            "that is said of training images says too little."
+            "results about training images are too low."
         )
     return heldout.subset(unseen), tuple(warnings)

@@ -238,8 +238,8 @@ def _few(members: int, others: int) -> list[str]:
     warnings = []
     if others < _FEW_FOR_FPR:
         warnings.append(
-            f"true positives at 1 % false positives: 1 % of {others} held-out images is less than one; it takes "
-            f"{_FEW_FOR_FPR} of them"
+            f"true positives at 1 % false positives: 1 % of {others} held-out images is less than one image; at least "
+            f"{_FEW_FOR_FPR} are needed"
         )
     for count, kind in ((members, "training"), (others, "held-out")):
         if count < _FEW:

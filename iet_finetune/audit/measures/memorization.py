@@ -195,7 +195,7 @@ def _unequal(neighbours: Neighbours, baseline: Neighbours | None) -> list[str]:
     if baseline is None or len(baseline.index) == len(neighbours.index):
         return []
     tries = f"{len(neighbours.index)} generated images against {len(baseline.index)} held-out ones"
-    return [f"extraction compares {tries}: the more images, the more training images can be hit, by chance too"]
+    return [f"extraction compares {tries}: more images also hit more training images by chance"]
 
 
 def _suffix(label: str) -> str:

@@ -79,6 +79,8 @@ class AuditRecord:
         date: ISO 8601.
         versions: of this package and the libraries.
         settings: the flags that decide metrics, by name without `--`.
+        training: of a model that was trained here, the flags that decide what it may remember, by name without `--`,
+            `passes`, how often it saw an image, and `skipped`, the share of samples skipped; empty if unknown.
         metrics: by name, as docs/audit.md lists them.
         not_measured: name of a metric to the reason why it is missing.
         warnings: one line each.
@@ -91,6 +93,7 @@ class AuditRecord:
     date: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
     data: DataCounts = DataCounts()
     features: tuple[FeatureSpace, ...] = ()
     metrics: dict[str, Metric] = field(default_factory=dict)

@@ -21,8 +21,7 @@ def as_text(audit: AuditRecord, folder: Path) -> str:
     for text in words.advice:
         lines += textwrap.wrap(text, WIDTH, initial_indent="- ", subsequent_indent="  ")
     lines += ["", *_table(audit)]
-    if missing := audit.not_measured:
-        lines += ["", *textwrap.wrap(f"Not measured: {', '.join(in_order(missing))}.", WIDTH, subsequent_indent="  ")]
+    lines += _not_measured(audit)
     for warning in audit.warnings:
         lines += textwrap.wrap(f"Warning: {warning}", WIDTH, subsequent_indent="  ")
     return "\n".join([*lines, "", f"metrics: {folder / 'audit.json'}", f"report: {folder / 'report.html'}"])
@@ -37,6 +36,16 @@ def main_rows(audit: AuditRecord) -> list[tuple[str, str, str, str]]:
             baseline = "" if metric.baseline is None else entry.show(metric.baseline)
             rows.append((entry.title, entry.show(metric.value), entry.interval(metric.low, metric.high), baseline))
     return rows
+
+
+def _not_measured(audit: AuditRecord) -> list[str]:
+    """What was not measured, by the reasons why."""
+    names: dict[str, list[str]] = {}
+    for name in in_order(audit.not_measured):
+        names.setdefault(audit.not_measured[name], []).append(name)
+    texts = [f"Not measured: {', '.join(those)} ({reason.rstrip('.')})." for reason, those in names.items()]
+    lines = [line for text in texts for line in textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
+    return ["", *lines] if lines else []
 
 
 def _table(audit: AuditRecord) -> list[str]:

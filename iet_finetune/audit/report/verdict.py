@@ -61,7 +61,7 @@ def verdict(audit: AuditRecord) -> Verdict:
     ]
     tones = {each.about: each.tone for each in found}
     headline, tone = _headline(tones)
-    sentences = (*_in_short(audit, tones), *found, *_many(tried), *_caution(audit))
+    sentences = (*_in_short(audit, tones), *found, *_many(tried), *_skipping(audit), *_caution(audit))
     sentences += (Sentence(PLAIN, GUARANTEE, "guarantee"),)
     return Verdict(headline, tone, sentences, tuple(advice(audit, tones)))
 
@@ -94,8 +94,17 @@ def _attacks(audit: AuditRecord) -> int:
 
 def _many(tried: int) -> Iterator[Sentence]:
     if tried > 1:
-        text = f"{tried} attacks were tried; each counts as a find only where chance would not explain that, either."
+        text = f"{tried} attacks were tried; a result counts only where chance over all of them does not explain it."
         yield Sentence(PLAIN, text, "attacks")
+
+
+def _skipping(audit: AuditRecord) -> Iterator[Sentence]:
+    """Says so if the run's skip rule did nothing."""
+    run = audit.training
+    is_off = run.get("skip_rule") == "agc" and run.get("agc_threshold") == 0
+    if "skip_rule" in run and run.get("skipped") == 0 and not is_off:
+        text = f"In training, `--skip_rule {run['skip_rule']}` skipped nothing: the rule changed nothing."
+        yield Sentence(PLAIN, text, "skipping")
 
 
 def _in_short(audit: AuditRecord, tones: Mapping[str, str]) -> Iterator[Sentence]:
@@ -104,17 +113,19 @@ def _in_short(audit: AuditRecord, tones: Mapping[str, str]) -> Iterator[Sentence
     if copies is None:
         return
     (count, total), tone = _counts(copies), tones["copies"]
-    tries = f"in {total:,} {'try' if total == 1 else 'tries'}"
+    tries = f"{total:,} {'try' if total == 1 else 'tries'}"
     if BAD in (tone, tones.get("extraction")):
         pictures, among = _counts(extracted) if extracted is not None else (0, 0)
         some = f"{pictures:,} of the {among:,} training images" if pictures else "copies of training images"
-        yield Sentence(BAD, f"Whoever has nothing but the model gets {some} out of it, {tries}.", "in short")
+        yield Sentence(
+            BAD, f"Strangers who have only the model can get {some} out of it, as {tries} showed.", "in short"
+        )
     elif not count:
-        more = "" if tone == GOOD else "; that is too few tries to say more"
-        text = f"Whoever has nothing but the model got none of the training images out of it {tries}{more}."
+        more = "" if tone == GOOD else f", which {'is' if total == 1 else 'are'} too few to say more"
+        text = f"Strangers who have only the model could not get any training image out of it in {tries}{more}."
         yield Sentence(tone, text, "in short")
     else:
-        text = f"What came out of the model {tries} may be training images, or look like them by chance."
+        text = f"What came out of the model in {tries} may be training images, or look like them by chance."
         yield Sentence(tone, text, "in short")
 
 
@@ -249,7 +260,7 @@ def _pairs(text: str, metric: Metric, about: str, noun: str, bar: _Bar) -> Sente
     if bar.low(metric) > 0.5:
         return Sentence(BAD, f"{text}{_strength(metric.value)}", about)
     if metric.low > 0.5:
-        return Sentence(OPEN, f"{text}Of so many attacks one may find as much by chance.", about)
+        return Sentence(OPEN, f"{text}With so many attacks, one may find this much by chance.", about)
     if metric.high < 0.5:
         # What was trained on does not score lower for that: the held-out ones are easier, or of another kind.
         return Sentence(OPEN, f"{text}The two sets of {noun}s differ in other ways, which may hide a leak.", about)

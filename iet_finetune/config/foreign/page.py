@@ -12,17 +12,17 @@ from .answers import Trainer
 _INTRODUCTION = """\
 # Coming from another trainer
 
-Flags have the names of diffusers' own training scripts, so most of your command can stay as it is. These tables say of
-each flag of other trainers what it is here. `train_iet_agc.py --help-from diffusers` (or `kohya`, or `simpletuner`)
-prints them, and a flag that does not exist here is answered with the same words.
+Flags have the names of diffusers' own training scripts, so most of your command can stay as it is. These tables say
+what each flag of other trainers is here. `train_iet_agc.py --help-from diffusers` (or `kohya`, or `simpletuner`)
+prints them, and the error for an unknown flag uses the same words.
 
-Three things mean something else than elsewhere, because every shard trains a clone of its own:
+Three things differ from other trainers, because every shard trains a clone of its own:
 
-* **Steps.** `--max_train_steps` and `--lr_warmup_steps` count the steps of each clone. `--total_train_steps` is for a
-  number of steps of all clones together, as other trainers count them. `--checkpointing_steps` counts those of all.
-* **Batch.** `--train_batch_size` is that of a clone, however many GPUs there are: neither it nor the learning rate
-  depends on their number.
-* **Validation.** Images are drawn after rounds, when the clones have been merged: every `--validation_rounds` of them.
+* **Steps.** `--max_train_steps` and `--lr_warmup_steps` count the steps of each clone. `--total_train_steps` counts
+  the steps of all clones together, as other trainers do, and so does `--checkpointing_steps`.
+* **Batch.** `--train_batch_size` is the batch of one clone, however many GPUs there are: neither it nor the learning
+  rate depends on their number.
+* **Validation.** Images are drawn after every `--validation_rounds` rounds, when the clones have been merged.
 """
 
 

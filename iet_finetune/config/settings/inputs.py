@@ -27,7 +27,7 @@ class ModelConfig:
     base_config: str | None = other(
         None,
         "For a checkpoint file: Hub id or folder of a diffusers pipeline of its kind, whose configuration and "
-        "tokenizers are used. By default diffusers finds it out from the file.",
+        "tokenizers are used. By default diffusers recognizes the kind and downloads them.",
         scope="named",
         names=("pipeline",),
         audit="given",
@@ -60,13 +60,15 @@ class ModelConfig:
     )
     prediction_type: str | None = fixed(
         None,
-        "What the denoiser predicts, if the scheduler's own setting is to be overridden.",
+        "What the denoiser predicts; overrides the scheduler's own setting.",
         choices=("epsilon", "v_prediction"),
         needs="noise schedule",
         audit="run",
     )
     save_dtype: str | None = other(
-        None, "Precision of the saved denoiser; as loaded when not given.", choices=("float32", "float16", "bfloat16")
+        None,
+        "Precision of the saved denoiser; the one it was loaded in if not given.",
+        choices=("float32", "float16", "bfloat16"),
     )
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class DataConfig:
     )
     dataset_config_name: str | None = other(
         None,
-        "Configuration of the dataset, where it has several.",
+        "Configuration of the dataset, if it has several.",
         scope="public",
         names=("dataset",),
         audit="run",
@@ -118,14 +120,14 @@ class DataConfig:
     image_column: str = other("image", "Column with the images.", scope="public", audit="run")
     caption_column: str = other(
         "text",
-        "Column with the captions: text, or a list of texts of which one is drawn.",
+        "Column with the captions: a text, or a list of texts, one of which is drawn at each visit.",
         needs="captions",
         scope="public",
         audit="run",
     )
     default_caption: str | None = other(
         None,
-        "Caption of images without another one.",
+        "Caption of images that have none.",
         needs="captions",
         scope="public",
         audit="run",
@@ -140,14 +142,14 @@ class DataConfig:
     )
     caption_from: str = other(
         "files",
-        "folder: the name of its folder is the caption of an image without another one. A name such as `10_sks dog` "
-        "says too that its images are visited ten times in a pass.",
+        "folder: an image without a caption gets its folder's name. A name such as `10_sks dog` also means that its "
+        "images are visited ten times in each pass.",
         choices=("files", "folder"),
         needs="captions",
         audit="run",
     )
     skip_bad_images: bool = other(
-        False, "Leave out images that cannot be read, and write down which, instead of ending.", audit="run"
+        False, "Leave out images that cannot be read, and list them in a file, instead of ending.", audit="run"
     )
     class_column: str | None = other(
         None,
@@ -163,12 +165,15 @@ class DataConfig:
         audit_help="The training was on a random subset of this many images.",
     )
     holdout_fraction: float = other(
-        0.0, "Share of the images kept out of training, for the audit.", smoke=0.0, audit="recorded"
+        0.0,
+        "Share of the images held out of training, to tell when to stop and for the audit.",
+        smoke=0.0,
+        audit="recorded",
     )
     dedup: str = fixed(
         "none",
-        "Leave out training images that show what an earlier one shows: those with its pixels (exact), or also those "
-        "that were moved, scaled, compressed or made brighter (near). Mirrored ones are copies too.",
+        "Leave out training images that are copies of earlier ones: with the same pixels (exact), or also shifted, "
+        "scaled, compressed or brightened (near). Mirrored images are copies too.",
         choices=("none", "exact", "near"),
     )
     resolution: int = fixed(
@@ -180,19 +185,19 @@ class DataConfig:
     )
     aspect_ratio_buckets: str | None = fixed(
         None,
-        "Instead of cropping every image to a square, bring each to the size nearest to its shape. auto: sizes with "
-        "about as many pixels as the square of `--resolution`, and not more, no side more than twice the other. Or a "
-        "list of them, such as 1024x1024,832x1216, width first. A micro-batch holds images of one size; `--compile` "
-        "compiles for each.",
+        "Instead of cropping every image to a square, crop each to the size nearest to its shape. auto: sizes with "
+        "about as many pixels as the square of `--resolution` but no more, and no side over twice the other. Or a "
+        "list of sizes, such as 1024x1024,832x1216, width first. A micro-batch holds images of one size; `--compile` "
+        "compiles for each size.",
         scope="public",
         brief="Train on images of several shapes; auto, or WIDTHxHEIGHT,... in pixels.",
         audit="recorded",
-        audit_help="The sizes that were trained on: losses are measured at these, everything else on squares.",
+        audit_help="The sizes that were trained on: losses are measured at them, everything else on squares.",
     )
     upscale: bool = fixed(
         True,
         "With `--aspect_ratio_buckets`, enlarge images that are smaller than the size of their shape; `--no_upscale` "
-        "gives them a smaller one.",
+        "gives them a smaller size.",
         audit="recorded",
     )
     center_crop: bool = free(
@@ -225,7 +230,7 @@ class DataConfig:
     )
     cache_latents: bool = other(
         True,
-        "Encode images and captions once, before training, and keep that for this run and others.",
+        "Encode images and captions once, before training, and keep the result for this and later runs.",
         audit="run",
         audit_help=UNUSED,
     )

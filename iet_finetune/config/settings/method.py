@@ -17,35 +17,38 @@ class EnsembleConfig:
 
     num_shards: int = fixed(
         4,
-        "K: how many shards the data is split into, each with its own clone. 1 is plain training.",
+        "K: the number of shards that the data is split into, each with its own clone. 1 is plain training.",
         brief="Shards of the data, each with its own clone; 1: plain training.",
     )
     merge_every_epochs: int | None = fixed(
         None,
-        "Passes of each clone between two merges (5 if neither is given).",
+        "Passes of each clone over its shard between two merges; 5 if neither this nor the steps are given.",
         smoke=None,
         brief="Passes of each clone over its shard between two merges; 5 if not given.",
     )
     merge_every_steps: int | None = fixed(
         None, "Steps of each clone between two merges, instead of passes.", smoke=1, instead_of="merge_every_epochs"
     )
-    shard_strategy: str = fixed("iid", "How images are spread over the shards.", choices=SHARDINGS.names)
+    shard_strategy: str = fixed("iid", "How images are distributed over the shards.", choices=SHARDINGS.names)
     shard_by_column: str | None = fixed(
-        None, "Column whose values every shard holds in equal shares (stratified).", scope="public"
+        None, "With `stratified`: the column whose values every shard gets in equal shares.", scope="public"
     )
     merge_weighting: str = fixed(
         "samples",
-        "Weight of a clone in the merge: its shard's number of images, or 1.",
+        "Weight of a clone in the merge: its shard's number of images (samples), or 1 (uniform).",
         choices=("samples", "uniform"),
     )
-    merge_rule: str = fixed("mean", "How the clones become the next denoiser.", choices=MERGE_RULES.names)
+    merge_rule: str = fixed("mean", "How the clones are combined into the next denoiser.", choices=MERGE_RULES.names)
     optimizer_across_rounds: str = free(
         "keep",
-        "Optimizer state at a merge: each clone keeps its own, starts anew, or takes over the average of all.",
+        "Optimizer state after a merge: each clone keeps its own, starts with none, or gets the average of all.",
         choices=("keep", "reset", "average"),
     )
-    outer_lr: float = free(1.0, "Step from the round's start towards the mean of the clones; 1 goes all the way.")
-    outer_momentum: float = free(0.0, "Nesterov momentum of that step over the rounds; DiLoCo's is 0.9.")
+    outer_lr: float = free(
+        1.0,
+        "Learning rate of the outer optimizer, from the round's start to the clones' mean; 1: all the way.",
+    )
+    outer_momentum: float = free(0.0, "Nesterov momentum of the outer optimizer; DiLoCo uses 0.9.")
     offload_dir: str | None = other(
         None,
         "Folder on a fast disk for the tensors of idle clones, instead of the machine's memory.",
@@ -90,47 +93,46 @@ class AdapterConfig:
     use_rslora: bool = fixed(False, "Multiply by alpha / sqrt(r) instead, as rsLoRA does.")
     init_lora: str | None = other(
         None,
-        "LoRA file, or a folder that holds one, whose update the adapter begins with; of any format, and of `--rank` "
-        "at most.",
+        "LoRA file, or a folder with one, to start the adapter from: in any format, of rank `--rank` or lower.",
         scope="local",
         smoke=None,
     )
     quantize_base: str | None = fixed(
         None,
-        "Hold the frozen denoiser in 4 bits (nf4, as QLoRA does) or in 8 (int8), below an adapter in fp32.",
+        "Hold the frozen denoiser in 4 bits (nf4, as QLoRA does) or 8 bits (int8); the adapter stays in fp32.",
         choices=QUANTISED,
         names=("pipeline",),
     )
     quantize_encoders: str | None = fixed(
         None,
-        "Hold the text encoders in 4 bits (nf4) or in 8 (int8): less memory, and less exact captions.",
+        "Hold the text encoders in 4 bits (nf4) or 8 bits (int8): less memory, and less exact captions.",
         choices=QUANTISED,
         names=("pipeline",),
         needs="captions",
     )
     lora_remainder_rank: int | None = fixed(
         None,
-        "With `--quantize_base`: highest rank of what merges leave beside a layer's adapter; 8 times `--rank` if not "
-        "given, and half the layer's smaller side at most.",
+        "With `--quantize_base`: highest rank of the part of a merged update that a layer's adapter cannot hold; 8 "
+        "times `--rank` if not given, and at most half the layer's smaller side.",
     )
     use_dora: bool = other(False, "Refused: a DoRA update is not low-rank, so clones could not be merged exactly.")
     lora_merge: str = fixed(
         "exact",
-        "exact: the merged update is the mean of the clones' updates. average: the mean of each matrix, as in FedIT. "
-        "freeze_a: only B is trained, and averaged, as in FFA-LoRA.",
+        "exact: the merged update is the mean of the clones' updates. average: each matrix is averaged, as in FedIT. "
+        "freeze_a: only B is trained and averaged, as in FFA-LoRA.",
         choices=("exact", "average", "freeze_a"),
     )
     lora_export: str | None = other(
         None,
-        "What is saved if the update needs more than rank r. truncate: the best LoRA file of rank r. full_rank: an "
-        "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: truncate if that loses 1 % of the "
-        "update's energy at most, else full_rank.",
+        "What to save if the update needs more than rank r. truncate: the best LoRA file of rank r. full_rank: an "
+        "exact LoRA file of higher rank. fuse: a whole pipeline. If not given: truncate if that loses at most 1 % of "
+        "the update's energy, else full_rank.",
         choices=("truncate", "full_rank", "fuse"),
     )
     lora_format: str | None = other(
         None,
-        "Names of the layers in the LoRA file. kohya: kohya's. diffusers: those of `save_lora_weights`. If not given: "
-        "those that diffusers, ComfyUI and A1111 all match: kohya's for a UNet, else diffusers'.",
+        "Names of the layers in the LoRA file: those of kohya's scripts, or of diffusers' `save_lora_weights`. If not "
+        "given: the ones that diffusers, ComfyUI and A1111 all load, which are kohya's for a UNet, else diffusers'.",
         choices=LORA_FORMATS,
     )
 
@@ -172,14 +174,14 @@ class AGCConfig:
     """Anti-gradient control: which samples of a step give no gradient."""
 
     agc_threshold: float = fixed(
-        0.8, "Skip samples whose loss is below this share of the loss bank's value; 0 switches AGC off."
+        0.8, "Skip samples whose loss is below this fraction of the loss bank's value; 0 switches AGC off."
     )
     agc_decay: float = fixed(0.8, "d: how slowly the loss bank's moving average forgets.")
     agc_bins: int | None = fixed(
-        None, "Entries of the loss bank, by noise level; one a timestep if not given, 100 with flow matching."
+        None, "Entries of the loss bank, by noise level; one per timestep if not given, 100 with flow matching."
     )
     agc_bias_correction: bool = fixed(
-        False, "Compare with the loss bank freed of its start at 0, which otherwise skips hardly anything at first."
+        False, "Correct the loss bank for its start at 0; without it, AGC skips hardly anything at first."
     )
 
     def __post_init__(self) -> None:
@@ -196,10 +198,11 @@ class GuardConfig:
     """The guard: which training images rest, by how far their losses have fallen below those of held-out images."""
 
     guard_tau: float = fixed(
-        1.0, "An image rests whose loss has fallen so many robust deviations further than held-out images' losses."
+        1.0,
+        "An image rests once its loss has fallen this many robust deviations further than held-out images'.",
     )
     guard_reference: int = fixed(
-        1, "The round whose end losses are compared with; 0 for the pipeline as it came, if it knows the subject."
+        1, "Falls are measured from the end of this round; 0: from the base pipeline, if it knows the subject."
     )
     guard_levels: tuple[float, ...] = fixed(
         (0.01, 0.02, 0.04), "Noise levels at which losses are looked at, as parts of the schedule (sigma with flows)."
@@ -246,17 +249,16 @@ class CalibratedConfig:
     """Calibrated AGC: images are skipped whose losses have fallen further below the base model's than others'."""
 
     calibrated_tau: float = fixed(
-        1.0, "An image is skipped whose loss has fallen so many robust deviations further than its shard's images'."
+        1.0,
+        "An image is skipped once its loss has fallen this many robust deviations further than its shard's.",
     )
-    calibrated_decay: float = fixed(0.8, "d: how slowly an image's mean over its visits forgets.")
-    calibrated_visits: int = fixed(3, "Visits at little noise before an image is judged and judges others.")
-    calibrated_cap: float = fixed(0.25, "Share of a shard's images that may be skipped at once, at most.")
+    calibrated_decay: float = fixed(0.8, "d: how slowly an image's moving average over its visits forgets.")
+    calibrated_visits: int = fixed(3, "Visits at low noise before an image is judged, and counts for judging others.")
+    calibrated_cap: float = fixed(0.25, "Largest share of a shard's images that may be skipped at once.")
     calibrated_below: float = fixed(
-        0.3, "Losses are compared, and images skipped, at lower noise levels than this; above it they go on teaching."
+        0.3, "Losses are compared, and images skipped, only at noise levels below this; above it all are trained on."
     )
-    calibrated_every: int = fixed(
-        1, "Compare in every so-many-th pass alone; comparing takes a third of the time of a step."
-    )
+    calibrated_every: int = fixed(1, "Compare only in every N-th pass; comparing takes a third of a step's time.")
 
     def __post_init__(self) -> None:
         require(self.calibrated_tau > 0, f"`--calibrated_tau` must be above 0, not {self.calibrated_tau}.")

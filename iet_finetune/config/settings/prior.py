@@ -12,23 +12,22 @@ class PriorConfig:
 
     class_prompt: str | None = fixed(
         None,
-        'Train an image of the class, such as "a photo of a dog", beside each training image, so that other things '
-        "of its class go on being drawn. The prompt that class images are drawn from, and the caption of those "
-        "without another one.",
+        'Prompt for images of the class, such as "a photo of a dog"; also the caption of class images that have none. '
+        "One class image is trained beside each training image, so that the model still draws others of the class.",
         needs="captions",
         scope="public",
     )
     class_data_dir: str | None = other(
         None,
-        "Folder of class images, which more are drawn into if there are too few; `class_images` in `--output_dir` if "
-        "not given.",
+        "Folder of class images; if there are too few, more are drawn into it. If not given: `class_images` in "
+        "`--output_dir`.",
         scope="local",
         per_machine=False,
     )
     num_class_images: int = fixed(
-        100, "Class images there must be: those missing are drawn from the base model, before training."
+        100, "Number of class images to have; the base model draws missing ones before training."
     )
-    prior_loss_weight: float = fixed(1.0, "What the mean loss of a step's class images counts.")
+    prior_loss_weight: float = fixed(1.0, "Weight of the mean loss of a step's class images.")
 
     def __post_init__(self) -> None:
         not_negative("num_class_images", self.num_class_images)

@@ -16,13 +16,13 @@ class ValidationConfig:
         scope="public",
         brief=True,
     )
-    num_validation_images: int = other(4, "Images a prompt.", smoke=1)
+    num_validation_images: int = other(4, "Images per prompt.", smoke=1)
     validation_rounds: int = other(
-        1, "Draw after every this many rounds (always before the first and after the last).", smoke=1
+        1, "Rounds between validation images; they are also drawn before the first round and after the last.", smoke=1
     )
-    validation_inference_steps: int = other(25, "Denoising steps of a validation image.", smoke=2)
+    validation_inference_steps: int = other(25, "Denoising steps per validation image.", smoke=2)
     validation_guidance_scale: float | None = other(
-        None, "Guidance of validation images; what the pipeline draws with by default if not given.", needs="prompts"
+        None, "Guidance scale of validation images; the pipeline's default if not given.", needs="prompts"
     )
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class AuditConfig:
 
     audit: bool = other(
         False,
-        "Audit the pipeline when it is finished; `iet-finetune audit` does it later.",
+        "Audit the finished pipeline; `iet-finetune audit` does it later.",
         names=("pipeline", "dataset"),
         smoke=False,
     )
@@ -48,32 +48,32 @@ class AuditConfig:
         names=("heldout_images",),
         audit="run",
     )
-    num_images: int = other(1000, "Images that are drawn and measured.", audit="run")
+    num_images: int = other(1000, "Images to draw and measure.", audit="run")
     prompts: str = other(
         "train",
-        "What they are drawn from: the captions (or classes) of the training images (train) or of those held out "
-        "(heldout), the empty prompt (none), or a text file with a prompt a line.",
+        "What to draw them from: the captions (or classes) of the training images (train) or of held-out images "
+        "(heldout), the empty prompt (none), or a text file with one prompt per line.",
         scope="local",
         per_machine=False,
         audit="run",
     )
     scheduler: str | None = other(
         None,
-        "Scheduler of diffusers to draw with, such as DDIMScheduler; the pipeline's own if not given.",
+        "diffusers scheduler to draw with, such as DDIMScheduler; the pipeline's own if not given.",
         scope="public",
         audit="run",
     )
-    num_inference_steps: int = other(50, "Denoising steps of an image.", audit="run")
+    num_inference_steps: int = other(50, "Denoising steps per image.", audit="run")
     sampling_guidance_scale: float | None = other(
-        None, "Guidance to draw with; what the pipeline draws with by default if not given.", audit="run"
+        None, "Guidance scale to draw with; the pipeline's default if not given.", audit="run"
     )
-    eval_batch_size: int = other(16, "Images drawn, and images measured, at once.", audit="noted")
+    eval_batch_size: int = other(16, "Images to draw, or to measure, at once.", audit="noted")
     generated_dir: str | None = other(
         None, "Folder of generated images to measure instead of drawing any.", scope="local", audit="run"
     )
     features: tuple[str, ...] = other(
         ("effnet_lite0",),
-        "What images are compared by besides their pixels: effnet_lite0, which needs no network, a vision model of "
+        "Features to compare images by, besides pixels: effnet_lite0, which works offline, a vision model of "
         "transformers (Hub id or folder; DINOv2, CLIP), or a TorchScript file (SSCD).",
         scope="local",
         per_machine=False,
@@ -84,13 +84,15 @@ class AuditConfig:
     )
     reference_model: str | None = other(
         None,
-        "Pipeline that has not seen the images, to calibrate membership inference by; the base model if known.",
+        "Pipeline that has not seen the images, to calibrate membership inference; the base model if known.",
         scope="local",
         per_machine=False,
         audit="run",
     )
-    membership_images: int = other(1000, "Images of each side whose losses are measured.", audit="recorded")
-    membership_draws: int = other(8, "Draws of noise level and noise for each of them.", audit="recorded")
+    membership_images: int = other(
+        1000, "Training images, and held-out images, whose losses are measured.", audit="recorded"
+    )
+    membership_draws: int = other(8, "Draws of noise level and noise for each image.", audit="recorded")
 
     def __post_init__(self) -> None:
         for name in ("num_images", "num_inference_steps", "eval_batch_size", "membership_images"):
@@ -104,16 +106,16 @@ class CheckpointConfig:
     """What is kept so that an interrupted run can go on."""
 
     checkpointing_steps: int = other(
-        500, "Write a checkpoint every this many steps of all clones, and at every merge."
+        500, "Steps of all clones together between two checkpoints; every merge writes one too."
     )
-    checkpoints_total_limit: int | None = other(None, "How many checkpoints to keep; all if not given.", smoke=1)
+    checkpoints_total_limit: int | None = other(None, "Number of checkpoints to keep; all if not given.", smoke=1)
     save_every_rounds: int | None = other(
         None,
-        "Save the pipeline or LoRA file after every this many rounds, too, in `rounds` in `--output_dir`.",
+        "Also save the pipeline or LoRA file every N rounds, under `rounds` in `--output_dir`.",
     )
     resume_from_checkpoint: str | None = other(
         None,
-        'Checkpoint folder to go on from, or "latest" (which starts anew if there is none).',
+        'Checkpoint folder to go on from, or "latest", which starts from the beginning if there is none.',
         scope="local",
         per_machine=False,
         brief='"latest": go on from the last checkpoint, if there is one.',
@@ -132,10 +134,10 @@ class LoggingConfig:
     logging_dir: str = other(
         "logs", "Folder of the trackers' files inside `--output_dir`.", scope="local", per_machine=False
     )
-    logging_steps: int = other(10, "Read losses back from the device every this many steps.")
+    logging_steps: int = other(10, "Steps between two readings of the losses from the device.")
     report_to: str = other(
         "tensorboard",
-        "Tracker.",
+        "Tracker that the numbers are sent to.",
         choices=("tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "all", "none"),
         smoke="none",
     )
@@ -160,5 +162,5 @@ class HubConfig:
     )
     hub_private_repo: bool = other(False, "Make the repository private.")
     push_audit_images: bool = other(
-        False, "Upload the audit's report too, which shows training images and their captions."
+        False, "Also upload the audit's report, which shows training images and their captions."
     )

@@ -33,8 +33,8 @@ class TrainingConfig:
     max_train_steps: int | None = free(None, "Steps of each clone; overrides `--num_train_epochs`.", smoke=2)
     total_train_steps: int | None = free(
         None,
-        "Steps of all clones together, shared out so that all images are visited equally often, and rounded up for "
-        "each clone; instead of `--max_train_steps`.",
+        "Instead of `--max_train_steps`: steps of all clones together, divided so that all images are visited equally "
+        "often, and rounded up for each clone.",
         smoke=None,
         instead_of="max_train_steps",
     )
@@ -50,34 +50,36 @@ class TrainingConfig:
     )
     allow_tf32: bool = free(False, "Allow TF32 matrix products on NVIDIA GPUs.")
     channels_last: bool = fixed(
-        False, "Lay out the denoiser's convolutions with the channels last; try it with half precision on GPUs."
+        False,
+        "Use the channels-last memory format for convolutions; try it with half precision on GPUs.",
     )
     compile: bool = free(
-        False, "Compile the denoiser with torch.compile, once for all clones; takes minutes before the first step."
+        False,
+        "Compile the denoiser with torch.compile, once for all clones; takes minutes before the first step.",
     )
     snr_gamma: float | None = free(
         None, "Gamma of the min-SNR loss weights; 5.0 is usual. Off if not given.", needs="noise schedule"
     )
     skip_rule: str = fixed(
         "agc",
-        "Which samples of a step give no gradient. agc: those with a low loss, anti-gradient control. guard: those of "
-        "images whose loss has fallen below that of held-out images. calibrated_agc: those of images whose loss has "
-        "fallen further below the base model's than other images'.",
+        "Which samples of a step to skip. agc: those with an unusually low loss (anti-gradient control). guard: those "
+        "of images whose loss has fallen further than held-out images' losses. calibrated_agc: those of images whose "
+        "loss has fallen further below the base model's than other images'.",
         choices=SKIP_RULES.names,
     )
     stop_when: str = fixed(
         "end",
-        "auto: stop when the loss of held-out images falls no more, and keep the weights of the round where it was "
-        "lowest. end: take all steps, and keep the last.",
+        "auto: stop once the loss of held-out images no longer falls, and keep the round where it was lowest. end: "
+        "take all steps, and keep the last round.",
         choices=("end", "auto"),
         smoke="end",
     )
-    stop_patience: int = fixed(3, "With `--stop_when auto`: looks in a row that find no lower loss before it stops.")
-    noise_offset: float = free(0.0, "Scale of an extra noise that is constant over each channel.")
+    stop_patience: int = fixed(3, "With `--stop_when auto`: stop after this many looks in a row without a lower loss.")
+    noise_offset: float = free(0.0, "Scale of extra noise that is constant over each channel.")
     weighting_scheme: str | None = free(
         None,
-        "Flow matching: how noise levels are drawn (logit_normal, mode, else uniformly) and losses weighted "
-        "(sigma_sqrt, cosmap, else equally); the family's own if not given.",
+        "Flow matching: how noise levels are drawn (logit_normal, mode, else uniformly) and losses are weighted "
+        "(sigma_sqrt, cosmap, else equally); the model family's own if not given.",
         choices=("none", "logit_normal", "mode", "sigma_sqrt", "cosmap"),
         needs="flow matching",
     )
@@ -86,7 +88,7 @@ class TrainingConfig:
     mode_scale: float = free(1.29, "Scale of the distribution `mode`.", needs="flow matching")
     max_sequence_length: int | None = free(
         None,
-        "Tokens that T5 makes of a caption; what the pipeline draws with by default if not given.",
+        "Longest caption for T5, in tokens; the pipeline's default if not given.",
         needs="T5",
         audit="run",
     )
@@ -95,19 +97,21 @@ class TrainingConfig:
     )
     smoke: bool = free(
         False,
-        "Try the recipe out in seconds: a tiny random model of its kind, made-up images with its columns, two short "
-        "rounds; the result is in the folder `OUTPUT_DIR-smoke`.",
+        "Try the recipe in seconds, with a tiny random model of its kind, made-up images and two short rounds; the "
+        "result goes to the folder `OUTPUT_DIR-smoke`.",
         names=("pipeline", "dataset"),
         smoke=False,
         brief="Try it in seconds, on a tiny random model and made-up images.",
     )
     dry_run: bool = other(
         False,
-        "Say what would run, and how much memory, disk and time it takes, measured with a few steps, and end; "
+        "Say what would run, and how much memory, disk and time it would take, from a few measured steps, and end; "
         "`iet-finetune plan` does the same.",
         smoke=False,
     )
-    ddp_timeout: int = other(300, "Seconds without a sign of life after which a rank counts as dead and all stop.")
+    ddp_timeout: int = other(
+        300, "Seconds without a sign of life after which a rank counts as dead and all ranks stop."
+    )
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**63, f"`--seed` must be in [0, 2^63), not {self.seed}.")
@@ -142,7 +146,7 @@ class OptimizerConfig:
     learning_rate: float = free(1e-4, "Learning rate after warm-up.", brief=True)
     scale_lr: bool = free(False, "Multiply the learning rate by batch size and accumulation steps.")
     lr_scheduler: str = free("constant", "Learning-rate schedule over a clone's steps.", choices=SCHEDULES)
-    lr_warmup_steps: int = free(500, "Steps of a clone over which the learning rate rises from 0.", smoke=0)
+    lr_warmup_steps: int = free(500, "Steps of each clone during which the learning rate rises from 0.", smoke=0)
     use_8bit_adam: bool = fixed(
         False, "Keep the optimizer state in 8 bits (needs the package bitsandbytes).", smoke=False
     )
@@ -150,8 +154,10 @@ class OptimizerConfig:
     adam_beta2: float = free(0.999, "Decay of AdamW's second moment.")
     adam_weight_decay: float = free(1e-2, "AdamW's weight decay.")
     adam_epsilon: float = free(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = free(1.0, "Norm to which a step's gradient is clipped; 0 switches clipping off.")
-    use_ema: bool = fixed(False, "Keep a moving average of the weights and save that.")
+    max_grad_norm: float = free(1.0, "Norm to clip gradients to; 0 switches clipping off.")
+    use_ema: bool = fixed(
+        False, "Keep a moving average of the weights (EMA), and save it instead of the last weights."
+    )
     ema_max_decay: float = free(0.9999, "Highest decay of the moving average.")
 
     def __post_init__(self) -> None:

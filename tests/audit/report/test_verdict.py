@@ -32,7 +32,7 @@ def test_what_one_attack_may_find_several_may_not_as_one_of_them_does_so_by_chan
     more = {"prompt_memorization_auc": even(0.5, 0.03, 0.5), "f_mem": share(3, 1000, 0.003)}
     audit = bare(metrics=slight | more)
     assert sentence(audit, "membership").tone == OPEN
-    assert sentence(audit, "membership").text.endswith("Of so many attacks one may find as much by chance.")
+    assert sentence(audit, "membership").text.endswith("With so many attacks, one may find this much by chance.")
     assert sentence(audit, "attacks").text.startswith("3 attacks were tried;")
     # With two, beyond 2.24; this one is 2.27 above chance.
     clearer = bare(metrics={"mia_auc": even(0.5313, 0.027, 0.5), "prompt_memorization_auc": even(0.5, 0.03, 0.5)})
@@ -228,6 +228,17 @@ def test_quality_is_told_beside_what_a_copyist_would_score_and_changes_no_headli
     assert found.headline == "Memorization was not measured."
 
 
+def test_a_rule_that_skipped_nothing_in_training_is_named():
+    said = sentence(bare(training={"skip_rule": "agc", "agc_threshold": 0.8, "skipped": 0.0}), "skipping")
+    assert said.text == "In training, `--skip_rule agc` skipped nothing: the rule changed nothing."
+    for run in (
+        {},
+        {"skip_rule": "guard", "skipped": 0.1},
+        {"skip_rule": "agc", "agc_threshold": 0.0, "skipped": 0.0},
+    ):
+        assert "skipping" not in [each.about for each in verdict(bare(training=run)).sentences]
+
+
 @pytest.mark.parametrize(("warnings", "words"), [(["a"], "1 warning below"), (["a", "b"], "2 warnings below")])
 def test_warnings_are_pointed_to(warnings, words):
     assert words in sentence(bare(warnings=warnings), "warnings").text
@@ -250,18 +261,18 @@ def test_what_was_got_out_is_told_first_in_plain_words():
     pictures = sample_audit().metrics["extracted"]
     assert copied == Sentence(
         BAD,
-        f"Whoever has nothing but the model gets {pictures.count} of the {pictures.total} training images out of it, "
-        "in 1,000 tries.",
+        f"Strangers who have only the model can get {pictures.count} of the {pictures.total} training images out of "
+        "it, as 1,000 tries showed.",
         "in short",
     )
     uncounted = sentence(bare(metrics={"f_mem": share(23, 1000, 0.0)}), "in short")
-    assert "gets copies of training images out of it, in 1,000 tries" in uncounted.text
+    assert "can get copies of training images out of it, as 1,000 tries showed" in uncounted.text
     clean = sentence(bare(metrics={"f_mem": share(0, 1000, 0.0)}), "in short")
     assert clean.tone == GOOD
-    assert clean.text == "Whoever has nothing but the model got none of the training images out of it in 1,000 tries."
+    assert clean.text == "Strangers who have only the model could not get any training image out of it in 1,000 tries."
     few = sentence(bare(metrics={"f_mem": share(0, 1, 0.0)}), "in short")
     assert few.tone == OPEN
-    assert few.text.endswith("in 1 try; that is too few tries to say more.")
+    assert few.text.endswith("in 1 try, which is too few to say more.")
     chance = sentence(bare(metrics={"f_mem": share(23, 1000, 0.0233)}), "in short")
     assert chance.tone == OPEN
     assert "or look like them by chance" in chance.text
@@ -278,10 +289,26 @@ def test_against_copies_it_advises_fewer_passes_and_rest_and_one_of_each_where_r
 
 def test_against_a_leak_it_advises_fewer_passes_more_images_and_a_lower_rank():
     leaks = bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.7, 0.03, 0.5)})
-    assert [each.split(":")[0] for each in verdict(leaks).advice] == [
-        "Train for fewer passes",
-        "More training images help, too, and in a LoRA a lower `--rank`.",
-    ]
+    assert verdict(leaks).advice == (
+        "Train for fewer passes: `--holdout_fraction 0.1 --stop_when auto` stops once the model gets no better on "
+        "held-out images.",
+        "Add training images, or try in a LoRA a lower `--rank`: single images are then remembered less.",
+    )
+
+
+def test_it_advises_nothing_that_the_run_did_already():
+    run = {"stop_when": "auto", "dedup": "near", "skip_rule": "guard", "use_lora": True, "rank": 4, "passes": 36}
+    leaks = {"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.7, 0.03, 0.5)}
+    assert verdict(bare(metrics=leaks, training=run)).advice == (
+        "Train for fewer passes: `--stop_when auto` kept the model as it was after 36; `--num_train_epochs 18` ends "
+        "sooner.",
+        "Add training images, or try a `--rank` below 4: single images are then remembered less.",
+    )
+    copied = " ".join(verdict(sample_audit(training=run)).advice)
+    assert not any(flag in copied for flag in ("--dedup", "--holdout_fraction", "--skip_rule", "private_photos"))
+    whole = verdict(bare(metrics=leaks, training=run | {"use_lora": False, "stop_when": "end"})).advice
+    assert whole[0].startswith("Train for fewer passes than 36: `--holdout_fraction 0.1 --stop_when auto` stops")
+    assert "--rank" not in whole[1]
 
 
 def test_where_it_cannot_tell_it_says_what_would():
@@ -291,7 +318,8 @@ def test_where_it_cannot_tell_it_says_what_would():
     assert len(alone) == 1
     assert alone[0].startswith("Hold images out")
     vague = verdict(bare(metrics={"f_mem": share(0, 1000, 0.0), "mia_auc": even(0.5, 0.15, 0.5)})).advice
-    assert vague == ("Give more than 300 held-out images: the attack by losses is then told from guessing.",)
+    assert len(vague) == 1
+    assert vague[0].startswith("Compare with more than 300 held-out images, so that the attack by losses can be told")
 
 
 def test_where_nothing_was_found_there_is_nothing_to_do():
@@ -310,7 +338,8 @@ def test_advice_is_on_the_page_and_in_the_terminal_and_names_only_flags_that_exi
     from iet_finetune.audit.report.summary import as_text
     from iet_finetune.config.config import flag_names
 
-    text = as_text(sample_audit(), tmp_path)
+    text = as_text(sample_audit(not_measured={"mq_0.4": "too few", "mq_0.5": "too few", "kid_x": "none."}), tmp_path)
+    assert "\nNot measured: mq_0.4, mq_0.5 (too few).\nNot measured: kid_x (none).\n" in text
     assert "\nWhat now:\n- Repeated images are memorized first" in text
     assert "<h2>What now</h2>" in report_page(sample_audit())
     assert "What now" not in report_page(AuditRecord())
