@@ -287,8 +287,14 @@ class Lender:
     def heldout_losses(self, images: Sequence[int], timesteps: Sequence[int], seed: int) -> Tensor:
         """Of what would be saved, as `losses`, while no clone is checked out. Every rank takes part."""
         self._put("ema" if "ema" in self._mergers else "merged")
+        return self.live_losses(images, timesteps, seed, heldout=True)
+
+    def live_losses(
+        self, images: Sequence[int], timesteps: Sequence[int], seed: int, *, heldout: bool = False
+    ) -> Tensor:
+        """Of the live weights, which must be the same on all ranks, as `losses`. Every rank takes part."""
         wanted = Looks(tuple(timesteps), tuple(range(len(timesteps))), seed)
-        return self._spread(self._images[True], tuple(images), wanted)
+        return self._spread(self._images[heldout], tuple(images), wanted)
 
     def _spread(self, source: Shard, images: tuple[int, ...], looks: Looks) -> Tensor:
         """What `losses` returns, each rank having computed some chunks of it; images of a chunk have one size."""
