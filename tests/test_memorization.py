@@ -172,7 +172,7 @@ def test_the_guard_by_other_clones_keeps_contents_together_and_compares_with_clo
     assert all(len({number for number, part in enumerate(shards) if hashes.index(h) in part}) == 1 for h in hashes)
     assert sorted(np.concatenate(shards)) == list(range(12))
     rng = np.random.default_rng(0)
-    ours, heldout = rng.uniform(1, 2, (3, 4, 2)), rng.uniform(1, 2, (3, 9, 2))
+    ours, heldout = (rng.uniform(1, 2, (3, count, 2)).astype(np.float32) for count in (4, 9))
     found = other_clones.Found()
     for shard, members in enumerate(([0, 2], [1], [3])):
         found.members[shard] = torch.tensor(members)
@@ -181,7 +181,7 @@ def test_the_guard_by_other_clones_keeps_contents_together_and_compares_with_clo
     apart = [(np.log(each[0]) - np.log((each[1] + each[2]) / 2)).mean(-1) for each in (ours, heldout)]
     median = np.sort(apart[1])[4]
     expected = (median - apart[0][2]) / (1.4826 * np.sort(abs(apart[1] - median))[4])
-    assert found.scores(4)[2].item() == pytest.approx(expected, rel=1e-5)
+    assert found.scores(4)[2].item() == pytest.approx(expected, rel=1e-4)
 
 
 @given(
