@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.memorization import arms, judge, matched, one, results, sets
+from benchmarks.memorization import arms, judge, matched, one, other_clones, results, sets
 from benchmarks.memorization.__main__ import planned, wanted
 from benchmarks.memorization.copies import near_copy
 from benchmarks.memorization.rules import ByChance, register
 from benchmarks.memorization.sources import Pictures, emoji
 from iet_finetune import Config
 from iet_finetune.audit.measures.features import Features
-from iet_finetune.config.registry import SKIP_RULES
+from iet_finetune.config.registry import SHARDINGS, SKIP_RULES
 from iet_finetune.data.duplicates import find_duplicates
 from iet_finetune.method.rules import Samples
 
@@ -29,7 +30,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(autouse=True)
 def only_the_rules_of_the_package(monkeypatch):
     """What a test registers is gone after it."""
-    monkeypatch.setattr(SKIP_RULES, "entries", dict(SKIP_RULES.entries))
+    for registry in (SKIP_RULES, SHARDINGS):
+        monkeypatch.setattr(registry, "entries", dict(registry.entries))
 
 
 class Pixels(Features):
@@ -161,6 +163,25 @@ def test_chance_skips_its_share_and_the_same_samples_wherever_they_are_judged():
     assert not torch.equal(keep(members), whole)
     other.load_state_dict(rule.state_dict())
     assert other.steps == 1
+
+
+def test_the_guard_by_other_clones_keeps_contents_together_and_compares_with_clones_that_have_not_seen_them():
+    hashes = [*"aaaaa", *"bb", *"cdefg"]
+    shards = other_clones.whole_contents(SimpleNamespace(content_hashes=hashes), 3, 0)
+    assert sorted(map(len, shards)) == [3, 4, 5]
+    assert all(len({number for number, part in enumerate(shards) if hashes.index(h) in part}) == 1 for h in hashes)
+    assert sorted(np.concatenate(shards)) == list(range(12))
+    rng = np.random.default_rng(0)
+    ours, heldout = (rng.uniform(1, 2, (3, count, 2)).astype(np.float32) for count in (4, 9))
+    found = other_clones.Found()
+    for shard, members in enumerate(([0, 2], [1], [3])):
+        found.members[shard] = torch.tensor(members)
+        found.ours[shard], found.heldout[shard] = torch.from_numpy(ours[shard]), torch.from_numpy(heldout[shard])
+    assert other_clones.Found().scores(4).tolist() == [0] * 4
+    apart = [(np.log(each[0]) - np.log((each[1] + each[2]) / 2)).mean(-1) for each in (ours, heldout)]
+    median = np.sort(apart[1])[4]
+    expected = (median - apart[0][2]) / (1.4826 * np.sort(abs(apart[1] - median))[4])
+    assert found.scores(4)[2].item() == pytest.approx(expected, rel=1e-4)
 
 
 @given(

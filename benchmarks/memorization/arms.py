@@ -12,7 +12,7 @@ from filelock import FileLock
 from iet_finetune import Config, Trainer
 from iet_finetune.data.duplicates import find_duplicates
 
-from . import rules
+from . import other_clones, rules
 from .sets import FEW, LONG, UNIQUE, UNIQUES, EvidenceSet, array, seen_classes, small, table
 from .sources import ROOT
 
@@ -139,6 +139,12 @@ ARMS = {
     "guard-levels": Arm(
         "guard that chooses its noise levels",
         {**_GUARD, "guard_levels": (0.005, 0.01, 0.02, 0.04, 0.08, 0.15), "guard_best_levels": 3},
+        only_fine_tuned=True,
+    ),
+    "guard-clones": Arm(
+        "IET, guard by the other clones",
+        {"skip_rule": other_clones.NAME, "shard_strategy": other_clones.SHARDING},
+        shards=SHARDS,
         only_fine_tuned=True,
     ),
 }

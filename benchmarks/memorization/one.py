@@ -21,7 +21,7 @@ from iet_finetune.families.finding import source_of
 from iet_finetune.files import LEDGER, written_beside
 from iet_finetune.training.data import compares_with
 
-from . import rules
+from . import other_clones, rules
 from .arms import ARMS, COURSES, FINE_TUNED, base, chosen_rows, config_of
 from .features import GarmentFeatures, SmallEfficientNet
 from .judge import OFTEN, Judge, Ruler, losses, measure
@@ -91,7 +91,11 @@ def _trained(name: str, arm: str, seed: int, home: Path, ruler: Ruler, labels: d
         heldout = table(ruler.evidence.seen) if compares_with(config) else None
         # A search of its own leaves the same images, of which the judge must know.
         dataset = ruler.evidence.dataset(rows if config.data.dedup == "none" else None)
-        Trainer(config, [judge], pipeline=pipeline, dataset=dataset, heldout_images=heldout).train()
+        callbacks = [judge, listening := other_clones.Listening()]
+        trainer = Trainer(config, callbacks, pipeline=pipeline, dataset=dataset, heldout_images=heldout)
+        if config.training.skip_rule == other_clones.NAME:
+            listening.trainer = trainer
+        trainer.train()
         if as_saved:
             judge.of_saved(DiffusionPipeline.from_pretrained(str(config.output_path), dtype=torch.float32))
         judge.measured[-1] |= told_by_ledger(config.output_path / LEDGER, ruler.evidence, rows)

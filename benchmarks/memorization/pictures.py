@@ -31,7 +31,7 @@ COLOURS = dict(
             "#88CCEE",
             "#661100",
         ),
-        strict=False,
+        strict=True,
     )
 )
 

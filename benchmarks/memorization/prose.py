@@ -101,7 +101,7 @@ def opening(measured: Measurements, there: Sequence[str]) -> str:
     lines.append("\nEach part by itself; near copies after the same number of steps:\n")
     lines += _by_arm(measured, there, ("agc", "chance", "iet", "iet-agc"))
     lines.append("\nBeyond the paper ([memorize-less.md](memorize-less.md)), the same:\n")
-    beyond = ("search", "guard", "search-guard", "guard-pull", "search-guard-pull", "guard-levels")
+    beyond = ("search", "guard", "search-guard", "guard-pull", "search-guard-pull", "guard-levels", "guard-clones")
     lines += _by_arm(measured, there, (*beyond, "calibrated", "search-calibrated"))
     lines.append("\n![Copies over quality, every set](results/summary.png)\n")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""A skip rule for comparison: as many samples as AGC skips, but chosen by chance."""
+"""Skip rules for comparison: as many samples as AGC skips, but chosen by chance; and the guard by other clones."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,16 @@ from iet_finetune.config.flags import flag
 from iet_finetune.config.registry import SKIP_RULES
 from iet_finetune.method.rules import Samples, SkipRule
 
+from . import other_clones
+
 NAME = "by_chance"
 
 
 def register() -> None:
-    """Lets `--skip_rule by_chance` choose the rule."""
+    """Lets `--skip_rule` choose them."""
     if NAME not in SKIP_RULES.entries:
         register_skip_rule(NAME)(ByChance)
+    other_clones.register()
 
 
 class ByChance(SkipRule):

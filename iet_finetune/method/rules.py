@@ -102,9 +102,7 @@ class Run(Protocol):
 
     @property
     def passes_a_visit(self) -> int:
-        """Forward passes that take as long as one sample's visit in training; of an adapter fewer, as most weights
-        have no gradient.
-        """
+        """Forward passes that take as long as one sample's visit in training."""
 
     @property
     def rounds_left(self) -> int:

@@ -1,25 +1,24 @@
-"""What skip rules may ask about a run: frozen denoisers without a second network, and losses by image."""
+"""What skip rules may ask about a run: frozen denoisers, and losses by image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.loader import Shard, collate
 from ..distributed.groups import Ranks
-from ..ensemble.budget import Need
 from ..ensemble.checkpoint import Checkpoint
 from ..ensemble.merger import MergesClones
 from ..ensemble.pieces import Piece, tensors_piece
 from ..errors import UserError
-from ..families.base import evaluating
 from ..families.encoding import ENCODE_CHUNK
 from ..method.objective import per_sample_loss
 from ..method.rules import SkipRule
 from ..method.seeding import image_noise
 from .data import Data
+from .lent import Lent
 from .model import Model
 from .noising import Noising, calling
 
@@ -28,56 +27,6 @@ MERGERS = {"merged": "denoiser", "ema": "ema"}
 REFERENCE = "reference"
 # A backward pass takes as long as two forward passes, or as one where most weights have no gradient.
 PASSES_A_VISIT, WITH_ADAPTER = 3, 2
-
-
-class Lent:
-    """The denoiser with other weights, which take the place of the live ones for the time of a call.
-
-    Attributes:
-        values: live parameter or buffer -> what stands in for it, on its device.
-    """
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        self._denoiser = denoiser
-        self.values: dict[Tensor, Tensor] = {}
-
-    @torch.no_grad()
-    def take(self, tensors: Sequence[Tensor]) -> None:
-        """Copies what these live tensors hold now; memory of earlier copies is used again."""
-        for tensor in tensors:
-            if tensor in self.values and self.values[tensor].shape == tensor.shape:
-                self.values[tensor].copy_(tensor.detach())
-            else:
-                self.values[tensor] = tensor.detach().clone()
-
-    @property
-    def named(self) -> dict[str, Tensor]:
-        """The copies by the names of what they stand in for."""
-        named = (*self._denoiser.named_parameters(), *self._denoiser.named_buffers())
-        return {name: self.values[tensor] for name, tensor in named if tensor in self.values}
-
-    @torch.no_grad()
-    def restore(self, named: Mapping[str, Tensor]) -> None:
-        """Takes copies that were `named`, laid out in memory as the live tensors are, as bits depend on it."""
-        live = dict((*self._denoiser.named_parameters(), *self._denoiser.named_buffers()))
-        for name, saved in named.items():
-            like = live[name].detach()
-            place = torch.empty_like(like) if like.shape == saved.shape else like.new_empty(saved.shape)
-            self.values[live[name]] = place.copy_(saved)
-
-    @torch.no_grad()
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The denoiser's output, without gradient or dropout."""
-        # The tensors that a pending backward pass has saved are the live ones: they are back in place before it.
-        own = [tensor.data for tensor in self.values]
-        try:
-            for tensor, value in self.values.items():
-                tensor.data = value
-            with evaluating(self._denoiser):
-                return self._denoiser(*args, **kwargs)
-        finally:
-            for tensor, data in zip(self.values, own, strict=True):
-                tensor.data = data
 
 
 class Looks(NamedTuple):
@@ -287,8 +236,14 @@ class Lender:
     def heldout_losses(self, images: Sequence[int], timesteps: Sequence[int], seed: int) -> Tensor:
         """Of what would be saved, as `losses`, while no clone is checked out. Every rank takes part."""
         self._put("ema" if "ema" in self._mergers else "merged")
+        return self.live_losses(images, timesteps, seed, heldout=True)
+
+    def live_losses(
+        self, images: Sequence[int], timesteps: Sequence[int], seed: int, *, heldout: bool = False
+    ) -> Tensor:
+        """Of the live weights, which must be the same on all ranks, as `losses`. Every rank takes part."""
         wanted = Looks(tuple(timesteps), tuple(range(len(timesteps))), seed)
-        return self._spread(self._images[True], tuple(images), wanted)
+        return self._spread(self._images[heldout], tuple(images), wanted)
 
     def _spread(self, source: Shard, images: tuple[int, ...], looks: Looks) -> Tensor:
         """What `losses` returns, each rank having computed some chunks of it; images of a chunk have one size."""
@@ -340,19 +295,3 @@ class Lender:
         """Frees the weights that were lent: nothing can be trained any more."""
         for lent in self._lent.values():
             lent.values.clear()
-
-
-def need_of_rule(rule: type[SkipRule], config: Any, weights: int, below: int) -> Need:
-    """What a rule takes: the networks that it borrows, and gradients of what skipped samples learn instead.
-
-    Args:
-        config: the values of the rule's flags.
-        weights: bytes of the trained tensors.
-        below: of the frozen weights below adapters that are merged exactly, which change from round to round.
-    """
-    borrowed = rule.borrows_with(config)
-    changed = sum(which != "merged" for which in borrowed)
-    return Need(
-        device=(len(borrowed) + rule.teaches(config)) * weights + changed * below,
-        checkpoint=weights + below if REFERENCE in borrowed else 0,
-    )

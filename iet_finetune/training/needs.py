@@ -1,5 +1,7 @@
 """The memory that training keeps on a rank, all parts together."""
 
+from typing import Any
+
 from ..config.config import Config
 from ..config.registry import SKIP_RULES
 from ..distributed.groups import Placement
@@ -9,7 +11,8 @@ from ..ensemble.ema import EMA
 from ..ensemble.optimizers import state_bytes
 from ..ensemble.trainable import Trainable
 from ..lora.adapters import Adapter
-from .lending import need_of_rule
+from ..method.rules import SkipRule
+from .lending import REFERENCE
 from .mergers import need_of_mergers
 
 
@@ -24,8 +27,7 @@ def need_of_run(
     """
     size = sum(parameter.nbytes for parameter in trainable.parameters.values())
     policy = POLICIES[config.ensemble.optimizer_across_rounds]
-    changes = adapter is not None and config.merges_exactly and placement.num_shards > 1
-    below = adapter.nbytes if adapter is not None and changes else 0
+    below = adapter.nbytes if adapter is not None and config.merges_exactly and placement.num_shards > 1 else 0
     entry, settings = config.chosen(SKIP_RULES)
     rule = entry.load()
     needs = [
@@ -38,3 +40,19 @@ def need_of_run(
         Need(device=size if config.prior.is_on and not rule.teaches(settings) else 0),
     ]
     return sum(needs, Need())
+
+
+def need_of_rule(rule: type[SkipRule], config: Any, weights: int, below: int) -> Need:
+    """What a rule takes: the networks that it borrows, and gradients of what skipped samples learn instead.
+
+    Args:
+        config: the values of the rule's flags.
+        weights: bytes of the trained tensors.
+        below: of the frozen weights below adapters that are merged exactly, which change from round to round.
+    """
+    borrowed = rule.borrows_with(config)
+    changed = sum(which != "merged" for which in borrowed)
+    return Need(
+        device=(len(borrowed) + rule.teaches(config)) * weights + changed * below,
+        checkpoint=weights + below if REFERENCE in borrowed else 0,
+    )

@@ -21,7 +21,7 @@ from tiny import RESOLUTION, save_images, save_sd_of_one_width, save_tiny_sd, ti
 from iet_finetune import Config, Trainer, UserError
 from iet_finetune.config.registry import SKIP_RULES
 from iet_finetune.method.rules import Run
-from iet_finetune.training.lending import need_of_rule
+from iet_finetune.training.needs import need_of_rule
 
 IMAGES = 12
 REGISTER = f"sys.path.append({str(Path(rules.__file__).parent)!r}); import rules; rules.register()"
