@@ -8,10 +8,12 @@ from .arms import ARMS, COURSES, SHARDS
 from .measurements import COUNTED, QUALITY, QUARTER, STOPPED, TITLES, WORDS, Measurements
 from .sets import EXACT, LONG, LONG_TAIL, NEAR, ONCES, SETS, UNIQUES
 from .tables import (
+    at_same_quality,
     by_round,
     direction,
     equal_steps,
     half_way,
+    interval,
     matched_once,
     number,
     part,
@@ -127,6 +129,7 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     lines += ["Compared with plain training stopped at the same quality, how many fewer images, beyond chance, are"]
     for column in (f"nearest_{EXACT}", f"nearest_{NEAR}"):
         lines += [f"\n{COUNTED[column]} (a negative number is more):\n", table(worth(measured, there, column))]
+    lines += [_ceiling(measured, there)]
     lines += ["Plain training stopped where its held-out loss is lowest, compared with the end of the same run:\n"]
     for name in there:
         stopped, end = measured.end(name, STOPPED), measured.end(name, "plain")
@@ -163,6 +166,24 @@ def what_it_is_worth(measured: Measurements, there: Sequence[str]) -> str:
     if missing:
         lines.append(f"* What has not been measured yet: {'; '.join(missing)}.")
     return "\n".join(lines) + "\n"
+
+
+def _ceiling(measured: Measurements, there: Sequence[str]) -> str:
+    """How much of what lands next to near repeats can be taken away at all."""
+    column = f"nearest_{NEAR}"
+    found = {
+        name: at_same_quality(measured, name, "oracle", column) for name in there if "oracle" in measured.arms(name)
+    }
+    told = [
+        f"{TITLES[name]}: {interval(each[2])}" for name, each in found.items() if each is not None and each[1].low > 0
+    ]
+    if not told:
+        return ""
+    return (
+        "The oracle leaves every copy out, so that each image is there once. It still draws images next to those that "
+        "were repeated: not copies of them, but what is near to one of many variants. No rule can take away more of "
+        f"the near repeats' excess than the oracle does. {'; '.join(told)}.\n"
+    )
 
 
 def once_only(measured: Measurements, name: str) -> str:
