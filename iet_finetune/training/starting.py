@@ -1,5 +1,6 @@
 """Starts Accelerate: the device, precision, process group and trackers of this rank."""
 
+import os
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ def start_accelerator(config: Config) -> Accelerator:
     available = [str(tracker.value) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *available):
         raise UserError(f"`--report_to {report_to}` needs a package: `pip install {report_to}`.")
+    # torchrun lets NCCL end a rank that has lost another one, perhaps before it has said so: `Watchdog` does both.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=1,
