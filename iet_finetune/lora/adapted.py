@@ -62,6 +62,16 @@ class AdaptedLayer:
         return LowRank(*(factor.to(torch.float32) for factor in unfold_scaling(update, self.scaling)))
 
 
+def cast_inputs(denoiser: nn.Module, cast: bool) -> None:
+    """Whether adapters put their inputs into their own precision, as peft lets them.
+
+    Where autocast is on, it takes them back to half precision at once: all that comes of it is a copy.
+    """
+    for module in denoiser.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = cast
+
+
 def adapted_layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
     """The layers of a denoiser that have an adapter, by the module's name and in the module's order."""
     for name, module in denoiser.named_modules():
