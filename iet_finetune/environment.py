@@ -59,7 +59,8 @@ def without_tf32() -> Iterator[None]:
 
 
 def _tf32_places() -> tuple[Any, ...]:
-    return torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    cudnn: Any = torch.backends.cudnn  # torch's stubs leave these out
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -211,19 +211,19 @@ class Ranks(Coordinator):
         Raises:
             UserError: they do not; or as `check`.
         """
-        self._try()
+        self._try(Group())  # without one of its own: all ranks
         group = self.group(placement)
         if group.size > 1:
             self._try(group)
         return group
 
-    def _try(self, group: Group | None = None) -> None:
+    def _try(self, group: Group) -> None:
         if self._watchdog is None:
             return
         try:
             with self._collective(barrier=True):
                 patience = min(PATIENCE, self._watchdog.timeout)
-                try_collectives(self.device, group and group.process_group, patience=patience, check=self.check)
+                try_collectives(self.device, group.process_group, patience=patience, check=self.check)
         except RuntimeError as error:
             raise not_connected(self.device, error) from None
 

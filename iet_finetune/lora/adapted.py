@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,9 @@ def cast_inputs(denoiser: nn.Module, cast: bool) -> None:
 
     Where autocast is on, it takes them back to half precision at once: all that comes of it is a copy.
     """
-    for module in denoiser.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = cast
+    layers: list[Any] = [module for module in denoiser.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = cast
 
 
 def adapted_layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
