@@ -80,8 +80,10 @@ class Trainer:
         # Where the pipeline came from, if it is the caller's.
         self._home = getattr(pipeline, "device", None)
         self._callbacks: tuple[Callback, ...] = tuple(callbacks)
+        self._phase = ""
         try:
-            with self.ranks.report_errors_once():
+            explained = out_of_memory_explained(config, None, lambda: self._phase)
+            with self.ranks.report_errors_once(), explained:
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 prepared = prepare(config, accelerator, self.ranks, objects, self._enter)
         except KeyboardInterrupt:
@@ -102,7 +104,7 @@ class Trainer:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
             with contextlib.chdir(self._started_in), self.ranks.report_errors_once():
-                with out_of_memory_explained(self.config, self.store):
+                with out_of_memory_explained(self.config, self.store, lambda: self._phase):
                     self.train_rounds()
                 self.finish()
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
@@ -325,6 +327,7 @@ class Trainer:
         self.ranks.barrier()
 
     def _enter(self, phase: str) -> None:
+        self._phase = phase
         self._call("on_phase", phase)
 
     def _call(self, event: str, facts: object) -> None:
