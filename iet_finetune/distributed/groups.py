@@ -258,7 +258,7 @@ class Ranks(Coordinator):
         with self._failure_explained():
             if barrier and self._watchdog:
                 self._barrier()
-            with self._watchdog.in_collective() if self._watchdog else contextlib.nullcontext():
+            with self.in_time():
                 yield
                 if self.device.type == "cuda":
                     # NCCL only queues it. Whoever asked for it waits for it next.

@@ -64,8 +64,8 @@ class Watchdog:
     cannot be interrupted. Every other rank has ended at most `timeout` seconds after a death: 0.8 of it to declare a
     silent rank lost, polling included, and 0.2 for the main thread to acknowledge.
 
-    A collective that stands still for `timeout` seconds while all ranks are alive ends the run, too. What NCCL itself
-    does about that is switched off: it may end a rank before it has said why.
+    A collective, or a step of a group, that takes longer than `timeout` while all ranks are alive ends the run, too.
+    What NCCL itself does about that is switched off: it may end a rank before it has said why.
 
     Args:
         monitor_store: a store handle that only the monitor uses; a handle serves one thread.
@@ -85,7 +85,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._failed, self._acknowledged, self._closing, self._stopped = (threading.Event() for _ in range(4))
         self._polls = 0
-        self._collectives = 0  # begun and ended ones: odd within one
+        self._timed = 0  # beginnings and ends of `in_time`: odd inside
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._monitor, self._guard)]
 
     def start(self) -> None:
@@ -105,13 +105,13 @@ class Watchdog:
         atexit.unregister(self.stop)
 
     @contextlib.contextmanager
-    def in_collective(self) -> Iterator[None]:
-        """Inside is a collective that all ranks have entered, which must not take longer than `timeout`."""
-        self._collectives += 1
+    def in_time(self) -> Iterator[None]:
+        """Inside is what must not take longer than `timeout`."""
+        self._timed += 1
         try:
             yield
         finally:
-            self._collectives += 1
+            self._timed += 1
 
     def error(self) -> UserError | None:
         """Returns the failure as an error for the main thread to raise, and acknowledges it; None without one."""
@@ -172,7 +172,7 @@ class Watchdog:
 
     def _monitor(self) -> None:
         timers = {rank: StallTimer(self.limit / 2) for rank in range(self.size) if rank != self.rank}
-        collective = StallTimer(self.limit / 2)
+        timed = StallTimer(self.limit / 2)
         try:
             while not self._closing.is_set():
                 self._store.add(f"heartbeat/{self.rank}", 1)
@@ -182,8 +182,8 @@ class Watchdog:
                 self._polls += 1
                 if max(silent.values()) > self.limit:
                     self._report_lost(silent)
-                within = self._collectives
-                if collective.seconds(within) > self.timeout and within % 2:
+                inside = self._timed
+                if timed.seconds(inside) > self.timeout and inside % 2:
                     self.report(self._store, self._stuck)
                 if self._reported_within(self.interval):
                     self.acknowledge(self._store)

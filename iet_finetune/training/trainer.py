@@ -189,7 +189,9 @@ class Trainer:
                 self.ranks.check()
                 taken += 1
                 logs = clone.step % self.config.logging.logging_steps == 0 or clone.step == stop
-                sums = clone.meter.read() if logs or taken in due else None
+                # A group's device may wait for another one.
+                with self.ranks.in_time():
+                    sums = clone.meter.read() if logs or taken in due else None
                 since = sums.combined(before, -1) if logs and sums is not None else None
                 images = (wave.total(taken) - wave.total(taken - 1)) * (step.stop - step.start)
                 facts = step_facts(self.data, self.run, clone, wave.total(taken), images, since, self._wants_losses)
@@ -213,7 +215,17 @@ class Trainer:
         if clone is not None:
             steps = self.data.schedule.steps(clone.shard, clone.step, stop)
             rates = self.run.learning_rates[clone.shard]
-            yield from self.run.local.run(clone, self.data.shards[clone.shard], steps, rates)
+            taken = self.run.local.run(clone, self.data.shards[clone.shard], steps, rates)
+            yield from taken if self.run.placement.group_size == 1 else self._in_time(taken)
+
+    def _in_time(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Takes the steps of a group, none of which may wait for ever."""
+        while True:
+            with self.ranks.in_time():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def end_round(self, drift: float) -> None:
         """Records the round that has just been merged; the clones' meters start again. Every rank takes part."""
