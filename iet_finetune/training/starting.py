@@ -28,7 +28,8 @@ def start_accelerator(config: Config) -> Accelerator:
         raise UserError(f"`--report_to {report_to}` needs a package: `pip install {report_to}`.")
     check_driver()
     # torchrun lets NCCL end a rank that has lost another one, perhaps before it has said so: `Watchdog` does both.
-    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=1,

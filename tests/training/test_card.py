@@ -1,5 +1,7 @@
 """A GPU that is not to be had, or cannot compute as it is asked to, is one line."""
 
+import os
+
 import pytest
 import torch
 
@@ -86,3 +88,19 @@ def test_a_card_without_bf16_and_one_that_others_use_are_a_line_each(monkeypatch
 
 def test_a_cpu_is_not_looked_at():
     check_card(torch.device("cpu"), "bf16")
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [("1", "1"), ("2", "0")])
+def test_nccl_does_not_end_one_of_several_ranks_before_it_has_said_why(ranks, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun sets it
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    found = []
+
+    def accelerator(**settings):
+        found.append(os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(starting, "Accelerator", accelerator)
+    with pytest.raises(UserError, match="enough"):
+        started(tmp_path)
+    assert found == [expected]
