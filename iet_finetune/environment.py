@@ -1,8 +1,10 @@
-"""What a run's bits depend on besides its settings: versions, processor, threads."""
+"""What a run's bits depend on besides its settings: versions, processor, threads, TF32."""
 
 import functools
 import importlib.metadata
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,38 @@ def environment() -> dict[str, Any]:
 def _version(package: str) -> str:
     """The installed version of a package, which is read from its files once and not for every checkpoint."""
     return importlib.metadata.version(package)
+
+
+def allow_tf32() -> None:
+    """Allows TF32 in matrix products on NVIDIA GPUs."""
+    # By the older of torch's two flags, which sets the newer one, too. The newer one alone leaves the older behind,
+    # and then torch raises an error where it reads that one itself, as when it compiles.
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def uses_tf32() -> list[bool]:
+    """Whether matrix products and convolutions on NVIDIA GPUs may be rounded to TF32."""
+    # By the newer flags: reading an older one raises an error where somebody has set one of the newer.
+    return [place.fp32_precision == "tf32" for place in _tf32_places()[:2]]
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Computes in full fp32 inside, also on NVIDIA GPUs."""
+    places = _tf32_places()
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+def _tf32_places() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn  # torch's stubs leave these out
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.transforms import ImageTransform
-from ..environment import environment
+from ..environment import environment, uses_tf32
 from ..families.base import Family
 from ..families.encoding import Encoder
 
@@ -69,8 +69,7 @@ def _machine(device: torch.device) -> dict[str, Any]:
     found = {name: facts["versions"][name] for name in _PACKAGES} | {"device": device.type}
     if device.type == "cpu":
         return found | {"processor": facts["processor"], "threads": facts["threads"]}
-    tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-    return found | {"accelerator": facts["accelerator"], "tf32": tf32}
+    return found | {"accelerator": facts["accelerator"], "tf32": uses_tf32()}
 
 
 def _class_digest(kind: type) -> str:

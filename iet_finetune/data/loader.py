@@ -20,6 +20,7 @@ from ..method.seeding import SampleDraws, beside_draws, pass_order, sample_draws
 from .buckets import size_of
 from .dataset import TrainingImages
 from .encoded import Encoded, EncodedData
+from .transfer import copies_ahead
 from .transforms import ImageTransform
 
 Shape = tuple[int, int, int]
@@ -82,9 +83,7 @@ class MicroBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copies the batch to the device asynchronously; `uniform` stays, because not every device has float64."""
-        # Only CUDA keeps the source alive until an asynchronous copy is done.
-        ahead = device.type == "cuda"
-        staying = ["captions", "uniform"]
+        staying, ahead = ["captions", "uniform"], copies_ahead(device)
         return MicroBatch(**send_to_device(self._asdict(), device, non_blocking=ahead, skip_keys=staying))
 
 

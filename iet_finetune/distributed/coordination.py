@@ -57,6 +57,13 @@ class Coordinator:
         if error is not None:
             raise error
 
+    def in_time(self) -> contextlib.AbstractContextManager[None]:
+        """Inside is what waits for other ranks on a device, and so cannot be interrupted.
+
+        If it takes longer than `--ddp_timeout`, the run ends as if a rank were lost.
+        """
+        return self._watchdog.in_time() if self._watchdog else contextlib.nullcontext()
+
     def barrier(self) -> None:
         """Returns when every rank has called it; raises as `check` does."""
         if self._watchdog is None:

@@ -17,12 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from .coordination import Coordinator
 from .placement import Placement as Placement
 from .placement import gathered_places, split_sizes
+from .trial import PATIENCE, all_gather_single, not_connected, try_collectives
 from .watchdog import Watchdog
 
 S = TypeVar("S", bound=Sequence[Any])
-
-# Renamed in torch 2.13, which warns of the old name.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Group:
@@ -31,11 +29,14 @@ class Group:
     Attributes:
         size: how many ranks there are.
         member: the index of this rank among them.
+        process_group: that of torch.distributed; None for a group of one.
     """
 
     def __init__(self, size: int = 1, member: int = 0, process_group: dist.ProcessGroup | None = None) -> None:
         self.size, self.member = size, member
-        self._process_group = process_group
+        self.process_group = process_group
+        # By the samples of a step's micro-batches and the device: made anew, a step would wait for the device.
+        self._places: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Stacks the (n, m) values of all members, in member order, to (size, n, m).
@@ -45,7 +46,7 @@ class Group:
         if self.size == 1:
             return values[None]
         gathered = values.new_empty((self.size * len(values), *values.shape[1:]))
-        _all_gather(gathered, values.contiguous(), group=self._process_group)
+        all_gather_single(gathered, values.contiguous(), group=self.process_group)
         return gathered.view(self.size, *values.shape)
 
     def all_gather_samples(self, values: Tensor, batches: Sequence[int]) -> Tensor:
@@ -58,10 +59,18 @@ class Group:
         Returns:
             (n, sum(batches)).
         """
-        width, places = gathered_places(batches, self.size)
+        width, places = self._order(batches, values.device)
         padded = nn.functional.pad(values, (0, width - values.shape[1]))
         gathered = self.all_gather(padded).transpose(0, 1).reshape(len(values), -1)
-        return gathered[:, torch.tensor(places, device=values.device)]
+        return gathered[:, places]
+
+    def _order(self, batches: Sequence[int], device: torch.device) -> tuple[int, Tensor]:
+        """What `gathered_places` gives, the places (sum(batches),) int64 on the device."""
+        key = (*batches, device)
+        if key not in self._places:
+            width, places = gathered_places(batches, self.size)
+            self._places[key] = width, torch.tensor(places, device=device)
+        return self._places[key]
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Wraps the module so that every backward averages gradients over the group; a group of one returns it as is.
@@ -74,7 +83,7 @@ class Group:
         wrapped = DistributedDataParallel(
             module,
             device_ids=[device] if device.type == "cuda" else None,
-            process_group=self._process_group,
+            process_group=self.process_group,
             gradient_as_bucket_view=True,
         )
         # Set afterwards: torch 2.13 deprecates the argument, and older versions lack its successor.
@@ -92,7 +101,7 @@ class Group:
     def all_reduce(self, tensors: Sequence[Tensor]) -> None:
         """Overwrites each tensor with its sum over the members, whose tensors have the same shapes."""
         for tensor in tensors if self.size > 1 else ():
-            dist.all_reduce(tensor, group=self._process_group)
+            dist.all_reduce(tensor, group=self.process_group)
 
     def sizes(self, count: int) -> list[int]:
         """Returns how many of `count` samples each member takes; the sizes differ by at most 1."""
@@ -108,7 +117,7 @@ class Group:
 class Ranks(Coordinator):
     """All ranks of a run, seen from one of them; create it with `alone` or `join`.
 
-    Every rank calls `barrier`, `all_gather_object`, `all_to_all`, `all_gather`, `broadcast`, `group`,
+    Every rank calls `barrier`, `all_gather_object`, `all_to_all`, `all_gather`, `broadcast`, `group`, `connect`,
     `first_on_machine` and `leave` in the same order. They return when all ranks have called them, and raise as `check`
     does once a rank is known to be lost.
 
@@ -184,7 +193,7 @@ class Ranks(Coordinator):
             if self.size == 1:
                 return part
             gathered = part.new_empty(self.size * len(part))
-            _all_gather(gathered, part)
+            all_gather_single(gathered, part)
             return gathered
 
     def broadcast(self, tensor: Tensor, source: int, barrier: bool = True) -> None:
@@ -195,6 +204,28 @@ class Ranks(Coordinator):
         with self._collective(barrier):
             if self.size > 1:
                 dist.broadcast(tensor, src=source)
+
+    def connect(self, placement: Placement) -> Group:
+        """Tries whether tensors go from rank to rank, and returns this rank's group; every rank calls it.
+
+        Raises:
+            UserError: they do not; or as `check`.
+        """
+        self._try(Group())  # without one of its own: all ranks
+        group = self.group(placement)
+        if group.size > 1:
+            self._try(group)
+        return group
+
+    def _try(self, group: Group) -> None:
+        if self._watchdog is None:
+            return
+        try:
+            with self._collective(barrier=True):
+                patience = min(PATIENCE, self._watchdog.timeout)
+                try_collectives(self.device, group.process_group, patience=patience, check=self.check)
+        except RuntimeError as error:
+            raise not_connected(self.device, error) from None
 
     def group(self, placement: Placement, barrier: bool = True) -> Group:
         """Creates this rank's group; every rank calls it. `barrier` and errors as in `all_to_all`."""
@@ -227,7 +258,11 @@ class Ranks(Coordinator):
         with self._failure_explained():
             if barrier and self._watchdog:
                 self._barrier()
-            yield
+            with self.in_time():
+                yield
+                if self.device.type == "cuda":
+                    # NCCL only queues it. Whoever asked for it waits for it next.
+                    torch.cuda.current_stream(self.device).synchronize()
 
 
 def _handle() -> Store:

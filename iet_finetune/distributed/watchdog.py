@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError
@@ -64,6 +64,9 @@ class Watchdog:
     cannot be interrupted. Every other rank has ended at most `timeout` seconds after a death: 0.8 of it to declare a
     silent rank lost, polling included, and 0.2 for the main thread to acknowledge.
 
+    A collective, or a step of a group, that takes longer than `timeout` while all ranks are alive ends the run, too.
+    What NCCL itself does about that is switched off: it may end a rank before it has said why.
+
     Args:
         monitor_store: a store handle that only the monitor uses; a handle serves one thread.
         rank, size: this rank, and the number of ranks.
@@ -82,6 +85,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._failed, self._acknowledged, self._closing, self._stopped = (threading.Event() for _ in range(4))
         self._polls = 0
+        self._timed = 0  # beginnings and ends of `in_time`: odd inside
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._monitor, self._guard)]
 
     def start(self) -> None:
@@ -99,6 +103,15 @@ class Watchdog:
             event.set()
         guard.join(self.grace)
         atexit.unregister(self.stop)
+
+    @contextlib.contextmanager
+    def in_time(self) -> Iterator[None]:
+        """Inside is what must not take longer than `timeout`."""
+        self._timed += 1
+        try:
+            yield
+        finally:
+            self._timed += 1
 
     def error(self) -> UserError | None:
         """Returns the failure as an error for the main thread to raise, and acknowledges it; None without one."""
@@ -159,6 +172,7 @@ class Watchdog:
 
     def _monitor(self) -> None:
         timers = {rank: StallTimer(self.limit / 2) for rank in range(self.size) if rank != self.rank}
+        timed = StallTimer(self.limit / 2)
         try:
             while not self._closing.is_set():
                 self._store.add(f"heartbeat/{self.rank}", 1)
@@ -168,6 +182,9 @@ class Watchdog:
                 self._polls += 1
                 if max(silent.values()) > self.limit:
                     self._report_lost(silent)
+                inside = self._timed
+                if timed.seconds(inside) > self.timeout and inside % 2:
+                    self.report(self._store, self._stuck)
                 if self._reported_within(self.interval):
                     self.acknowledge(self._store)
                     return
@@ -199,6 +216,10 @@ class Watchdog:
             f"its connection ({self._flag}). {_RESUME}"
         )
         self._set_failure(Failure(text, self.prints_without_store, range(self.size)))
+
+    @property
+    def _stuck(self) -> str:
+        return f"all ranks are there, but tensors no longer go from one to the other ({self._flag}). {_RESUME}"
 
     @property
     def _flag(self) -> str:

@@ -14,8 +14,9 @@ import torch
 from ..audit.flags import EXTRA
 from ..ensemble.budget import available_memory
 from ..environment import environment
-from ..errors import one_line
+from ..errors import UserError, one_line
 from ..files import gigabytes
+from ..training.card import check_driver, computes_in_bf16
 
 # Package -> what it is needed for, where a run does without it otherwise.
 OPTIONAL = {
@@ -43,11 +44,16 @@ def about_machine() -> Iterator[str]:
 
 def _devices() -> Iterator[str]:
     if not torch.cuda.is_available():
+        try:
+            check_driver()
+        except UserError as error:
+            yield f"GPU: {error}"
+            return
         yield "GPU: none that torch can use; training runs on the CPU, which is slow for all but small models"
         return
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
-        half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use `--mixed_precision fp16`"
+        half = "bf16" if computes_in_bf16() else "no bf16: use `--mixed_precision fp16`"
         free, _ = torch.cuda.mem_get_info(number)
         has = f"{gigabytes(card.total_memory, math.floor)}, {gigabytes(free, math.floor)} of them free"
         yield f"GPU {number}: {card.name}, {has}; {half}"

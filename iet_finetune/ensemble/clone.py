@@ -86,13 +86,14 @@ def seed_random_state(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of torch's global generators, from which dropout draws."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    """The state of torch's generators of the host and of this rank's own GPU, from which dropout draws."""
+    return {"cpu": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Goes on drawing where `random_state` was taken."""
+    """Goes on drawing where `random_state` was taken, also on another GPU, and on a machine with more or fewer."""
     torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if torch.cuda.is_available() and (own := state["cuda"]):
+        # Earlier versions wrote the states of all GPUs of the machine.
+        here = torch.cuda.current_device()
+        torch.cuda.set_rng_state(own[here if here < len(own) else 0])

@@ -21,7 +21,7 @@ class Summed:
 
     def __init__(self, rule: SumRule, numbers: int, host: HostMemory) -> None:
         self._rule = rule
-        self._sum = host.empty((numbers,), torch.float64)
+        self._sum = host.empty((numbers,), torch.float64, copied=False)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -96,7 +96,7 @@ class Collected:
 
     def _make_room(self, clones: int) -> None:
         while len(self.tensors) < clones:
-            self.tensors.append(self._host.empty((self._numbers,), torch.float32))
+            self.tensors.append(self._host.empty((self._numbers,), torch.float32, copied=False))
 
 
 def collection(rule: SumRule | CloneRule, numbers: int, host: HostMemory) -> Summed | Collected:

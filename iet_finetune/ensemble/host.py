@@ -29,7 +29,7 @@ class HostMemory:
     after a kill; file and pinned memory are released with the last tensor in them.
 
     Args:
-        device: where the clones train. With a CUDA device, memory is pinned.
+        device: where the clones train. With a CUDA device, memory from or to which it copies is pinned.
         folder: `--offload_dir`, made if it is missing; tensors then rest in files there, which are not pinned.
 
     Attributes:
@@ -42,7 +42,10 @@ class HostMemory:
 
     def __init__(self, device: torch.device, folder: Path | None = None) -> None:
         self._folder = folder
-        self._in_regions = folder is not None or device.type == "cuda"
+        self._pins = device.type == "cuda"
+        self._in_regions = folder is not None or self._pins
+        # What tensors of the device go through on their way to the host.
+        self._bounce: Tensor | None = None
         self.in_files = folder is not None
         self.in_place = device.type == "cpu" and not self.in_files
         # By address. A region lives as long as the tensors in it, which hold references to it.
@@ -50,13 +53,34 @@ class HostMemory:
         if folder is not None:
             _make_writable(folder)
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, *, copied: bool = True) -> Tensor:
         """An uninitialised tensor at rest; a large one has a file, or a pinned block, of its own.
+
+        Args:
+            copied: whether the device copies from or to it; what only the host computes with is not pinned.
 
         Raises:
             UserError: the disk behind `--offload_dir` is full, or the memory cannot be pinned.
         """
+        if not copied and self._folder is None:
+            return torch.empty(tuple(shape), dtype=dtype)
         return self._new([torch.empty(tuple(shape), dtype=dtype, device="meta")])[0]
+
+    @torch.no_grad()
+    def fetched(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor on the host: itself if it is there, or in memory that the next call writes over.
+
+        From a GPU it comes through pinned memory, as large as the largest that has come so far.
+
+        Raises:
+            UserError: the memory cannot be pinned.
+        """
+        if not self._pins or tensor.device.type == "cpu":
+            return tensor.cpu()
+        if self._bounce is None or self._bounce.nbytes < tensor.nbytes:
+            self._bounce = None  # first the old one goes
+            self._bounce = torch.frombuffer(_pinned_memory(tensor.nbytes), dtype=torch.uint8)
+        return self._bounce[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     @torch.no_grad()
     def keep(self, state: Any, into: Any = None) -> Any:

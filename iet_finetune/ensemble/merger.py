@@ -138,7 +138,7 @@ class Merger(MergesClones):
         self._collected = None if self._only_clone else collection(rule, self._slice, host)
         self._velocity: Tensor | None = None
         if self._outer and self._outer[1]:
-            self._velocity = host.empty((self._slice,), torch.float32).zero_()
+            self._velocity = host.empty((self._slice,), torch.float32, copied=False).zero_()
         self._weights: list[float] = []
         self._moved = 0.0
         # ‖θ‖² of the round's start, from the first time it is asked for to the merge.
@@ -204,7 +204,7 @@ class Merger(MergesClones):
     def _add(self, start: int, parts: Tensor, weights: Sequence[float]) -> None:
         if self._collected is None:
             return
-        of_clones = zip(self._by_rank(parts.cpu()), weights, strict=True)
+        of_clones = zip(self._by_rank(self._host.fetched(parts)), weights, strict=True)
         for number, (part, weight) in enumerate(pair for pair in of_clones if pair[1]):
             self._collected.add(len(self._weights) + number, weight, start, part)
 
@@ -231,7 +231,8 @@ class Merger(MergesClones):
         self._ranks.barrier()
         for start, stop in self._chunks() if self._collected is not None else ():
             part = self._merged(start, stop).to(self._device)
-            self._take_over(start, self._by_rank(self._ranks.all_gather(part, barrier=False).cpu()), moved)
+            merged = self._host.fetched(self._ranks.all_gather(part, barrier=False))
+            self._take_over(start, self._by_rank(merged), moved)
         for name, counter in self._counters.items():
             self.tensors[name].copy_(counter)
         self._weights, self._norm = [], None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config.config import Config
+from ..data.transfer import to_device
 from .base import Conditions, check_resolution
 from .stable_diffusion import StableDiffusion
 from .text import require_parts
@@ -69,9 +70,12 @@ class PixArt(StableDiffusion):
             max_length=self.sequence_length,
             truncation=True,
             return_tensors="pt",
-        ).to(pipeline.text_encoder.device)
-        states = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return {"encoder_hidden_states": states, "encoder_attention_mask": tokens.attention_mask}
+        )
+        ids, mask = (
+            to_device(each, pipeline.text_encoder.device) for each in (tokens.input_ids, tokens.attention_mask)
+        )
+        states = pipeline.text_encoder(ids, attention_mask=mask)[0]
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def details(self, sizes: Tensor, labels: Tensor) -> Conditions:
         """Returns height and width (B, 2) and their ratio (B, 1) as the pipeline does, for a model that takes them."""

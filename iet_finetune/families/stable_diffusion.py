@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.transfer import to_device
 from .base import Conditions, Family, check_resolution
 
 
@@ -52,7 +53,7 @@ class StableDiffusion(Family):
             truncation=True,
             return_tensors="pt",
         )
-        return {"encoder_hidden_states": text_encoder(tokens.input_ids.to(text_encoder.device, non_blocking=True))[0]}
+        return {"encoder_hidden_states": text_encoder(to_device(tokens.input_ids, text_encoder.device))[0]}
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
         """Returns the UNet's output for (x_t, t, text)."""

@@ -24,15 +24,21 @@ class StableDiffusionXL(StableDiffusion):
     def __init__(self, pipeline: Any, config: Config = Config()) -> None:  # noqa: B008 - frozen
         super().__init__(pipeline, config)
         require_parts(pipeline, ("text_encoder_2", "tokenizer_2"))
+        # Mean and deviation of each channel of the latents: made anew, a step would wait for the device.
+        self._statistics: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Returns (mean + std · noise) times the VAE's scaling factor, normalized by channel if the VAE says how."""
         vae = self.pipeline.vae.config
         if vae.get("latents_mean") is None or vae.get("latents_std") is None:
             return super().latents(mean, std, noise)
-        centre, spread = (torch.tensor(vae[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         sample = mean + std * noise
-        centre, spread = (numbers.to(sample, non_blocking=True) for numbers in (centre, spread))
+        kind = sample.device, sample.dtype
+        if kind not in self._statistics:
+            both = (torch.tensor(vae[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            centre, spread = (numbers.to(sample) for numbers in both)
+            self._statistics[kind] = centre, spread
+        centre, spread = self._statistics[kind]
         return (sample - centre) / spread * vae.scaling_factor
 
     def encode_captions(self, captions: Sequence[str]) -> Conditions:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.transfer import to_device
 from ..errors import UserError
 
 
@@ -22,22 +23,20 @@ def clip_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: i
 
     For a CLIPTextModelWithProjection that is the projected state (B, P) of the last token.
     """
-    output = encoder(
-        token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True), output_hidden_states=True
-    )
+    output = encoder(to_device(token_ids(tokenizer, captions, length), encoder.device), output_hidden_states=True)
     return output.hidden_states[-2], output[0]
 
 
 @torch.no_grad()
 def clip_pooled(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> Tensor:
     """Returns the last token's state (B, D) of a CLIPTextModel."""
-    return encoder(token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True)).pooler_output
+    return encoder(to_device(token_ids(tokenizer, captions, length), encoder.device)).pooler_output
 
 
 @torch.no_grad()
 def t5_states(tokenizer: Any, encoder: Any, captions: Sequence[str], length: int) -> Tensor:
     """Returns the last hidden states (B, length, D) of a T5EncoderModel, padding included, as in the pipelines."""
-    return encoder(token_ids(tokenizer, captions, length).to(encoder.device, non_blocking=True))[0]
+    return encoder(to_device(token_ids(tokenizer, captions, length), encoder.device))[0]
 
 
 def require_parts(pipeline: Any, names: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,16 @@ class AdaptedLayer:
     def factors(self, update: LowRank) -> LowRank:
         """B and A as matrices in fp32, of which `update` gives this update; rounded once."""
         return LowRank(*(factor.to(torch.float32) for factor in unfold_scaling(update, self.scaling)))
+
+
+def cast_inputs(denoiser: nn.Module, cast: bool) -> None:
+    """Whether adapters put their inputs into their own precision, as peft lets them.
+
+    Where autocast is on, it takes them back to half precision at once: all that comes of it is a copy.
+    """
+    layers: list[Any] = [module for module in denoiser.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = cast
 
 
 def adapted_layers(denoiser: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

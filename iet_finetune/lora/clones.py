@@ -42,8 +42,12 @@ class CollectedAdapters:
         if clone is not None and weights[rank]:
             number = len(self.weights) + sum(weight > 0 for weight in weights[:rank])
             copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in clone.items()}
-            self.own[number] = self._host.keep(copy)
+            self.own[number] = self._idle(copy)
         self.weights += [weight for weight in weights if weight]
+
+    def _idle(self, clone: Tensors) -> Tensors:
+        # They are merged on the host: no device copies them from here.
+        return self._host.keep(clone) if self._host.in_files else clone
 
     def owned(self) -> list[str]:
         """The layers that this rank merges."""
@@ -120,7 +124,7 @@ class CollectedAdapters:
         if checkpoint.has(f"{self._name}_weights.pt"):
             self.weights = checkpoint.state(f"{self._name}_weights.pt")
         for number in range(self._ranks.rank, len(self.weights), self._ranks.size):
-            self.own[number] = self._host.keep(checkpoint.tensors(self._file(number)))
+            self.own[number] = self._idle(checkpoint.tensors(self._file(number)))
 
     def _file(self, number: int) -> str:
         return f"{self._name}_clone-{number:05d}.safetensors"

@@ -90,6 +90,7 @@ def assemble(
     entering("reading")
     _check_same_everywhere(ranks, common_flags(config))
     placement = Placement.plan(config.ensemble.num_shards, ranks.size)
+    group = ranks.connect(placement)
     beginning = read_beginning(config.adapter.init_lora, config.adapter.rank)
     with ranks.first_on_machine():
         source = find_pipeline(config.model) if pipeline is None else source_of(pipeline)
@@ -116,7 +117,7 @@ def assemble(
         identity["the class data"] = beside.images.fingerprint
     if compares_with(config):
         identity["the held-out images"] = found.watched.fingerprint
-    # Before a group is made, whose members begin with the weights of the first: then there is no telling.
+    # Before a group trains, whose members begin with the weights of the first: then there is no telling.
     _check_same_everywhere(ranks, identity)
     if ranks.is_main:
         # Before anything takes time.
@@ -129,7 +130,6 @@ def assemble(
         family.drop_encoders()
     entering("preparing")
     data = Data(*found, indices, shards, others, schedule, beside)
-    group = ranks.group(placement)
     model = prepare_model(source, family, config, accelerator, group, beginning)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
     if config.training.compile:

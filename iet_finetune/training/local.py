@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config.config import Config
 from ..data.loader import MicroBatch, Shard, Visits, micro_batches
+from ..data.transfer import copies_ahead
 from ..distributed.groups import Group
 from ..ensemble.clone import Clone
 from ..ensemble.ema import EMA
@@ -123,7 +124,7 @@ class LocalTraining:
             shard,
             Visits(steps, self._config.training.train_batch_size, self._group.local_slice),
             num_workers=self._config.data.dataloader_num_workers,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=copies_ahead(self._device),
         )
 
     def _set_learning_rate(self, learning_rate: float) -> None:

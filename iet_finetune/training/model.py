@@ -14,6 +14,7 @@ from ..distributed.groups import Group
 from ..ensemble.trainable import Trainable
 from ..errors import UserError
 from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline, widen
+from ..lora.adapted import cast_inputs
 from ..lora.adapters import Adapter, add_adapter
 from ..lora.beginning import Beginning, begin_from
 from ..lora.formats import check_kohya
@@ -90,6 +91,7 @@ def hand_back(model: Model, accelerator: Accelerator, device: torch.device) -> N
     """Leaves a pipeline that is somebody else's on their device, in its own precision, and ready to draw."""
     family = model.family
     accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
+    cast_inputs(family.denoiser, True)
     round_pipeline(family.pipeline, model.source.dtypes)
     family.denoiser.eval()
     move_pipeline(family.pipeline, device)
@@ -158,6 +160,9 @@ def _prepare_denoiser(
         _check_format(config, family, adapter)
         if beginning is not None:
             begin_from(adapter, family.denoiser_name, beginning)
+        if accelerator.mixed_precision in HALF and not config.adapter.lora_dropout:
+            # Dropout would be computed in half precision.
+            cast_inputs(family.denoiser, False)
         # What is rounded must be read again to be saved.
         if accelerator.mixed_precision in HALF and source.folder is not None:
             rounded = adapter.round_frozen(HALF[accelerator.mixed_precision])

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config.config import Config
 from ..data.encoded import Encoded
 from ..data.loader import MicroBatch
+from ..data.transfer import to_device
 from ..families.base import Conditions, Family, evaluating
 from ..families.encoding import Encoder
 from ..method.rules import Network
@@ -61,8 +62,7 @@ class Noising:
 
     def __call__(self, batch: MicroBatch) -> Noised:
         """The batch, which is on the device, with the noise and at the timesteps that it brings along."""
-        # A copy that is waited for would wait for everything before it, too.
-        timesteps = self._family.objective.sample_timesteps(batch.uniform).to(self.device, non_blocking=True)
+        timesteps = to_device(self._family.objective.sample_timesteps(batch.uniform), self.device)
         return self.at(*self.inputs(batch), batch.noise, timesteps)
 
     def at(self, latents: Tensor, conditions: Conditions, noise: Tensor, timesteps: Tensor) -> Noised:

@@ -1,5 +1,6 @@
 """Starts Accelerate: the device, precision, process group and trackers of this rank."""
 
+import os
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -9,20 +10,26 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from ..config.config import Config
+from ..environment import allow_tf32
 from ..errors import UserError, one_line
+from .card import check_card, check_driver, computes_in_bf16, refused
 
 
 def start_accelerator(config: Config) -> Accelerator:
     """Starts Accelerate on this rank, with the trackers of `--report_to`.
 
     Raises:
-        UserError: a tracker is not installed, the device lacks the precision, the engine splits models, or other
-            ranks do not come.
+        UserError: a tracker is not installed, the device is not to be had or lacks the precision, the engine splits
+            models, or other ranks do not come.
     """
     report_to = config.logging.report_to
     available = [str(tracker.value) for tracker in get_available_trackers()]
     if report_to not in ("none", "all", *available):
         raise UserError(f"`--report_to {report_to}` needs a package: `pip install {report_to}`.")
+    check_driver()
+    # torchrun lets NCCL end a rank that has lost another one, perhaps before it has said so: `Watchdog` does both.
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=1,
@@ -42,6 +49,10 @@ def start_accelerator(config: Config) -> Accelerator:
             f"the ranks did not come together within `--ddp_timeout {timeout}` ({reason}): look for an error of "
             "another rank, and whether all machines were started and reach the first one."
         ) from None
+    except RuntimeError as error:
+        if (line := refused(error)) is None:
+            raise
+        raise line from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate itself, whose own configuration may ask for it, would train in fp32 without a word.
         raise UserError("`--mixed_precision fp16` needs a GPU: use `--mixed_precision bf16` or `no` on a CPU.")
@@ -50,10 +61,11 @@ def start_accelerator(config: Config) -> Accelerator:
             f"Accelerate's configuration asks for {accelerator.distributed_type.value}, and each rank must hold a "
             "whole clone: launch with `--config_file configs/accelerate/several_gpus.yaml`, or `--multi_gpu`."
         )
+    check_card(accelerator.device, accelerator.mixed_precision)
     if accelerator.device.type == "cuda":
         disable_cudnn_attention()
     if config.training.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        allow_tf32()
     return accelerator
 
 
@@ -78,4 +90,4 @@ def first_device() -> Device:
     """The device that Accelerate would choose for a single process."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return Device(None, True)
-    return Device(torch.cuda.get_device_properties(0).total_memory, torch.cuda.is_bf16_supported())
+    return Device(torch.cuda.get_device_properties(0).total_memory, computes_in_bf16())

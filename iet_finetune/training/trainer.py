@@ -80,8 +80,10 @@ class Trainer:
         # Where the pipeline came from, if it is the caller's.
         self._home = getattr(pipeline, "device", None)
         self._callbacks: tuple[Callback, ...] = tuple(callbacks)
+        self._phase = ""
         try:
-            with self.ranks.report_errors_once():
+            explained = out_of_memory_explained(config, None, lambda: self._phase)
+            with self.ranks.report_errors_once(), explained:
                 self._lock = outputs.claim_together(self.output, self.ranks, resuming=resume is not None)
                 prepared = prepare(config, accelerator, self.ranks, objects, self._enter)
         except KeyboardInterrupt:
@@ -102,7 +104,7 @@ class Trainer:
         """Trains, saves, and returns the folder that `from_pretrained` loads, or `load_lora_weights` for LoRA."""
         try:
             with contextlib.chdir(self._started_in), self.ranks.report_errors_once():
-                with out_of_memory_explained(self.config, self.store):
+                with out_of_memory_explained(self.config, self.store, lambda: self._phase):
                     self.train_rounds()
                 self.finish()
                 self._call("on_run_end", run_facts(self.data, self.run, self.output, self._total_rounds))
@@ -189,7 +191,9 @@ class Trainer:
                 self.ranks.check()
                 taken += 1
                 logs = clone.step % self.config.logging.logging_steps == 0 or clone.step == stop
-                sums = clone.meter.read() if logs or taken in due else None
+                # A group's device may wait for another one.
+                with self.ranks.in_time():
+                    sums = clone.meter.read() if logs or taken in due else None
                 since = sums.combined(before, -1) if logs and sums is not None else None
                 images = (wave.total(taken) - wave.total(taken - 1)) * (step.stop - step.start)
                 facts = step_facts(self.data, self.run, clone, wave.total(taken), images, since, self._wants_losses)
@@ -213,7 +217,17 @@ class Trainer:
         if clone is not None:
             steps = self.data.schedule.steps(clone.shard, clone.step, stop)
             rates = self.run.learning_rates[clone.shard]
-            yield from self.run.local.run(clone, self.data.shards[clone.shard], steps, rates)
+            taken = self.run.local.run(clone, self.data.shards[clone.shard], steps, rates)
+            yield from taken if self.run.placement.group_size == 1 else self._in_time(taken)
+
+    def _in_time(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """Takes the steps of a group, none of which may wait for ever."""
+        while True:
+            with self.ranks.in_time():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
     def end_round(self, drift: float) -> None:
         """Records the round that has just been merged; the clones' meters start again. Every rank takes part."""
@@ -326,6 +340,7 @@ class Trainer:
         self.ranks.barrier()
 
     def _enter(self, phase: str) -> None:
+        self._phase = phase
         self._call("on_phase", phase)
 
     def _call(self, event: str, facts: object) -> None:

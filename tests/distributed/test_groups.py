@@ -163,7 +163,7 @@ GOOD = """
     emit(ranks.all_gather_object(ranks.is_last_to("write")))
 
     placement = Placement.plan(max(ranks.size // 2, 1), ranks.size)
-    group = ranks.group(placement)
+    group = ranks.connect(placement)
     torch.manual_seed(ranks.rank)
     module = torch.nn.Linear(3, 1)
     module.register_buffer("own", torch.zeros(1))
@@ -271,6 +271,39 @@ def survivors_of(ended: list[Ended], victim: int) -> list[Ended]:
     assert all(end.at < died + TIMEOUT + SLACK for end in others)
     assert all(end.code in (1, 2) for end in others), [(end.code, end.stderr) for end in others]
     return others
+
+
+CANNOT_CONNECT = r"^error: all ranks are there, but they cannot exchange tensors \({}\): set `GLOO_SOCKET_IFNAME` to "
+
+
+@pytest.mark.parametrize(
+    ("happens", "why"),
+    [
+        ("time.sleep(60)", "not within 3 s"),
+        ("raise RuntimeError('no route to host')", "no route to host"),
+        ("output.zero_()", "other numbers come than were sent"),
+    ],
+    ids=["hangs", "fails", "is wrong"],
+)
+def test_a_network_that_carries_no_tensors_is_one_line_before_anything_is_loaded(happens, why):
+    body = f"""
+    def all_to_all_single(output, input, group):
+        {happens}
+    dist.all_to_all_single = all_to_all_single
+    ranks.connect(Placement.plan(2, 2))
+"""
+    ended = run_ranks(body, 2, TIMEOUT)
+    assert [end.code for end in ended] == [2, 2]
+    (line,) = [line for end in ended for line in end.said]
+    assert re.search(CANNOT_CONNECT.format(why), line)
+
+
+def test_a_collective_that_stands_still_while_all_ranks_are_alive_ends_the_run():
+    body = "    dist.all_to_all_single = lambda *tensors: time.sleep(60)\n    ranks.all_to_all(torch.ones(2))"
+    ended = run_ranks(body, 2, TIMEOUT)
+    assert [end.code for end in ended] == [1, 1]
+    (line,) = [line for end in ended for line in end.said]
+    assert "error: all ranks are there, but tensors no longer go from one to the other (`--ddp_timeout 3`)" in line
 
 
 # One waits at a barrier, one trains, and one is inside a collective, which Python cannot interrupt.

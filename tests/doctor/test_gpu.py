@@ -89,6 +89,7 @@ def test_a_run_on_a_gpu_disables_cudnn_attention(monkeypatch, tmp_path):
     starting.start_accelerator(config)
     assert not called
     monkeypatch.setattr(starting.Accelerator, "device", torch.device("cuda"))
+    monkeypatch.setattr(starting, "check_card", lambda device, precision: None)
     starting.start_accelerator(config)
     assert called
 

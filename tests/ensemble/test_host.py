@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iet_finetune import UserError
+from iet_finetune.distributed.groups import Ranks
 from iet_finetune.ensemble.host import TINY, HostMemory, check_offload
+from iet_finetune.ensemble.merger import Merger
 from iet_finetune.lora.spectra import LowRank
+from iet_finetune.method.merging import CloneRule, Mean
 
 CPU = torch.device("cpu")
 MB = 1_000_000
@@ -355,6 +358,13 @@ class Runtime:
         return 0
 
 
+class Middle(CloneRule):
+    """The mean of the clones, for which all of them are kept."""
+
+    def merge(self, clones, weights, start):
+        return clones.double().mean(dim=0)
+
+
 @linux
 def test_with_a_gpu_memory_is_pinned_at_its_exact_size_and_given_back_with_its_last_tensor(monkeypatch):
     runtime = Runtime()
@@ -386,6 +396,38 @@ def test_memory_that_cannot_be_pinned_is_one_line(monkeypatch):
         UserError, match=r"^0\.02 GB of memory cannot be pinned for the GPU \(CUDA error 2\)\. .*offload"
     ):
         HostMemory(torch.device("cuda")).empty((3_000_001,), torch.float32)
+
+
+@linux
+@pytest.mark.parametrize("rule", [Mean, Middle])
+def test_only_what_a_gpu_copies_is_pinned(rule, monkeypatch):
+    runtime = Runtime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    clone = {"weight": torch.arange(4.0 * TINY)}
+    host = HostMemory(torch.device("cuda"))
+    merger = Merger("denoiser", clone, Ranks.alone(), host, outer=(0.5, 0.9), rule=rule())
+    merger.collect(clone, [1])
+    merger.collect(clone, [1])
+    merger.merge()
+    assert torch.equal(merger.tensors["weight"], clone["weight"])
+    assert list(runtime.pinned) == [merger.tensors["weight"].data_ptr()]
+    assert sum(runtime.pinned.values()) == merger.tensors["weight"].untyped_storage().nbytes()
+
+
+def test_what_is_on_the_host_is_fetched_as_it_is():
+    numbers = torch.ones(3)
+    assert HostMemory(torch.device("cuda")).fetched(numbers) is numbers
+    assert HostMemory(torch.device("cpu")).fetched(numbers) is numbers
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_comes_from_a_gpu_comes_through_the_same_pinned_memory():
+    host, numbers = HostMemory(torch.device("cuda")), torch.randn(3, 5 * TINY, device="cuda")
+    first = host.fetched(numbers)
+    assert first.is_pinned()
+    assert torch.equal(first, numbers.cpu())
+    assert host.fetched(-numbers[:2]).data_ptr() == first.data_ptr()
+    assert torch.equal(first[:2], -numbers[:2].cpu())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -14,6 +14,7 @@ from iet_finetune import UserError
 from iet_finetune.config.settings import AdapterConfig
 from iet_finetune.distributed.groups import Placement
 from iet_finetune.ensemble.trainable import Trainable
+from iet_finetune.lora.adapted import cast_inputs
 from iet_finetune.lora.adapters import add_adapter
 from iet_finetune.lora.spectra import LowRank
 
@@ -290,3 +291,20 @@ def test_a_whole_denoiser_is_trained_with_its_buffers():
     trainable.load({"running_mean": torch.ones(3)})
     assert torch.equal(model.running_mean, torch.ones(3))
     assert "running_mean" not in Trainable(model, buffers=False).tensors
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_below_autocast_it_changes_no_bit_whether_peft_casts_the_inputs(half):
+    unet, adapter, trainable = adapted_unet(lora_layers=ALL_LAYERS)
+    trainable.load(drawn(trainable.tensors, 1))
+    adapter.round_frozen(half)
+    latents, hidden, found = torch.randn(2, 4, 8, 8), torch.randn(2, 12, 16), []
+    for cast in (True, False):
+        cast_inputs(unet, cast)
+        unet.zero_grad()
+        with torch.autocast("cpu", half):
+            answer = unet(latents, torch.tensor([10, 700]), hidden).sample
+        answer.float().square().mean().backward()
+        found.append({"answer": answer, **{name: each.grad for name, each in trainable.parameters.items()}})
+    assert_equal(*found)
+    assert all(tensor.any() for tensor in found[0].values())

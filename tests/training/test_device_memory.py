@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import RESOLUTION, save_images, tiny_sd
+from tiny import RESOLUTION, save_images, save_tiny_sd, tiny_sd
 
 from iet_finetune import Config, Trainer, UserError
 from iet_finetune.doctor.trials import fresh_accelerator
@@ -66,6 +67,56 @@ def test_what_is_done_already_is_not_named(tmp_path):
     flags = {"train_batch_size": 1, "gradient_checkpointing": True, "mixed_precision": "bf16", "use_lora": True}
     line = the_line(config(tmp_path, **flags), 1)
     assert line.endswith(f"2.00 GiB: lower `--resolution {RESOLUTION}`.")
+
+
+class OutOfMemoryIn(Callback):
+    """Raises what torch raises when a phase begins."""
+
+    def __init__(self, phase: str) -> None:
+        self.phase = phase
+
+    def on_phase(self, phase: str) -> None:
+        """In its phase."""
+        if phase == self.phase:
+            raise torch.OutOfMemoryError(SAID)
+
+
+@pytest.mark.parametrize(
+    ("phase", "flags", "ways"),
+    [
+        (
+            "encoding",
+            {},
+            "lower `--train_batch_size 2`, as so many (at most 8) are encoded at once or lower `--resolution "
+            f"{RESOLUTION}`.",
+        ),
+        (
+            "encoding",
+            {"train_batch_size": 1, "use_lora": True, "pretrained_model_name_or_path": "BASE"},
+            f"add `--quantize_encoders nf4` or lower `--resolution {RESOLUTION}`.",
+        ),
+        (
+            "training",
+            {"train_batch_size": 1, "use_lora": True, "pretrained_model_name_or_path": "BASE"}
+            | {"gradient_checkpointing": True, "mixed_precision": "bf16"},
+            f"add `--quantize_base nf4` or lower `--resolution {RESOLUTION}`.",
+        ),
+        (
+            "drawing",
+            {"validation_prompts": ["a cat"], "num_validation_images": 3},
+            "lower `--num_validation_images 3`, leave out `--validation_prompts` or lower `--resolution "
+            f"{RESOLUTION}`.",
+        ),
+    ],
+)
+def test_each_phase_has_its_own_ways(phase, flags, ways, tmp_path):
+    given: dict[str, Any] = {"pipeline": tiny_sd()}
+    if "pretrained_model_name_or_path" in flags:
+        save_tiny_sd(tmp_path / "base")
+        flags, given = {**flags, "pretrained_model_name_or_path": str(tmp_path / "base")}, {}
+    with pytest.raises(UserError) as error:
+        Trainer(config(tmp_path, **flags), [OutOfMemoryIn(phase)], **given).train()
+    assert str(error.value) == f"CUDA out of memory. Tried to allocate 2.00 GiB: {ways}"
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_what_it_is_told(tmp_path):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
+from ...environment import without_tf32
 from ...errors import UserError, one_line
 from ...families.quiet import quiet_loading
 
@@ -77,9 +78,18 @@ def pooled(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
-    """cuDNN without its search for the fastest way and without TF32 inside: the same numbers every time."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+    """Without TF32 and without cuDNN's search for the fastest way inside: the same numbers every time."""
+    cudnn: Any = torch.backends.cudnn
+    names, wanted = ("enabled", "benchmark", "deterministic"), (True, False, True)
+    before = [getattr(cudnn, name) for name in names]
+    try:
+        for name, value in zip(names, wanted, strict=True):
+            setattr(cudnn, name, value)
+        with without_tf32():
+            yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(cudnn, name, value)
 
 
 def fingerprint_of(weights: Iterable[tuple[str, Tensor]], *settings: object) -> str:

@@ -7,6 +7,7 @@ from .audits import audits, decoding
 from .card import card
 from .compiled import compiled
 from .limits import eight_bits, out_of_memory
+from .quantised import quantised
 from .recipes import flux_cut, sd15_full, sdxl_lora
 from .steps import steps
 from .transfers import one_rank, transfers
@@ -26,9 +27,10 @@ CHECKS = (
     Check("sdxl", "SDXL, LoRA of rank 16, 1024 px, batch 1, bf16, checkpointing, K = 2", sdxl_lora, 240),
     Check("flux", "Flux.1 cut to 4 + 8 blocks, LoRA of rank 16, 512 px, bf16, from load to fuse", flux_cut, 240),
     Check("compile", "`--compile`: two clones share their graphs", compiled, 240),
-    Check("nccl", "one rank in a process group", one_rank, 120),
+    Check("nccl", "one rank in a process group, and its collectives", one_rank, 120),
     Check("audit", "a small audit with a reference", audits, 120),
     Check("decoding", "16 images of 1024 px decoded", decoding, 120),
     Check("out_of_memory", "out of memory ends in one line", out_of_memory, 120),
     Check("eight_bits", "`--use_8bit_adam`", eight_bits, 120),
+    Check("quantised", "LoRA on a base in 4 and in 8 bits", quantised, 120),
 )

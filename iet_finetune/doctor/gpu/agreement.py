@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...config.config import Config
 from ...config.registry import SKIP_RULES
+from ...environment import without_tf32
 from ...families.tiny import RESOLUTION, tiny_sd
 from ...method.rules import Samples, SkipRule
 from ...training.callbacks import Callback, StepFacts
@@ -39,9 +40,8 @@ class Losses(Callback):
 def agreement(machine: Machine, found: dict[str, Any]) -> None:
     """The same run on the CPU and on the GPU: two clones, two rounds, AGC with few bins, so that it skips."""
     machine.need_card()
-    # torch has TF32 on for convolutions unless it is told otherwise.
-    torch.backends.cudnn.allow_tf32 = False
-    ours, theirs = (_losses(machine, cpu=cpu) for cpu in (False, True))
+    with without_tf32():  # torch has it on for convolutions
+        ours, theirs = (_losses(machine, cpu=cpu) for cpu in (False, True))
     loss, expected = torch.cat(ours.loss), torch.cat(theirs.loss)
     found["steps"] = len(ours.loss)
     found["largest difference"] = ((loss - expected).abs() / expected).max().item()  # NaN if any is
