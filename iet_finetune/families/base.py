@@ -117,6 +117,17 @@ class Family(ABC):
         for encoder, before in self._placed.items():
             give_back(encoder, before)
 
+    @contextmanager
+    def as_it_came(self) -> Iterator[None]:
+        """The same inside; afterwards they are on the device again."""
+        now = {encoder: own_tensors(encoder) for encoder in self._placed}
+        self.take_back()
+        try:
+            yield
+        finally:
+            for encoder, tensors in now.items():
+                give_back(encoder, tensors)
+
     def encoding_dtype(self, name: str, device: torch.device) -> torch.dtype:
         """The precision in which an encoder computes there. A VAE is always in fp32: SDXL's gives NaN in fp16."""
         if name not in self.caption_encoders:

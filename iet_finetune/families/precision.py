@@ -76,7 +76,8 @@ def widen(module: nn.Module, but: frozenset[int] = frozenset()) -> None:
 def bytes_to_compute(module: nn.Module, dtype: torch.dtype = torch.float32, *, layers_alone: bool = False) -> int:
     """Bytes of a module's tensors in the precision that `planned` says."""
     plan = planned(module, dtype, layers_alone=layers_alone)
-    return sum(tensors[name].numel() * kind.itemsize for tensors, name, kind in plan)
+    # Once each, also where a tensor has two names.
+    return sum({tensors[name]: tensors[name].numel() * kind.itemsize for tensors, name, kind in plan}.values())
 
 
 @torch.no_grad()

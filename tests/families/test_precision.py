@@ -195,5 +195,9 @@ def test_encoders_that_stay_on_the_device_in_half_precision_are_given_back_as_th
     family.place(CPU)
     assert {tensor.dtype for tensor in pipeline.text_encoder.parameters()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in pipeline.vae.parameters()} == {torch.float32}
+    placed = {name: tensor.data_ptr() for name, tensor in tensors(pipeline.text_encoder).items()}
+    with family.as_it_came():
+        assert_equal(dict(pipeline.text_encoder.state_dict()), exact)
+    assert {name: tensor.data_ptr() for name, tensor in tensors(pipeline.text_encoder).items()} == placed
     family.take_back()
     assert_equal(dict(pipeline.text_encoder.state_dict()), exact)
