@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-# Bytes that a denoiser computes with for each pixel of an image, with and without its prompt. Counted are 650 for Flux,
-# 520 for Stable Diffusion 1.5, 330 for 3 and 320 for XL (benchmarks/device_memory.py).
+# Bytes that a denoiser computes with for each pixel of an image, with and without its prompt. Counted as in
+# benchmarks/device_memory.py, these are 650 for Flux, 520 for Stable Diffusion 1.5, 330 for 3 and 320 for XL.
 PER_PIXEL = 700
 # Bytes of the context and of gaps between the allocator's blocks, and what else of the memory is not counted on.
 OF_THE_CARD, SHARE = 10**9, 0.95
