@@ -124,13 +124,17 @@ def give_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def predicting(denoiser: nn.Module, device: torch.device, half: torch.dtype | None) -> Iterator[None]:
+def predicting(
+    denoiser: nn.Module, device: torch.device, half: torch.dtype | None, *, rounds: bool = True
+) -> Iterator[None]:
     """The denoiser on the device inside, in half precision or fp32; what it returns is in fp32.
 
-    In half precision it computes as autocast does, with the weights of its linear and convolution layers held so. What
-    is computed around it, by a VAE above all, is not in autocast.
+    In half precision it computes as autocast does. What is computed around it, by a VAE above all, is not in autocast.
+
+    Args:
+        rounds: whether the weights of its linear and convolution layers are held in half precision, too.
     """
-    with computing(denoiser, device, half or torch.float32, layers_alone=True):
+    with computing(denoiser, device, half if half and rounds else torch.float32, layers_alone=True):
         if half is None:
             yield
             return

@@ -185,6 +185,9 @@ def test_a_denoiser_predicts_in_half_precision_with_norms_in_fp32_and_nothing_ar
     assert torch.allclose(rounded, exact, atol=0.05)
     assert {name: tensor.data_ptr() for name, tensor in tensors(module).items()} == held
     assert torch.equal(module(x), exact)
+    with predicting(module, CPU, torch.bfloat16, rounds=False):
+        assert {tensor.dtype for tensor in module.parameters()} == {torch.float32}
+        assert torch.equal(module(x), rounded)
 
 
 def test_encoders_that_stay_on_the_device_in_half_precision_are_given_back_as_they_came(monkeypatch):

@@ -119,7 +119,9 @@ class Subject:
         """Inside, the denoiser is on the device in its precision, and nothing else of what travels."""
         half = HALF.get(self.precision)
         if self.family is not None and self.travels:
-            with predicting(self.family.denoiser, self.device, half):
+            # Pipelines without a VAE draw their noise in the precision of the weights.
+            has_vae = getattr(self.family.pipeline, "vae", None) is not None
+            with predicting(self.family.denoiser, self.device, half, rounds=has_vae):
                 yield
         elif half is None:
             yield
