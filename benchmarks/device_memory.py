@@ -23,16 +23,22 @@ import torch
 from counted import GB, Peak
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from running import finish, print_table
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
 
 from iet_finetune import Config
+from iet_finetune.audit.inputs.batches import images_at_once
+from iet_finetune.audit.inputs.pipelines import precision_on
 from iet_finetune.distributed.placement import Placement
 from iet_finetune.doctor import shapes
 from iet_finetune.ensemble.ema import EMA
 from iet_finetune.ensemble.trainable import Trainable
-from iet_finetune.families import family_class, source_of
+from iet_finetune.families import Family, family_class, source_of
+from iet_finetune.families.encoding import Encoder
+from iet_finetune.families.flux import Flux
+from iet_finetune.families.precision import HALF, MULTIPLYING, bytes_to_compute, planned
+from iet_finetune.families.prompts import encodes_first
 from iet_finetune.lora.adapters import Adapter, add_adapter
 from iet_finetune.lora.quantised import QuantisedLinear, quantise
 from iet_finetune.lora.sharing import PORTION
@@ -48,7 +54,8 @@ STORED = {"sd15": 4, "sdxl_lora": 4, "sd3_lora": 2, "flux_lora": 2, IN_4_BITS: 2
 DEVICE = {"sd15": 20.0, "sdxl_lora": 12.5, "sd3_lora": 12.5, "flux_lora": 28.0, IN_4_BITS: 16.0}
 OF_PHASE = {(IN_4_BITS, "drawing"): 24.0}
 HOST = {("flux_lora", 1): 40.0, ("flux_lora", 8): 120.0}
-HALVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+GPU = torch.device("cuda")
+PHASES = ("caching images", "caching captions", "training", "drawing", "auditing", "saving")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -155,13 +162,25 @@ def make_fake(module: nn.Module, halves: bool = False) -> None:
         is_quantised = isinstance(part, QuantisedLinear)
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                half = halves and isinstance(part, HALVES) and not parameter.requires_grad and not is_quantised
+                half = halves and isinstance(part, MULTIPLYING) and not parameter.requires_grad and not is_quantised
                 kind = parameter.dtype if is_quantised else torch.bfloat16 if half else torch.float32
                 fake = torch.empty(parameter.shape, dtype=kind)
                 part._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def put(module: nn.Module, dtype: torch.dtype, *, layers_alone: bool = False) -> None:
+    """Gives a module tensors without values in the precision in which it computes; call it in a `FakeTensorMode`."""
+    made: dict[Tensor, Tensor] = {}
+    for tensors, name, kind in list(planned(module, dtype, layers_alone=layers_alone)):
+        tensor = tensors[name]
+        # T5's embedding has two names.
+        if tensor not in made:
+            fake = torch.empty(tensor.shape, dtype=kind)
+            made[tensor] = nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+        tensors[name] = made[tensor]
 
 
 def held(module: nn.Module) -> int:
@@ -198,9 +217,7 @@ class Counted:
     name: str
     config: Config
     pipeline: Any
-    denoiser_name: str
-    image_encoders: tuple[str, ...]
-    caption_encoders: tuple[str, ...]
+    family: Family
     adapter: Adapter | None
     ema: EMA | None
     trainable: Trainable
@@ -211,7 +228,8 @@ class Counted:
         quantised = ["--quantize_base", "nf4", "--quantize_encoders", "nf4"] if recipe == IN_4_BITS else []
         config = Config.from_command_line(["--config", recipe.removesuffix("_nf4"), *quantised])
         pipeline = pipeline_of(recipe)
-        family = family_class(source_of(pipeline), config.model)
+        kind = family_class(source_of(pipeline), config.model)
+        family = kind(pipeline, config)
         net = pipeline.components[family.denoiser_name]
         for part in (net, *(pipeline.components[name] for name in family.caption_encoders)) if quantised else ():
             quantise(part, "nf4", torch.device("meta"))
@@ -221,10 +239,7 @@ class Counted:
             adapter.originals_are_mapped = True
         trainable = Trainable(net, buffers=adapter is None)
         ema = EMA(trainable.parameters, config.optimizer.ema_max_decay) if config.optimizer.use_ema else None
-        return cls(
-            recipe, config, pipeline, family.denoiser_name, family.image_encoders, family.caption_encoders, adapter,
-            ema, trainable,
-        )  # fmt: skip
+        return cls(recipe, config, pipeline, family, adapter, ema, trainable)
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -234,31 +249,47 @@ class Counted:
     @property
     def net(self) -> nn.Module:
         """The denoiser."""
-        return self.models[self.denoiser_name]
+        return self.models[self.family.denoiser_name]
 
 
 def on_the_device(run: Counted) -> dict[str, int]:
     """Bytes by phase on each GPU; the same for any number of them while each clone has one of its own."""
-    config, models = run.config, run.models
+    config, models, family = run.config, run.models, run.family
     size, batch = config.data.resolution, config.training.train_batch_size
     half, side = config.training.mixed_precision == "bf16", size // 8
     need = need_of_run(config, run.trainable, run.adapter, run.ema, Placement.plan(config.ensemble.num_shards, 1), 0)
     average = sum(tensor.nbytes for tensor in run.ema.tensors.values()) if run.ema is not None else 0
-    is_flux = run.denoiser_name == "transformer" and run.name != "sd3_lora"
+    is_flux = isinstance(family, Flux)
     guided = 1 if is_flux else 2
     tokens = 512 if is_flux else {"sd15": 77, "sdxl_lora": 77, "sd3_lora": 77 + 256}[run.name]
+    texts = {name: models[name] for name in family.caption_encoders}
+    # As they are held while they are not in use.
+    for text in texts.values():
+        if run.name != IN_4_BITS:
+            text.to(torch.bfloat16 if STORED[run.name] == 2 else torch.float32)
+    dtypes = {name: family.encoding_dtype(name, GPU) for name in texts}
     found: dict[str, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for part in models.values():
-            make_fake(part, halves=part is run.net and run.adapter is not None)
+        for name, part in models.items():
+            if name in texts:
+                put(part, dtypes[name])
+            else:
+                make_fake(part, halves=part is run.net and run.adapter is not None)
         vae: Any = models["vae"]
-        chunk = min(8, batch)
+        channels = vae.config.latent_channels
+
+        def encoding(prompts: int) -> int:
+            made = (
+                peak_of(lambda text=text: text(torch.zeros(prompts, _tokens(text, tokens), dtype=torch.long)))
+                for text in texts.values()
+            )
+            return sum(map(held, texts.values())) + sum(made)
+
+        chunk = Encoder(family, batch, GPU).chunk
         found["caching images"] = held(vae) + peak_of(lambda: vae.encode(torch.zeros(chunk, 3, size, size)))
-        texts = [models[name] for name in run.caption_encoders]
-        found["caching captions"] = sum(map(held, texts)) + sum(
-            peak_of(lambda text=text: text(torch.zeros(chunk, _tokens(text, tokens), dtype=torch.long)))
-            for text in texts
-        )  # fmt: skip
+        drawn = config.validation.num_validation_images
+        first = encodes_first(family)
+        found["caching captions"] = encoding(max(chunk, drawn) if first else chunk)
         net: Any = run.net
         net.train()
         if config.training.gradient_checkpointing:
@@ -267,20 +298,33 @@ def on_the_device(run: Counted) -> dict[str, int]:
         found["training"] = held(net) + need.device + step
         net.eval()
 
-        def drawn(images: int, decoded: int) -> int:
-            channels = vae.config.latent_channels
+        def drawing(images: int) -> int:
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 denoising = peak_of(lambda: net(**inputs_of(net, guided * images, side, tokens), return_dict=False))
-            return max(denoising, peak_of(lambda: vae.decode(torch.zeros(decoded, channels, side, side))))
+            return max(denoising, peak_of(lambda: vae.decode(torch.zeros(1, channels, side, side))))
 
-        beside = sum(held(part) for part in models.values() if part is not net)
-        found["drawing"] = held(net) + average + beside + drawn(config.validation.num_validation_images, 1)
-        at_once = config.audit.eval_batch_size
+        beside = held(vae) if first else held(vae) + sum(map(held, texts.values()))
+        found["drawing"] = held(net) + average + beside + drawing(drawn)
+        found["saving"] = held(net) + average
         # An audit loads the base as it is, whatever it was trained on.
         if run.name != IN_4_BITS:
-            found["auditing"] = sum(4 * numbers(part) for part in models.values()) + drawn(at_once, 1)
-    found["saving"] = held(net) + average
-    return found
+            found["auditing"] = _auditing(run, encoding, drawing)
+    return {phase: found[phase] for phase in PHASES if phase in found}
+
+
+def _auditing(run: Counted, encoding: Callable[[int], int], drawing: Callable[[int], int]) -> int:
+    """Bytes while an audit has what it needs on a card as large as is wanted; it decodes images one at a time."""
+    config, vae, net, size = run.config, run.models["vae"], run.net, run.config.data.resolution
+    card = int(DEVICE[run.name] * GB)
+    chosen = precision_on(GPU, Config(), type(run.pipeline).__name__, has_vae=True)
+    half = torch.bfloat16 if chosen in HALF else torch.float32
+    weights = bytes_to_compute(net, half, layers_alone=True) + bytes_to_compute(vae)
+    images = images_at_once(config.audit.eval_batch_size, size, weights, card)
+    looking = held(vae) + peak_of(lambda: vae.encode(torch.zeros(1, 3, size, size)))
+    texts = encoding(images)
+    put(net, half, layers_alone=True)
+    print(f"{run.name}: an audit draws {images} images at once", flush=True)
+    return max(looking, texts, weights + drawing(images))
 
 
 def _tokens(text: nn.Module, tokens: int) -> int:

@@ -10,8 +10,10 @@ import processes
 import pytest
 import torch
 from tiny import tiny_sd
+from tiny_families import tiny_pipeline
 
 from iet_finetune.config.settings import AdapterConfig
+from iet_finetune.families.precision import computing, predicting
 from iet_finetune.lora.adapters import add_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -314,6 +316,28 @@ def test_what_is_counted_on_fake_tensors_is_what_a_step_takes(programs, half):
         make_fake(fake := net())
         counted = peak_of_step(fake, inputs_of(fake, 4, 32, 12), half)
     assert counted == pytest.approx(measured, rel=0.1)
+
+
+def test_what_is_counted_of_models_that_compute_in_half_precision_is_what_they_take(programs):
+    from device_memory import held, peak_of, put
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ids, bf16, cpu = torch.ones(8, 64, dtype=torch.long), torch.bfloat16, torch.device("cpu")
+    real, fake = (tiny_pipeline("sd3") for _ in range(2))
+    with computing(real.text_encoder_3, cpu, bf16):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+            peak_of(lambda: real.text_encoder_3(ids))
+        weights = held(real.text_encoder_3)
+    changes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    with predicting(real.transformer, cpu, bf16):
+        of_denoiser = held(real.transformer)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        put(fake.text_encoder_3, bf16)
+        put(fake.transformer, bf16, layers_alone=True)
+        assert peak_of(lambda: fake.text_encoder_3(ids)) == pytest.approx(max(accumulate(changes)), rel=0.1)
+    assert (held(fake.text_encoder_3), held(fake.transformer)) == (weights, of_denoiser)
+    assert weights < 0.51 * held(real.text_encoder_3)
+    assert of_denoiser < 0.6 * held(real.transformer)
 
 
 def test_the_remainders_of_ten_rounds_are_factors_or_dense_whichever_is_smaller(programs):

@@ -11,7 +11,8 @@ import torch
 from ..config.config import Config
 from ..data.buckets import numbers_of
 from ..data.dataset import TrainingImages
-from ..errors import UserError
+from ..errors import UserError, warn
+from .inputs.batches import images_at_once
 from .inputs.context import AuditContext
 from .inputs.dataset import AuditData, prepare
 from .inputs.images import file_array, image_array, training_transform
@@ -114,7 +115,7 @@ def _data(
     request: AuditRequest, sources: AuditSources, subject: Subject | None, work: Work
 ) -> tuple[AuditData, Config]:
     """The images at the resolution of the audit, without duplicates, and the settings with that resolution."""
-    config, training, heldout = _sized(request, sources, subject), sources.training, sources.heldout
+    config, training, heldout = _fitted(_sized(request, sources, subject), subject), sources.training, sources.heldout
     if subject is not None and subject.family is not None:
         classes = (*(training.classes or (0,)), *(heldout.classes or ()))
         subject.family.take_classes(training.class_names, max(classes))
@@ -123,6 +124,17 @@ def _data(
             numbers_of(images, subject.family.buckets(config.data))  # raises an error where one is too small
     grey = subject is not None and subject.is_grey
     return prepare(config, work, training, heldout, grey=grey), config
+
+
+def _fitted(config: Config, subject: Subject | None) -> Config:
+    """The settings with as many images at once as the GPU takes, if that is less."""
+    if subject is None or not subject.travels or subject.device.type != "cuda":
+        return config
+    memory, asked = torch.cuda.get_device_properties(subject.device).total_memory, config.audit.eval_batch_size
+    fitting = images_at_once(asked, config.data.resolution, subject.weights_to_draw, memory)
+    if fitting < asked:
+        warn(f"`--eval_batch_size {asked}`: {fitting} images at once fit on this GPU")
+    return replace(config, audit=replace(config.audit, eval_batch_size=fitting))
 
 
 def _load_features(config: Config, device: torch.device) -> list[Features]:
@@ -179,7 +191,7 @@ def _drawing(config: Config, subject: Subject | None) -> dict[str, Any]:
         "scheduler": type(subject.pipeline.scheduler).__name__,
         "num_inference_steps": config.audit.num_inference_steps,
         "sampling_guidance_scale": guidance if guidance is not None else subject.default_guidance,
-        "mixed_precision": config.training.mixed_precision or "no",
+        "mixed_precision": subject.precision,
     }
 
 

@@ -52,6 +52,7 @@ def caption_facts(family: Family, encoder: Encoder, device: torch.device) -> dic
         # SD 3 without T5 pads with zeros to the width of its transformer.
         "width": _settings(family.denoiser).get("joint_attention_dim"),
         "models": _models(family, family.caption_encoders),
+        **_precisions(family, device),
     }
 
 
@@ -62,6 +63,14 @@ def _common_facts(family: Family, encoder: Encoder, device: torch.device) -> dic
         "encoded at once": encoder.chunk,
         "made by": _machine(device),
     }
+
+
+def _precisions(family: Family, device: torch.device) -> dict[str, Any]:
+    """What text encoders compute in, where that is not fp32; nothing on a CPU."""
+    there = [name for name in family.caption_encoders if getattr(family.pipeline, name, None) is not None]
+    dtypes = {name: family.encoding_dtype(name, device) for name in there}
+    half = {name: str(dtype) for name, dtype in dtypes.items() if dtype != torch.float32}
+    return {"computed in": half} if half else {}
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..config.sizes import Size
 from ..data.buckets import Buckets, chosen_buckets
 from ..errors import UserError
 from ..method.objective import NoiseSchedule, Objective
-from .precision import widen, widened
+from .precision import HALF, computing, encoding_dtype, give_back, own_tensors, send
 
 Conditions = dict[str, Tensor]
 
@@ -57,6 +57,8 @@ class Family(ABC):
         self.refuse(*(name for name, spec in all_flags().items() if spec.needs not in features))
         self.network: Callable[..., Any] = self.denoiser
         self.objective = self.make_objective()
+        # Encoders that are on the device for long -> what they held before.
+        self._placed: dict[nn.Module, dict[str, Tensor]] = {}
 
     def refuse(self, *names: str) -> None:
         """Raises a `UserError` if one of these flags has another value than its default."""
@@ -96,16 +98,42 @@ class Family(ABC):
         return getattr(self.pipeline, self.denoiser_name)
 
     def place(self, device: torch.device, encoders: bool = True) -> None:
-        """Freezes everything but the denoiser; puts the objective and, if asked, the encoders in fp32 on the device.
+        """Freezes everything but the denoiser; puts the objective and, if asked, the encoders on the device.
 
         Args:
             encoders: whether images and captions will be encoded on the device.
         """
         self.freeze()
-        for encoder in self._encoders((*self.image_encoders, *self.caption_encoders)) if encoders else ():
-            encoder.to(device)
-            widen(encoder)
+        for name in (*self.image_encoders, *self.caption_encoders) if encoders else ():
+            for encoder in self._encoders((name,)):
+                before, dtype = own_tensors(encoder), self.encoding_dtype(name, device)
+                send(encoder, device, dtype)
+                if dtype != torch.float32:
+                    self._placed[encoder] = before
         self.objective = self.objective.to(device)
+
+    def take_back(self) -> None:
+        """Gives encoders that compute in half precision the tensors that they came with."""
+        for encoder, before in self._placed.items():
+            give_back(encoder, before)
+
+    @contextmanager
+    def as_it_came(self) -> Iterator[None]:
+        """The same inside; afterwards they are on the device again."""
+        now = {encoder: own_tensors(encoder) for encoder in self._placed}
+        self.take_back()
+        try:
+            yield
+        finally:
+            for encoder, tensors in now.items():
+                give_back(encoder, tensors)
+
+    def encoding_dtype(self, name: str, device: torch.device) -> torch.dtype:
+        """The precision in which an encoder computes there. A VAE is always in fp32: SDXL's gives NaN in fp16."""
+        if name not in self.caption_encoders:
+            return torch.float32
+        half = HALF.get(self.config.training.mixed_precision or "no")
+        return encoding_dtype(getattr(self.pipeline, name), device, half)
 
     def freeze(self) -> None:
         """Freezes everything but the denoiser."""
@@ -115,10 +143,14 @@ class Family(ABC):
 
     @contextmanager
     def lent(self, names: Sequence[str], device: torch.device) -> Iterator[None]:
-        """Moves these components to the device, where they are in fp32; afterwards they are as before."""
+        """Moves these components to the device, in the precision that they compute in; afterwards they are as before.
+
+        That is fp32 except for text encoders on a GPU; see `encoding_dtype`.
+        """
         with ExitStack() as stack:
-            for encoder in self._encoders(names):
-                stack.enter_context(widened(encoder, device))
+            for name in names:
+                for part in self._encoders((name,)):
+                    stack.enter_context(computing(part, device, self.encoding_dtype(name, device)))
             yield
 
     def drop_encoders(self) -> None:

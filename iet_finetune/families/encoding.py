@@ -34,7 +34,7 @@ class Encoder:
         return mean, std
 
     def captions(self, captions: Sequence[str]) -> Conditions:
-        """Returns the conditions of B captions, as `encode_captions`; empty if the family needs none."""
+        """Returns the conditions of B captions, as `encode_captions`, in fp32; empty if the family needs none."""
         if not self._family.needs_captions:
             return {}
         names: list[str] = []
@@ -42,7 +42,7 @@ class Encoder:
         def encode(chunk: list[str]) -> tuple[Tensor, ...]:
             conditions = self._family.encode_captions(chunk)
             names[:] = conditions
-            return tuple(conditions.values())
+            return tuple(each.float() if each.is_floating_point() else each for each in conditions.values())
 
         tensors = in_chunks(encode, list(captions), self.chunk)
         return dict(zip(names, tensors, strict=True))

@@ -6,9 +6,59 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
 Dtypes = Mapping[str, torch.dtype]
+# What autocast multiplies in, by the name of the mixed precision.
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# The layers that autocast multiplies in half precision.
+MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What of a quantised layer is fp32 whatever its model computes in: a layer names such tensors in this attribute.
+ALWAYS_FP32 = "always_fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 by itself; a CPU is not asked."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def encoding_dtype(encoder: nn.Module, device: torch.device, half: torch.dtype | None) -> torch.dtype:
+    """The precision in which a text encoder computes: fp32 on a CPU; on a GPU as in diffusers' training scripts.
+
+    There it is that of training, and where that is fp32 the one in which the encoder is held. Layers of T5 overflow in
+    fp16: it computes in bf16 then, or in fp32 on a card without.
+
+    Args:
+        encoder: as it is held while it is not in use.
+        half: of mixed precision; None for fp32.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    held = {tensor.dtype for tensor in encoder.parameters()} & set(HALF.values())
+    dtype = half or next(iter(held), torch.float32)
+    if dtype == torch.float16 and getattr(encoder, "_keep_in_fp32_modules", None):
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    return dtype
+
+
+def planned(
+    module: nn.Module, dtype: torch.dtype, *, layers_alone: bool = False
+) -> Iterator[tuple[dict[str, Any], str, torch.dtype]]:
+    """Of each tensor: the parameters or buffers of its layer, its name there, and the precision to compute in.
+
+    Args:
+        dtype: of the tensors with a floating point.
+        layers_alone: whether all but linear and convolution layers is in fp32, as autocast has it.
+    """
+    for part in module.modules():
+        kind = dtype if isinstance(part, MULTIPLYING) or not layers_alone else torch.float32
+        exact = getattr(part, ALWAYS_FP32, ())
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    wide = torch.float32 if name in exact else kind
+                    yield tensors, name, wide if tensor.is_floating_point() else tensor.dtype
 
 
 @torch.no_grad()
@@ -23,25 +73,80 @@ def widen(module: nn.Module, but: frozenset[int] = frozenset()) -> None:
             tensor.data = tensor.data.float()
 
 
+def bytes_to_compute(module: nn.Module, dtype: torch.dtype = torch.float32, *, layers_alone: bool = False) -> int:
+    """Bytes of a module's tensors in the precision that `planned` says."""
+    plan = planned(module, dtype, layers_alone=layers_alone)
+    # Once each, also where a tensor has two names.
+    return sum({tensors[name]: tensors[name].numel() * kind.itemsize for tensors, name, kind in plan}.values())
+
+
+@torch.no_grad()
+def send(module: nn.Module, device: torch.device, dtype: torch.dtype, *, layers_alone: bool = False) -> None:
+    """Puts the module onto the device in the precision that `planned` says, one tensor at a time."""
+    if dtype == torch.float32:
+        module.to(device)
+        widen(module)
+        return
+    for tensors, name, kind in planned(module, dtype, layers_alone=layers_alone):
+        tensors[name].data = tensors[name].data.to(device, kind)
+
+
 @contextmanager
-def widened(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module on the device in fp32 inside; afterwards it has the tensors again that it had before.
+def computing(
+    module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32, *, layers_alone: bool = False
+) -> Iterator[None]:
+    """The module on the device in a precision inside, as `send` does; afterwards it has its own tensors again.
 
     They are kept meanwhile, so nothing is copied back; those mapped from a file take no memory of their own.
     """
-    before = {name: tensor.data for name, tensor in _named_tensors(module)}
+    before = own_tensors(module)
     home = next((tensor.device for tensor in before.values()), None)
     try:
         if home is not None:
-            module.to(device)
-            widen(module)
+            send(module, device, dtype, layers_alone=layers_alone)
         yield
     finally:
-        for name, tensor in _named_tensors(module):
-            if name in before:
-                tensor.data = before[name]
+        give_back(module, before)
         if home is not None:
             module.to(home)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a module holds now, for `give_back`."""
+    return {name: tensor.data for name, tensor in _named_tensors(module)}
+
+
+def give_back(module: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Lets a module hold what it held before."""
+    for name, tensor in _named_tensors(module):
+        if name in before:
+            tensor.data = before[name]
+
+
+@contextmanager
+def predicting(
+    denoiser: nn.Module, device: torch.device, half: torch.dtype | None, *, rounds: bool = True
+) -> Iterator[None]:
+    """The denoiser on the device inside, in half precision or fp32; what it returns is in fp32.
+
+    In half precision it computes as autocast does. What is computed around it, by a VAE above all, is not in autocast.
+
+    Args:
+        rounds: whether the weights of its linear and convolution layers are held in half precision, too.
+    """
+    with computing(denoiser, device, half if half and rounds else torch.float32, layers_alone=True):
+        if half is None:
+            yield
+            return
+        own, was_own = denoiser.forward, "forward" in denoiser.__dict__
+        denoiser.forward = convert_outputs_to_fp32(torch.autocast(device.type, half)(own))
+        try:
+            yield
+        finally:
+            if was_own:
+                denoiser.forward = own
+            else:
+                del denoiser.forward
 
 
 @contextmanager

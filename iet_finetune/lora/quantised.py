@@ -74,6 +74,8 @@ class QuantisedLinear(nn.Linear):
         up, down: (out, p) and (p, in), of rank 0 until `put`.
     """
 
+    always_fp32 = ("scale", "codes")
+
     def __init__(self, linear: nn.Linear, kind: str, dtype: torch.dtype) -> None:
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, bias=False)

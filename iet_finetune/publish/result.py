@@ -107,7 +107,8 @@ class Result:
         if self._dtype is not None:
             dtypes = {part: dtype for part, dtype in dtypes.items() if not part.startswith(f"{name}/")}
             dtypes[name] = self._dtype
-        save_pipeline(made(dtypes), folder, dtypes, self._source.own_index)
+        with self._family.as_it_came():
+            save_pipeline(made(dtypes), folder, dtypes, self._source.own_index)
 
     def _base_is_there(self) -> bool:
         """Whether the base's files hold the denoiser as it came, tensor by tensor."""

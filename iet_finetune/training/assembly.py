@@ -1,13 +1,14 @@
 """From a configuration to everything that a run works with, in the order in which mistakes are cheapest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 
 from ..config.config import Config
 from ..config.identity import common_flags, run_identity
@@ -39,6 +40,7 @@ from .noising import Noising
 from .overview import overview
 from .room import check_room
 from .stopping import Stopping
+from .validation import encode_validation
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ def assemble(
         if ranks.local_rank == 0:
             # For all ranks of the machine, before any of them takes memory.
             check_room(config, source, placement, ranks, accelerator.device)
-        family = load_model(source, config, found.images, accelerator.device, pipeline)
+        # The precision may also be that of Accelerate's own configuration.
+        precise = replace(config, training=replace(config.training, mixed_precision=accelerator.mixed_precision))
+        family = load_model(source, precise, found.images, accelerator.device, pipeline)
     family.latent_shape(config.data.resolution)  # raises an error where images of that size cannot be drawn
     buckets = family.buckets(config.data)
     for each in (found.images, found.watched):
@@ -125,12 +129,15 @@ def assemble(
     entering("encoding")
     of_class = beside.images if beside is not None else None
     shards, others = read_shards(config, family, found, indices, buckets, ranks, accelerator.device, of_class)
+    prompts = encode_validation(config, family, accelerator.device) if ranks.is_main else None
     if not ranks.is_main and source.folder is not None and config.data.cache_latents:
         # Only the main rank draws and saves.
         family.drop_encoders()
+    # What encoding took of a GPU is given back: its blocks have other sizes than those of training.
+    clear_device_cache()
     entering("preparing")
     data = Data(*found, indices, shards, others, schedule, beside)
-    model = prepare_model(source, family, config, accelerator, group, beginning)
+    model = prepare_model(source, family, config, accelerator, group, beginning, prompts)
     run = _build_run(config, data, model, accelerator, ranks, placement, group, identity)
     if config.training.compile:
         mine = placement.shards_of(ranks.rank)

@@ -90,7 +90,8 @@ class RoundFacts:
         round: the number of rounds completed.
         metrics: the line of `metrics.jsonl`.
         pipeline: lends the pipeline with the merged weights, or their moving average if there is one, to draw with or
-            to measure: `with facts.pipeline() as pipeline:`. None on all ranks but the main one.
+            to measure: `with facts.pipeline() as pipeline:`, with all its text encoders on the device. None on all
+            ranks but the main one.
     """
 
     step: int

@@ -5,13 +5,15 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from tqdm.auto import tqdm
 
 from ..config.config import Config
@@ -21,9 +23,10 @@ from ..data.files import find_files, sorted_files
 from ..distributed.groups import Ranks
 from ..errors import UserError, one_line
 from ..families import Family
+from ..families.precision import HALF, predicting
+from ..families.prompts import encode_prompts
 from ..files import no_space_named, written_beside
 from ..method.seeding import class_image_seed
-from .model import HALF
 from .validation import sampling
 
 # Drawn at once, always as many: the last bits of an image may depend on that.
@@ -165,11 +168,15 @@ def _draw_share(config: Config, family: Family, ranks: Ranks, accelerator: Accel
     settings = ValidationConfig(validation_inference_steps=_steps(family))
     prompt, seed, size = str(config.prior.class_prompt), config.training.seed, config.data.resolution
     bar = tqdm(chunks, desc="drawing class images", disable=None if ranks.is_main else True, dynamic_ncols=True)
-    with _ready(family, accelerator) if chunks else contextlib.nullcontext() as pipeline:
+
+    def draw(pipeline: Any, together: range) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(class_image_seed(seed, number)) for number in together]
+        return family.draw(pipeline, prompt, generators, settings, size)
+
+    with _ready(family, accelerator, draw) if chunks else contextlib.nullcontext() as pipeline:
         for chunk in bar:
             together = range(chunk * AT_ONCE, (chunk + 1) * AT_ONCE)
-            generators = [torch.Generator().manual_seed(class_image_seed(seed, number)) for number in together]
-            images = family.draw(pipeline, prompt, generators, settings, size)
+            images = draw(pipeline, together)
             for number, image in zip(together, images, strict=True):
                 if number in numbers:
                     with no_space_named(config.class_path), written_beside(_file(config, number)) as partial:
@@ -179,16 +186,23 @@ def _draw_share(config: Config, family: Family, ranks: Ranks, accelerator: Accel
 
 
 @contextlib.contextmanager
-def _ready(family: Family, accelerator: Accelerator) -> Iterator[Any]:
-    """The pipeline as it came, to draw with, on the device meanwhile."""
+def _ready(family: Family, accelerator: Accelerator, draw: Callable[[Any, range], list[Image.Image]]) -> Iterator[Any]:
+    """The pipeline as it came, to draw with, on the device meanwhile.
+
+    Args:
+        draw: draws the images of some numbers, always from the same prompt, which is encoded first.
+    """
     device, half = accelerator.device, HALF.get(accelerator.mixed_precision)
+    on_host = device.type == "cpu"
     family.freeze()
-    with (
-        family.lent([family.denoiser_name], device),
-        torch.autocast(device.type, dtype=half, enabled=half is not None),
-        sampling(family) as pipeline,
-    ):
-        yield pipeline
+    with torch.autocast(device.type, dtype=half, enabled=half is not None and on_host):
+        pipeline = family.sampling_pipeline()
+        prompts = encode_prompts(family, pipeline, [partial(draw, pipeline, range(AT_ONCE))], device)
+        with (
+            predicting(family.denoiser, device, None if on_host else half),
+            sampling(family, prompts) as pipeline,
+        ):
+            yield pipeline
 
 
 def _file(config: Config, number: int) -> Path:

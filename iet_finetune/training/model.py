@@ -14,15 +14,14 @@ from ..distributed.groups import Group
 from ..ensemble.trainable import Trainable
 from ..errors import UserError
 from ..families import Family, PipelineSource, load_family, move_pipeline, round_pipeline, widen
+from ..families.precision import HALF
+from ..families.prompts import EncodedPrompts
 from ..lora.adapted import cast_inputs
 from ..lora.adapters import Adapter, add_adapter
 from ..lora.beginning import Beginning, begin_from
 from ..lora.formats import check_kohya
 from ..lora.quantised import layers_to_quantise, quantise
 from .compiling import compile_denoiser
-
-# What autocast multiplies in, by the name of the mixed precision.
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Model:
         adapter: the LoRA layers of the denoiser, or None if all of it is trained.
         trainable: the tensors that are trained, live on the device.
         beginning: what the adapter began from; None for an update of 0.
+        prompts: of the validation images, encoded; None where there are none, or on other ranks than the main one.
     """
 
     source: PipelineSource
@@ -42,6 +42,7 @@ class Model:
     adapter: Adapter | None
     trainable: Trainable
     beginning: Beginning | None = None
+    prompts: EncodedPrompts | None = None
 
 
 def load_model(
@@ -74,17 +75,19 @@ def prepare_model(
     accelerator: Accelerator,
     group: Group,
     beginning: Beginning | None = None,
+    prompts: EncodedPrompts | None = None,
 ) -> Model:
     """Puts onto the device what training needs of the pipeline, with an adapter or compiled if the settings say so.
 
     Args:
         beginning: what the adapter begins from; None for an update of 0.
+        prompts: of the validation images.
 
     Raises:
         UserError: the adapter cannot be that of `--lora_layers`, `--lora_format` or `--init_lora`.
     """
     adapter = _prepare_denoiser(source, family, config, accelerator, group, beginning)
-    return Model(source, family, adapter, Trainable(family.denoiser, buffers=adapter is None), beginning)
+    return Model(source, family, adapter, Trainable(family.denoiser, buffers=adapter is None), beginning, prompts)
 
 
 def hand_back(model: Model, accelerator: Accelerator, device: torch.device) -> None:
@@ -92,6 +95,7 @@ def hand_back(model: Model, accelerator: Accelerator, device: torch.device) -> N
     family = model.family
     accelerator.unwrap_model(family.denoiser, keep_fp32_wrapper=False)
     cast_inputs(family.denoiser, True)
+    family.take_back()
     round_pipeline(family.pipeline, model.source.dtypes)
     family.denoiser.eval()
     move_pipeline(family.pipeline, device)

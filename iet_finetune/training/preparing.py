@@ -79,7 +79,7 @@ def prepare(
     ranks.barrier()
     project = config.logging.tracker_project_name or output.absolute().name
     trackers = Trackers(accelerator, project, config.to_flags())
-    validation = Validation(config, model.family, trackers, rounds, is_main=ranks.is_main)
+    validation = Validation(config, model.family, trackers, rounds, model.prompts, is_main=ranks.is_main)
     drawn_alike = checkpoint is not None and checkpoint.manifest["pictures"] == drawn_with(config.validation)
     validation.forget(ensemble.round if drawn_alike else -1)
     return Prepared(store, data, model, run, Reporter(output, ranks.is_main, trackers), validation, rounds)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..config.config import Config
 from ..ensemble.ensemble import Ensemble
 from ..families.base import Family, evaluating
 from ..families.decoding import one_at_a_time
+from ..families.prompts import EncodedPrompts, encode_prompts
 from ..files import written_beside
 from .compiling import uncompiled
 from .tracking import Trackers
@@ -29,11 +31,21 @@ class Validation:
         family: the pipeline; images are drawn with its denoiser as it stands.
         trackers: which images are sent to.
         last_round: the number of the run's last round, which is always drawn.
+        encoded: the prompts, as `encode_validation` has them.
         is_main: whether this is the main rank.
     """
 
-    def __init__(self, config: Config, family: Family, trackers: Trackers, last_round: int, *, is_main: bool) -> None:
-        self._config, self._family, self._trackers = config, family, trackers
+    def __init__(
+        self,
+        config: Config,
+        family: Family,
+        trackers: Trackers,
+        last_round: int,
+        encoded: EncodedPrompts | None,
+        *,
+        is_main: bool,
+    ) -> None:
+        self._config, self._family, self._trackers, self._encoded = config, family, trackers, encoded
         self._last_round, self._is_main = last_round, is_main
         self._output = config.output_path
         self._prompts = list(family.prompts(config.validation))
@@ -65,18 +77,9 @@ class Validation:
         return self._file(round_)
 
     def _images(self) -> list[list[Image.Image]]:
-        """`num_validation_images` images of each prompt. Image i starts from the noise of seed + i.
-
-        torch's global generators are left alone.
-        """
-        settings, rows = self._config.validation, []
-        first, resolution = self._config.training.seed, self._config.data.resolution
-        with sampling(self._family) as pipeline:
-            for prompt in self._prompts:
-                seeds = range(first, first + settings.num_validation_images)
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                rows.append(self._family.draw(pipeline, prompt, generators, settings, resolution))
-        return rows
+        """`num_validation_images` images of each prompt; torch's global generators are left alone."""
+        with sampling(self._family, self._encoded) as pipeline:
+            return [_row(self._config, self._family, pipeline, prompt) for prompt in self._prompts]
 
     def forget(self, above: int) -> None:
         """Removes the images of rounds later than `above`, and the comparison made with them."""
@@ -106,24 +109,51 @@ class Validation:
         return self._output / FOLDER / f"round-{round_:04d}.png"
 
 
+def encode_validation(config: Config, family: Family, device: torch.device) -> EncodedPrompts | None:
+    """The prompts of the validation images, encoded as they will be drawn, while nothing else is on the device.
+
+    Returns:
+        None if there are none, or the pipeline must encode them while it draws.
+    """
+    prompts, pipeline = family.prompts(config.validation), family.sampling_pipeline()
+    family.freeze()
+    calls = [partial(_row, config, family, pipeline, prompt) for prompt in prompts]
+    return encode_prompts(family, pipeline, calls, device)
+
+
+def _row(config: Config, family: Family, pipeline: Any, prompt: str) -> list[Image.Image]:
+    """The validation images of one prompt; image i starts from the noise of seed + i."""
+    settings, first = config.validation, config.training.seed
+    seeds = range(first, first + settings.num_validation_images)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return family.draw(pipeline, prompt, generators, settings, config.data.resolution)
+
+
 @contextlib.contextmanager
-def sampling(family: Family) -> Iterator[Any]:
-    """The pipeline as it stands, on the denoiser's device and without gradients, to draw with."""
+def sampling(family: Family, prompts: EncodedPrompts | None = None) -> Iterator[Any]:
+    """The pipeline as it stands, on the denoiser's device and without gradients, to draw with.
+
+    Args:
+        prompts: what it draws from, encoded already, for which the text encoders stay where they are; None: from any.
+    """
     device = next(family.denoiser.parameters()).device
+    encoders = family.caption_encoders if prompts is not None else ()
     # Idle models return to the host afterwards. A compiled denoiser would be compiled once more for this.
     with (
-        family.lent(family.beside_denoiser, device),
+        family.lent([name for name in family.beside_denoiser if name not in encoders], device),
         evaluating(family.denoiser),
         torch.no_grad(),
         uncompiled(),
         one_at_a_time(family.pipeline, device),
     ):
-        yield family.sampling_pipeline().to(device)
+        pipeline = family.sampling_pipeline()
+        with contextlib.nullcontext() if prompts is None else prompts.answering(pipeline, encoders, device):
+            yield pipeline.to(device)
 
 
 @contextlib.contextmanager
 def merged_pipeline(ensemble: Ensemble, family: Family) -> Iterator[Any]:
-    """The same with the merged weights, or their moving average; only between rounds."""
+    """The same with the merged weights, or their moving average, for any prompts; only between rounds."""
     ensemble.load_result()
     with sampling(family) as pipeline:
         yield pipeline

@@ -13,11 +13,13 @@ from tiny import RESOLUTION
 from tiny_families import PIPELINES, tiny_pipeline
 from torch import nn
 
-from iet_finetune.cache.keys import _model_digest
+from iet_finetune.cache.keys import _model_digest, caption_facts
 from iet_finetune.config.config import Config
 from iet_finetune.config.settings import ModelConfig
-from iet_finetune.families import family_class, find_pipeline, load_as_stored, load_pipeline
-from iet_finetune.families.precision import inexact_tensors, widened
+from iet_finetune.families import base, family_class, find_pipeline, load_as_stored, load_pipeline, source_of
+from iet_finetune.families.encoding import Encoder
+from iet_finetune.families.precision import computing, encoding_dtype, inexact_tensors, predicting
+from iet_finetune.lora.quantised import quantise
 
 CPU = torch.device("cpu")
 
@@ -107,7 +109,7 @@ def test_a_module_is_in_fp32_while_it_is_lent_and_has_its_own_tensors_again_when
     before = {name: tensor.data_ptr() for name, tensor in tensors(module).items()}
 
     def interrupted() -> None:
-        with widened(module, CPU):
+        with computing(module, CPU):
             assert {tensor.dtype for tensor in tensors(module).values()} == {torch.float32, torch.int64}
             raise KeyboardInterrupt
 
@@ -128,3 +130,77 @@ def test_tensors_that_may_have_been_rounded_while_loading_are_named():
     assert inexact_tensors(module, torch.bfloat16, {"0.bias": torch.float32}) == []
     # Stored under other names than it has here: there is no telling which they are.
     assert inexact_tensors(module, torch.bfloat16, {"old.bias": torch.float32}) == ["0.weight", "1.bias", "1.weight"]
+
+
+def test_text_encoders_compute_in_fp32_on_a_cpu_and_in_half_precision_on_a_gpu(loaded, monkeypatch):
+    gpu, family = torch.device("cuda"), loaded.stored
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for name, encoder in modules(family).items():
+        held = next(tensor.dtype for tensor in encoder.parameters())
+        assert family.encoding_dtype(name, CPU) == torch.float32
+        is_text = name in family.caption_encoders
+        is_t5 = type(encoder).__name__.startswith("T5")
+        as_held = torch.bfloat16 if is_t5 and held == torch.float16 else held
+        assert family.encoding_dtype(name, gpu) == (as_held if is_text else torch.float32)
+        assert encoding_dtype(encoder, gpu, torch.bfloat16) == torch.bfloat16
+        assert encoding_dtype(encoder, gpu, torch.float16) == (torch.bfloat16 if is_t5 else torch.float16)
+        assert encoding_dtype(nn.Linear(1, 1), gpu, None) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    for encoder in filter(None, (getattr(family.pipeline, name, None) for name in family.caption_encoders)):
+        if type(encoder).__name__.startswith("T5"):
+            assert encoding_dtype(encoder, gpu, torch.float16) == torch.float32
+
+
+def test_the_cache_tells_captions_that_were_encoded_in_half_precision_from_others(loaded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    gpu, family = torch.device("cuda"), loaded.whole
+    on_cpu, on_gpu = (caption_facts(family, Encoder(family, 4, device), device) for device in (CPU, gpu))
+    assert "computed in" not in on_cpu
+    assert "computed in" not in on_gpu
+    half = caption_facts(loaded.stored, Encoder(family, 4, gpu), gpu)
+    assert set(half["computed in"]) == set(modules(family)) & set(family.caption_encoders)
+
+
+def test_a_quantised_layer_keeps_its_scales_in_fp32_in_a_model_that_computes_in_half_precision():
+    module = nn.Sequential(nn.Sequential(nn.Linear(64, 8)), nn.LayerNorm(8))
+    quantise(module, "nf4", CPU)
+    with computing(module, CPU, torch.bfloat16):
+        assert module[0][0].scale.dtype == module[0][0].codes.dtype == torch.float32
+        assert module[0][0].weight.dtype == torch.int8
+        assert {t.dtype for t in (module[1].weight, module[0][0].bias)} == {torch.bfloat16}
+        assert module(torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_denoiser_predicts_in_half_precision_with_norms_in_fp32_and_nothing_around_it_does():
+    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    before, x = tensors(module), torch.linspace(0, 1, 8).view(2, 4)
+    held, exact = {name: tensor.data_ptr() for name, tensor in before.items()}, module(x)
+    with predicting(module, CPU, torch.bfloat16):
+        assert module[0].weight.dtype == module[2].bias.dtype == torch.bfloat16
+        assert module[1].weight.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        rounded = module(x)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    assert torch.allclose(rounded, exact, atol=0.05)
+    assert {name: tensor.data_ptr() for name, tensor in tensors(module).items()} == held
+    assert torch.equal(module(x), exact)
+    with predicting(module, CPU, torch.bfloat16, rounds=False):
+        assert {tensor.dtype for tensor in module.parameters()} == {torch.float32}
+        assert torch.equal(module(x), rounded)
+
+
+def test_encoders_that_stay_on_the_device_in_half_precision_are_given_back_as_they_came(monkeypatch):
+    pipeline = tiny_pipeline("sdxl")
+    family = family_class(source_of(pipeline), ModelConfig())(pipeline)
+    exact = {name: tensor.clone() for name, tensor in pipeline.text_encoder.state_dict().items()}
+    monkeypatch.setattr(base, "encoding_dtype", lambda *_: torch.bfloat16)
+    family.place(CPU)
+    assert {tensor.dtype for tensor in pipeline.text_encoder.parameters()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in pipeline.vae.parameters()} == {torch.float32}
+    placed = {name: tensor.data_ptr() for name, tensor in tensors(pipeline.text_encoder).items()}
+    with family.as_it_came():
+        assert_equal(dict(pipeline.text_encoder.state_dict()), exact)
+    assert {name: tensor.data_ptr() for name, tensor in tensors(pipeline.text_encoder).items()} == placed
+    family.take_back()
+    assert_equal(dict(pipeline.text_encoder.state_dict()), exact)

@@ -15,8 +15,18 @@ from torch import Tensor, nn
 
 from ...config.config import Config
 from ...errors import UserError, one_line, warn
-from ...families import FAMILIES, Family, PipelineSource, family_class, find_pipeline, load_pipeline
+from ...families import (
+    FAMILIES,
+    Family,
+    PipelineSource,
+    family_class,
+    find_pipeline,
+    load_as_stored,
+    load_pipeline,
+    move_pipeline,
+)
 from ...families.base import pipeline_fingerprint
+from ...families.precision import HALF, has_bf16
 from ...families.quiet import quiet_loading
 from ...families.single_file import holds_lora, is_file
 from ...files import LORA_NAME
@@ -67,12 +77,16 @@ class StoredPipeline:
         Raises:
             UserError: it cannot be loaded; names the flag.
         """
+        source = self.source
+        precision = precision_on(device, self.config, source.class_name, has_vae="vae" in source.classes)
+        # Where the denoiser is rounded to half precision anyway, the host need not hold it in fp32.
+        as_stored = _travels(source.class_name, device) and precision in HALF
         with self.blamed():
-            pipeline: Any = load_pipeline(self.source, self.config.model)
-            family = _family(self.source, pipeline, self.config)
+            pipeline: Any = (load_as_stored if as_stored else load_pipeline)(source, self.config.model)
+            family = _family(source, pipeline, self.config, precision)
         if self.lora is not None:
             self._add_lora(pipeline, self.lora)
-        return _subject(shown(self.name), self.source.class_name, pipeline, family, device)
+        return _subject(shown(self.name), source.class_name, pipeline, family, device, precision)
 
     def _add_lora(self, pipeline: Any, file: Path) -> None:
         read = self.read_lora(file) if self.read_lora is not None else None
@@ -129,8 +143,12 @@ class LoadedPipeline:
                     "`mixed_precision` for speed."
                 )
         pipeline, name = copy.copy(self.pipeline), str(self.pipeline.config.get("_name_or_path") or "")
-        family = _family(self._source, pipeline, self.config)
-        return _subject(shown(name) or self._source.class_name, self._source.class_name, pipeline, family, device)
+        class_name, has_vae = self._source.class_name, getattr(pipeline, "vae", None) is not None
+        precision = precision_on(device, self.config, class_name, has_vae=has_vae)
+        family = _family(self._source, pipeline, self.config, precision)
+        if _travels(class_name, device):
+            move_pipeline(pipeline, torch.device("cpu"))
+        return _subject(shown(name) or class_name, class_name, pipeline, family, device, precision)
 
 
 @contextlib.contextmanager
@@ -162,19 +180,44 @@ def _needs_captions(source: PipelineSource, config: Config, kind: Any) -> bool:
     return kind is not None and "prompt" in inspect.signature(kind.__call__).parameters
 
 
-def _family(source: PipelineSource, pipeline: Any, config: Config) -> Family | None:
-    return family_class(source, config.model)(pipeline, config) if source.class_name in FAMILIES else None
+def precision_on(device: torch.device, config: Config, class_name: str, *, has_vae: bool) -> str:
+    """The precision of the denoiser: `no`, `bf16` or `fp16`.
+
+    Where none is given it is half precision on a GPU, except for a kind of pipeline that no family knows and for one
+    that draws pixels: that is small, and takes its noise in the precision of its weights.
+    """
+    if config.training.mixed_precision is not None:
+        return config.training.mixed_precision
+    if not has_vae or not _travels(class_name, device):
+        return "no"
+    return "bf16" if has_bf16(device) else "fp16"
 
 
-def _subject(name: str, class_name: str, pipeline: Any, family: Family | None, device: torch.device) -> Subject:
-    fingerprint = pipeline_fingerprint(pipeline)
+def _travels(class_name: str, device: torch.device) -> bool:
+    """Whether the models of such a pipeline are on the device only while they are needed."""
+    return device.type != "cpu" and class_name in FAMILIES
+
+
+def _family(source: PipelineSource, pipeline: Any, config: Config, precision: str) -> Family | None:
+    if source.class_name not in FAMILIES:
+        return None
+    config = replace(config, training=replace(config.training, mixed_precision=precision))
+    return family_class(source, config.model)(pipeline, config)
+
+
+def _subject(
+    name: str, class_name: str, pipeline: Any, family: Family | None, device: torch.device, precision: str
+) -> Subject:
+    fingerprint, travels = pipeline_fingerprint(pipeline), _travels(class_name, device)
     if family is not None:
-        family.place(device)
+        family.place(device, encoders=not travels)
         family.denoiser.requires_grad_(False).eval()
         # By DDIM, by class and without a safety checker, as while training.
         pipeline = family.sampling_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    return Subject(name, class_name, family, pipeline.to(device), device, fingerprint)
+    if not travels:
+        pipeline = pipeline.to(device)
+    return Subject(name, class_name, family, pipeline, device, fingerprint, precision, travels)
 
 
 def find_subject(config: Config, name: str, flag: str, read_lora: LoraReader | None = None) -> StoredPipeline:

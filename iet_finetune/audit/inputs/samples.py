@@ -1,25 +1,25 @@
 """The generated images: drawn with fixed prompts and seeds, and kept."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ...config.config import Config
 from ...data.dataset import TrainingImages
 from ...errors import UserError, one_line
 from ...files import clean, remove_folder, written_beside
+from .batches import in_parts, rows_together
 from .subject import Subject
 from .work import Work
 
 SETTINGS = "settings.json"
-# The dtype of autocast by the name of the mixed precision.
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan_samples(config: Config, subject: Subject, training: TrainingImages, hel
         size,
         type(subject.pipeline.scheduler).__name__,
         subject.fingerprint,
-        config.training.mixed_precision or "no",
+        subject.precision,
         audit.eval_batch_size,
         subject.options,
     )
@@ -145,19 +145,22 @@ def draw_samples(subject: Subject, plan: Plan, folder: Path, work: Work, *, own:
     files = [folder / f"{number:06d}.png" for number in range(len(plan.prompts))]
     _claim(folder, plan, own)
     there = sum(file.is_file() for file in files)
-    with work.progress("drawing", len(files), there) as advance, autocast(subject.device, plan.precision):
-        for start in range(0, len(files), plan.batch):
-            numbers = range(start, min(start + plan.batch, len(files)))
-            missing = [number for number in numbers if not files[number].is_file()]
-            # Draw the whole batch again: the last bits of an image may depend on its batch.
-            if missing:
-                _draw(subject, plan, numbers, files)
-                advance(len(missing))
+    batches = list(in_parts(range(len(files)), plan.batch))
+    # Draw the whole batch again: the last bits of an image may depend on its batch.
+    due = [numbers for numbers in batches if not all(files[number].is_file() for number in numbers)]
+    with work.progress("drawing", len(files), there) as advance:
+        for part in in_parts(due, rows_together(plan.batch, subject.travels) // plan.batch):
+            calls = [partial(_drawn, subject, plan, numbers) for numbers in part]
+            with subject.drawing(calls):
+                for numbers, call in zip(part, calls, strict=True):
+                    missing = sum(not files[number].is_file() for number in numbers)
+                    _save(call(), [files[number] for number in numbers])
+                    advance(missing)
     return files
 
 
-def _draw(subject: Subject, plan: Plan, numbers: range, files: list[Path]) -> None:
-    images = subject.draw(
+def _drawn(subject: Subject, plan: Plan, numbers: Sequence[int]) -> list[Image.Image]:
+    return subject.draw(
         [plan.prompts[number] for number in numbers],
         [plan.classes[number] for number in numbers],
         [torch.Generator().manual_seed(plan.seed + number) for number in numbers],
@@ -165,9 +168,12 @@ def _draw(subject: Subject, plan: Plan, numbers: range, files: list[Path]) -> No
         guidance=plan.guidance,
         size=plan.size,
     )
-    for number, image in zip(numbers, images, strict=True):
-        with written_beside(files[number]) as partial:
-            image.save(partial, format="PNG")
+
+
+def _save(images: list[Image.Image], files: list[Path]) -> None:
+    for file, image in zip(files, images, strict=True):
+        with written_beside(file) as partial_file:
+            image.save(partial_file, format="PNG")
 
 
 def _claim(folder: Path, plan: Plan, own: bool) -> None:
@@ -204,13 +210,3 @@ def _goes_on(before: Any, now: Any) -> bool:
         common = min(len(before), len(now))
         return before[:common] == now[:common]
     return bool(before == now)
-
-
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """Autocast to half precision, if asked for."""
-    if precision not in _HALF:
-        yield
-        return
-    with torch.autocast(device.type, dtype=_HALF[precision]):
-        yield

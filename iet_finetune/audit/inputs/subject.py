@@ -1,7 +1,8 @@
 """The audited pipeline on its device: what it takes, and how it draws."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +13,17 @@ from PIL import Image
 from ...errors import UserError, one_line
 from ...families import Family
 from ...families.decoding import one_at_a_time
+from ...families.precision import HALF, bytes_to_compute, predicting
+from ...families.prompts import encode_prompts
 from ...families.quiet import quiet_loading
 
 
 @dataclass
 class Subject:
-    """A pipeline on its device.
+    """A pipeline, and the device that it computes on.
+
+    On a CPU all of it is there. For a GPU its models wait on the host, and only those are on the device that a phase
+    needs: encoders while something is encoded, the denoiser and the VAE while images are drawn.
 
     Attributes:
         name: what the report calls it: its id on the Hub, or the name of its folder.
@@ -26,6 +32,9 @@ class Subject:
         pipeline: draws, without safety checker and progress bar.
         class_name: as in model_index.json.
         fingerprint: of all its weights.
+        precision: of the denoiser: `no`, `bf16` or `fp16`. On a CPU, and where the family is not known, autocast to it
+            is around all that is drawn; elsewhere around the denoiser alone.
+        travels: whether its models wait on the host.
     """
 
     name: str
@@ -34,6 +43,8 @@ class Subject:
     pipeline: Any
     device: torch.device
     fingerprint: str
+    precision: str = "no"
+    travels: bool = False
 
     @property
     def denoiser(self) -> Any:
@@ -83,6 +94,58 @@ class Subject:
         if self.family is not None and (guidance := self.family.config.training.guidance_scale) is not None:
             options["guidance_scale"] = guidance
         return options
+
+    @property
+    def weights_to_draw(self) -> int:
+        """Bytes of the models that are on the device while images are drawn, if they travel."""
+        assert self.family is not None
+        half = HALF.get(self.precision, torch.float32)
+        beside = (getattr(self.family.pipeline, name, None) for name in self.family.image_encoders)
+        others = sum(bytes_to_compute(part) for part in beside if part is not None)
+        return bytes_to_compute(self.family.denoiser, half, layers_alone=True) + others
+
+    @contextmanager
+    def lent(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, these encoders are on the device, and nothing else of what travels."""
+        assert self.family is not None
+        if not self.travels:
+            yield
+            return
+        with self.family.lent(names, self.device), one_at_a_time(self.pipeline, self.device):
+            yield
+
+    @contextmanager
+    def predicting(self) -> Iterator[None]:
+        """Inside, the denoiser is on the device in its precision, and nothing else of what travels."""
+        half = HALF.get(self.precision)
+        if self.family is not None and self.travels:
+            # Pipelines without a VAE draw their noise in the precision of the weights.
+            has_vae = getattr(self.family.pipeline, "vae", None) is not None
+            with predicting(self.family.denoiser, self.device, half, rounds=has_vae):
+                yield
+        elif half is None:
+            yield
+        else:
+            with torch.autocast(self.device.type, dtype=half):
+                yield
+
+    @contextmanager
+    def drawing(self, calls: Sequence[Callable[[], object]]) -> Iterator[None]:
+        """Inside, these calls may draw: all that they need is on the device.
+
+        Args:
+            calls: each calls the pipeline once. Where models travel, their prompts are encoded before.
+        """
+        with ExitStack() as stack:
+            if self.family is not None and self.travels:
+                family, encoders = self.family, self.family.caption_encoders
+                prompts = encode_prompts(family, self.pipeline, calls, self.device)
+                beside = [name for name in family.beside_denoiser if prompts is None or name not in encoders]
+                stack.enter_context(family.lent(beside, self.device))
+                if prompts is not None:
+                    stack.enter_context(prompts.answering(self.pipeline, encoders, self.device))
+            stack.enter_context(self.predicting())
+            yield
 
     def draw(
         self,

@@ -1,11 +1,15 @@
 """Prompt memorization: how far captions of training images pull the denoiser from its unconditional prediction."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 
+from ..inputs.batches import in_parts, rows_together
 from ..inputs.context import NEEDS_MODEL, AuditContext, choose
 from ..inputs.dataset import AuditData
 from ..inputs.images import digest
-from ..inputs.samples import autocast, distinct_captions
+from ..inputs.samples import distinct_captions
 from ..inputs.subject import Subject
 from .findings import Findings
 from .metrics import Metric
@@ -51,25 +55,25 @@ def _chosen(captions: list[str], seed: int) -> list[str]:
 
 
 def _norms(context: AuditContext, subject: Subject, of: str, captions: list[str]) -> np.ndarray:
-    audit, size, precision = (
-        context.config.audit,
-        context.config.data.resolution,
-        context.config.training.mixed_precision,
-    )
+    audit, size, batch = context.config.audit, context.config.data.resolution, context.batch
+
+    def of_batch(part: Sequence[int]) -> np.ndarray:
+        return prompt_norms(
+            subject.pipeline,
+            subject.denoiser,
+            [captions[number] for number in part],
+            [context.seed + number for number in part],
+            batch_size=batch,
+            size=size,
+            steps=audit.num_inference_steps,
+            guidance=audit.sampling_guidance_scale,
+            options=subject.call_options(),
+        )
 
     def compute(part: range) -> np.ndarray:
-        with autocast(subject.device, precision or "no"):
-            return prompt_norms(
-                subject.pipeline,
-                subject.denoiser,
-                [captions[number] for number in part],
-                [context.seed + number for number in part],
-                batch_size=context.batch,
-                size=size,
-                steps=audit.num_inference_steps,
-                guidance=audit.sampling_guidance_scale,
-                options=subject.call_options(),
-            )
+        calls = [partial(of_batch, numbers) for numbers in in_parts(part, batch)]
+        with subject.drawing(calls):
+            return np.concatenate([call() for call in calls])
 
     made_from = {
         "model": subject.fingerprint,
@@ -79,8 +83,9 @@ def _norms(context: AuditContext, subject: Subject, of: str, captions: list[str]
         "steps": audit.num_inference_steps,
         "guidance": audit.sampling_guidance_scale,
         "size": size,
-        "precision": precision or "no",
-        "batch": context.batch,
+        "precision": subject.precision,
+        "batch": batch,
         **{f"option_{name}": value for name, value in subject.options.items()},
     }
-    return context.work.rows(f"guidance of {of}", made_from, len(captions), compute, context.batch)
+    together = rows_together(batch, subject.travels)
+    return context.work.rows(f"guidance of {of}", made_from, len(captions), compute, together)

@@ -1,6 +1,6 @@
 """Membership inference and the loss on held-out images: losses with the same draws of noise for all images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,17 +12,20 @@ from ...config.sizes import Size
 from ...data.buckets import numbers_of
 from ...data.dataset import TrainingImages
 from ...errors import UserError
+from ...families.base import Conditions
+from ..inputs.batches import in_parts, rows_together
 from ..inputs.context import NEEDS_HELDOUT, NEEDS_MODEL, AuditContext, choose
 from ..inputs.images import Pixels, as_pixels, digest, sized_transform
 from ..inputs.pipelines import SubjectSource
-from ..inputs.samples import autocast
 from ..inputs.subject import Subject
 from .findings import Findings, ModelIdentity, NoiseLevel
 from .membership import (
     Draws,
     calibrated_scores,
+    caption_conditions,
+    denoising_losses,
     fixed_draws,
-    image_losses,
+    image_latents,
     loss_findings,
     membership_by_repeats,
     membership_findings,
@@ -76,8 +79,9 @@ def losses(subject: Subject, context: AuditContext, chosen: Chosen, draws_of: Dr
 def _losses_at(size: Size, subject: Subject, context: AuditContext, chosen: Chosen, draws_of: DrawsOf) -> np.ndarray:
     """The losses of images that are all brought to one size, (width, height)."""
     assert subject.family is not None
-    family, images, batch = subject.family, chosen.images, context.batch
-    precision = context.config.training.mixed_precision or "no"
+    family, images, batch, device = subject.family, chosen.images, context.batch, subject.device
+    # What is encoded waits there for the denoiser.
+    waits = torch.device("cpu") if subject.travels else device
     transform, draws = sized_transform(context.config, size), draws_of(family.latent_shape_of(size))
     # Squares of the resolution have been made already.
     is_made = chosen.pixels.array.shape[1:3] == (size[1], size[0])
@@ -89,23 +93,27 @@ def _losses_at(size: Size, subject: Subject, context: AuditContext, chosen: Chos
         made = {i: as_pixels(transform, images.load(i), contents[i], subject.is_grey) for i in set(numbers)}
         return np.stack([made[i] for i in numbers])
 
-    def compute(part: range) -> np.ndarray:
-        # Always a full batch: the bits of a loss may depend on the batch size.
-        numbers = [*part, *[part[-1]] * (batch - len(part))]
-        told = [(*transform.place(images.load(i).size, images.content_hashes[i], False), *size[::-1]) for i in part]
-        told += [told[-1]] * (batch - len(part))
+    def details(numbers: Sequence[int]) -> Conditions:
+        contents = images.content_hashes
+        places = {i: transform.place(images.load(i).size, contents[i], False) for i in set(numbers)}
+        told = torch.tensor([(*places[i], *size[::-1]) for i in numbers], device=device)
         labels = [images.classes[i] if images.classes is not None else 0 for i in numbers]
-        with autocast(subject.device, precision):
-            rows = image_losses(
-                family,
-                as_values(pixels(numbers)).to(subject.device),
-                [images.captions[i][0] for i in numbers],
-                torch.tensor(told, device=subject.device),
-                torch.tensor(labels, device=subject.device),
-                draws,
-                subject.device,
-            )
-        return rows[: len(part)].float().cpu().numpy()
+        return family.details(told, torch.tensor(labels, device=device))
+
+    def compute(part: range) -> np.ndarray:
+        # Always full batches: the bits of a loss may depend on the batch size.
+        batches = [[*some, *[some[-1]] * (batch - len(some))] for some in in_parts(part, batch)]
+        with subject.lent(family.image_encoders):
+            latents = [image_latents(family, as_values(pixels(some)).to(device)).to(waits) for some in batches]
+        with subject.lent(family.caption_encoders):
+            texts = ([images.captions[i][0] for i in some] for some in batches)
+            conditions = [_put(caption_conditions(family, text, device), waits) for text in texts]
+        rows = []
+        with subject.predicting():
+            for some, latent, condition in zip(batches, latents, conditions, strict=True):
+                told = _put(condition, device) | details(some)
+                rows.append(denoising_losses(family, latent.to(device), told, draws).float().cpu().numpy())
+        return np.concatenate(rows)[: len(part)]
 
     made_from: dict[str, Any] = {
         "model": subject.fingerprint,
@@ -113,11 +121,16 @@ def _losses_at(size: Size, subject: Subject, context: AuditContext, chosen: Chos
         "size": list(size),
         "described": images.fingerprint,
         "draws": digest([str(draws.timesteps.tolist()), str(draws.noise.double().sum().item())]),
-        "precision": precision,
+        "precision": subject.precision,
         "batch": batch,
         **{f"option_{name}": value for name, value in subject.options.items()},
     }
-    return context.work.rows(f"losses of {chosen.name}", made_from, len(images), compute, batch)
+    together = rows_together(batch, subject.travels)
+    return context.work.rows(f"losses of {chosen.name}", made_from, len(images), compute, together)
+
+
+def _put(conditions: Conditions, device: torch.device) -> Conditions:
+    return {name: tensor.to(device) for name, tensor in conditions.items()}
 
 
 def as_values(pixels: np.ndarray) -> Tensor:

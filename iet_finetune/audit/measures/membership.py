@@ -98,11 +98,18 @@ def image_losses(
         sizes: (B, 6) int64, and `labels` (B,) int64: as `Family.details` takes them.
         draws: for latents of the images' shape.
     """
+    with torch.autocast(device.type, enabled=False):
+        latents = image_latents(family, pixel_values.to(device))
+        conditions = caption_conditions(family, captions, device)
+    conditions = conditions | family.details(sizes.to(device), labels.to(device))
+    return denoising_losses(family, latents, conditions, draws)
+
+
+@torch.no_grad()
+def denoising_losses(family: Family, latents: Tensor, conditions: Conditions, draws: Draws) -> Tensor:
+    """The same of latents (B, C, H, W) and all that the denoiser is conditioned on, on its device."""
+    timesteps, noise = draws.timesteps.to(latents.device), draws.noise.to(latents.device)
     with evaluating(family.denoiser):
-        with torch.autocast(device.type, enabled=False):
-            latents, conditions = _encode(family, pixel_values.to(device), list(captions))
-        conditions = conditions | family.details(sizes.to(device), labels.to(device))
-        timesteps, noise = draws.timesteps.to(device), draws.noise.to(device)
         losses = [
             _losses(family, latents, noise_j.expand_as(latents), timestep.expand(len(latents)), conditions)
             for timestep, noise_j in zip(timesteps, noise, strict=True)
@@ -116,11 +123,17 @@ def _losses(family: Family, latents: Tensor, noise: Tensor, timesteps: Tensor, c
     return per_sample_loss(prediction, family.objective.target(latents, noise, timesteps))
 
 
-def _encode(family: Family, pixel_values: Tensor, captions: list[str]) -> tuple[Tensor, Conditions]:
-    """Latents and what the captions say, in chunks of one size as while training."""
-    encoder = Encoder(family, len(pixel_values), pixel_values.device)
-    means, stds = encoder.images(pixel_values)
-    return family.latents(means, stds, torch.zeros_like(means)), encoder.captions(captions)
+@torch.no_grad()
+def image_latents(family: Family, pixel_values: Tensor) -> Tensor:
+    """The means of the posteriors of B images on the encoders' device, in chunks of one size as while training."""
+    means, stds = Encoder(family, len(pixel_values), pixel_values.device).images(pixel_values)
+    return family.latents(means, stds, torch.zeros_like(means))
+
+
+@torch.no_grad()
+def caption_conditions(family: Family, captions: Sequence[str], device: torch.device) -> Conditions:
+    """What B captions say, in chunks of one size as while training; the encoders are on the device."""
+    return Encoder(family, len(captions), device).captions(list(captions))
 
 
 def raw_scores(losses: np.ndarray) -> np.ndarray:

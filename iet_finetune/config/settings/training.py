@@ -46,7 +46,7 @@ class TrainingConfig:
         smoke="no",
         brief="Precision of the forward pass; bf16 on newer GPUs.",
         audit="given",
-        audit_help="Precision in which the pipeline runs; by default fp32.",
+        audit_help="Precision of the denoiser; by default half precision on a GPU, and fp32 on a CPU.",
     )
     allow_tf32: bool = free(False, "Allow TF32 matrix products on NVIDIA GPUs.")
     channels_last: bool = fixed(
