@@ -1,6 +1,7 @@
 """An audit from beginning to end: the images, the pipeline, and every metric."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from .inputs.samples import draw_samples, plan_samples
 from .inputs.subject import Subject
 from .inputs.work import Work
 from .measures.compared import Generated, measure_clip, measure_features, measure_pixels
-from .measures.features import Features, load_features
+from .measures.features import DEFAULT_FEATURES, Features, load_features
 from .measures.findings import Findings, ModelIdentity, NoiseLevel, RepeatClass
 from .measures.guidance import measure_prompts
 from .measures.losses import measure_losses
 from .measures.memorization import repeat_classes
 from .measures.metrics import Metric
 from .measures.neighbours import Neighbours
+from .measures.preferred import PREFERRED, preferred_features
 from .request import AuditRequest
 from .sources import AuditSources
 
@@ -70,7 +72,7 @@ def measure(request: AuditRequest, sources: AuditSources, device: torch.device, 
     Raises:
         UserError: the input is wrong; the cheapest checks come first.
     """
-    features = _load_features(request.config, device)
+    features = _load_features(_feature_names(request, silent), device)
     subject = sources.model.load(device) if sources.model is not None else None
     data, config = _data(request, sources, subject, work := Work(request.output / "work", silent))
     context = AuditContext(config, data, work, device)
@@ -137,10 +139,24 @@ def _fitted(config: Config, subject: Subject | None) -> Config:
     return replace(config, audit=replace(config.audit, eval_batch_size=fitting))
 
 
-def _load_features(config: Config, device: torch.device) -> list[Features]:
-    features = [load_features(name, device) for name in config.audit.features]
+def _feature_names(request: AuditRequest, silent: bool) -> tuple[str, ...]:
+    """Those of `--features`, or the best that can be had; says so where better ones cannot."""
+    if request.config.audit.features:
+        return request.config.audit.features
+    models = [
+        request.model,
+        request.reference.pretrained_model_name_or_path if request.reference is not None else None,
+    ]
+    names = preferred_features(online=any(name and not os.path.exists(name) for name in models))
+    if names == DEFAULT_FEATURES and not silent:
+        print(f"comparing images by {names[0]}: {PREFERRED} tells them apart better, but is not available here")
+    return names
+
+
+def _load_features(names: Sequence[str], device: torch.device) -> list[Features]:
+    features = [load_features(name, device) for name in names]
     slugs = [each.slug for each in features]
-    for name, slug in zip(config.audit.features, slugs, strict=True):
+    for name, slug in zip(names, slugs, strict=True):
         if slugs.count(slug) > 1:
             raise UserError(f"`--features {name}`: another one is called {slug} too: rename its folder or file.")
     return features

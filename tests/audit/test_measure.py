@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from PIL import Image
 from tiny import save_images
 
 from iet_finetune import UserError
+from iet_finetune.audit import measure
+from iet_finetune.audit.measure import _feature_names
+from iet_finetune.audit.request import read_request
 
 SIZE = 16
 BASELINES = ("f_mem", "extracted", "similarity_mean_mosaic", "similarity_p95_mosaic", "similarity_above_0.5_mosaic")
@@ -38,6 +42,20 @@ def copied(source: Path, target: Path, count: int, mirrored: bool = False) -> Pa
         image = Image.open(file)
         (image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image).save(target / file.name)
     return target
+
+
+def test_images_are_compared_by_the_best_features_that_can_be_had(world, tmp_path, monkeypatch, capsys):
+    request = read_request({**settings(world, world / "held"), "output_dir": str(tmp_path)})
+    assert _feature_names(request, silent=False) == (str(world / "mosaic.pt"),)
+    unasked = replace(request, config=replace(request.config, audit=replace(request.config.audit, features=())))
+    asked = []
+    monkeypatch.setattr(measure, "preferred_features", lambda online: asked.append(online) or ("effnet_lite0",))
+    assert _feature_names(unasked, silent=True) == ("effnet_lite0",)
+    assert capsys.readouterr().out == ""
+    of_hub = replace(unasked, model="somebody/something")
+    assert _feature_names(of_hub, silent=False) == ("effnet_lite0",)
+    assert asked == [False, True]
+    assert "facebook/dinov2-base tells them apart better, but is not available here" in capsys.readouterr().out
 
 
 def test_a_model_that_returns_training_images_is_found_out(world, tmp_path):

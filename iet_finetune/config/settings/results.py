@@ -72,9 +72,10 @@ class AuditConfig:
         None, "Folder of generated images to measure instead of drawing any.", scope="local", audit="run"
     )
     features: tuple[str, ...] = other(
-        ("effnet_lite0",),
+        (),
         "Features to compare images by, besides pixels: effnet_lite0, which works offline, a vision model of "
-        "transformers (Hub id or folder; DINOv2, CLIP), or a TorchScript file (SSCD).",
+        "transformers (Hub id or folder; DINOv2, CLIP), or a TorchScript file (SSCD). By default DINOv2 if it is in "
+        "the Hub's cache or the model comes from the Hub, else effnet_lite0.",
         scope="local",
         per_machine=False,
         audit="run",
