@@ -13,7 +13,7 @@ import torch
 
 from iet_finetune import Callback, Config, Trainer
 from iet_finetune.data.loader import micro_batches
-from iet_finetune.method.rules import AGCRule
+from iet_finetune.method.agc_rule import AGCRule
 from iet_finetune.training import local as local_training
 from iet_finetune.training.callbacks import StepFacts
 

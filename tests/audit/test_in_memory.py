@@ -14,7 +14,7 @@ from tiny import save_images, save_tiny_sd
 
 from iet_finetune import UserError
 from iet_finetune.audit import AuditRecord, audit
-from iet_finetune.families.base import pipeline_fingerprint
+from iet_finetune.families.fingerprint import pipeline_fingerprint
 
 SMALL = {"num_images": 3, "num_inference_steps": 2, "eval_batch_size": 4}
 

@@ -31,7 +31,7 @@ from iet_finetune.families import (
     save_pipeline,
     source_of,
 )
-from iet_finetune.families.base import pipeline_fingerprint
+from iet_finetune.families.fingerprint import pipeline_fingerprint
 from iet_finetune.families.single_file import stored_parts
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from iet_finetune import AntiGradientControl
+from iet_finetune.method.agc_rule import AGCRule
 from iet_finetune.method.objective import NoiseSchedule, per_sample_loss
-from iet_finetune.method.rules import AGCRule, Samples, SkipRule
+from iet_finetune.method.rules import Samples, SkipRule
 
 T = 20
 OBJECTIVE = NoiseSchedule(torch.linspace(0.99, 0.01, T))

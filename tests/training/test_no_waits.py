@@ -15,7 +15,8 @@ from iet_finetune.distributed.groups import Group
 from iet_finetune.doctor.trials import UnsavedTrainer, pictures, settings
 from iet_finetune.families.tiny import RESOLUTION, TINY
 from iet_finetune.lora.adapters import add_adapter
-from iet_finetune.method.rules import AGCRule, Samples
+from iet_finetune.method.agc_rule import AGCRule
+from iet_finetune.method.rules import Samples
 
 # With steps of 3: a group of two has unequal parts, and once an empty one.
 IMAGES = 4

@@ -25,7 +25,7 @@ from ...families import (
     load_pipeline,
     move_pipeline,
 )
-from ...families.base import pipeline_fingerprint
+from ...families.fingerprint import pipeline_fingerprint
 from ...families.precision import HALF, has_bf16
 from ...families.quiet import quiet_loading
 from ...families.single_file import holds_lora, is_file

@@ -190,7 +190,7 @@ class AGCConfig:
         require(0 <= self.agc_decay < 1, f"`--agc_decay` must be in [0, 1), not {self.agc_decay}.")
 
 
-SKIP_RULES.entries["agc"] = Entry("agc", "iet_finetune.method.rules:AGCRule", AGCConfig)
+SKIP_RULES.entries["agc"] = Entry("agc", "iet_finetune.method.agc_rule:AGCRule", AGCConfig)
 
 
 @dataclass(frozen=True)
