@@ -186,7 +186,7 @@ def test_small_images_have_a_smaller_size_are_counted_or_are_named(world, tmp_pa
     small = [size for size, name in zip(sizes, trainer.data.images.names, strict=True)
              if Image.open(name).size == (18, 14)]  # fmt: skip
     assert set(small) == {(12, 12)}
-    assert f"; {len(small)} are smaller than the size of their shape, and have a smaller one" in capfd.readouterr().out
+    assert f"; {len(small)} are smaller than the size of their shape, and keep a smaller one" in capfd.readouterr().out
     with pytest.raises(UserError, match=r"005.png` \(18 x 14 pixels, and 2 others\) is smaller than every size of"):
         Trainer(config(world, tmp_path / "none", **flags | {"aspect_ratio_buckets": "20x12,12x20,16x16"}))
 
