@@ -50,7 +50,7 @@ def test_fit_chooses_once_for_all_ranks(world, tmp_path):
     assert process.returncode == 0, stderr
     assert stdout.count("settings chosen for these images:") == 1
     assert stdout.count("steps: 4 (2 rounds)") == 1, stdout
-    assert stdout.splitlines()[-1].startswith("the same without choosing: iet-finetune train --config ")
+    assert stdout.splitlines()[-1].startswith("to train again, also with other settings: iet-finetune train --config ")
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
