@@ -24,17 +24,17 @@ def headline(file: Path) -> str:
 
 
 def find_file(name: str) -> Path:
-    """The file that `--config` names: a path, or the name of a recipe where there is no such file.
+    """The file that `--config` names: a file, or else a recipe by its name, even where a folder has it.
 
     Raises:
         UserError: neither; the nearest recipe is named.
     """
     by_name = {file.stem: file for file in recipes()}
     place = Path(expanded(name, "`--config`"))
+    if name in by_name and not place.is_file():
+        return by_name[name]
     if place.exists():
         return place
-    if name in by_name:
-        return by_name[name]
     raise UserError(
         f"`--config {name}` cannot be read: there is no such file or recipe.{nearest(Path(name).stem, by_name)} "
         "`iet-finetune recipes` lists the recipes."

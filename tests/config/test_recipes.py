@@ -29,6 +29,12 @@ def test_a_file_of_that_name_goes_first(tmp_path, monkeypatch):
     assert Config.from_command_line(["--config", "sd15"]).training.seed == 4
 
 
+def test_a_folder_of_that_name_hides_no_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert find_file("demo").name == "demo.yaml"
+
+
 @pytest.mark.parametrize(
     ("name", "neighbour"), [("sd51", "sd15"), ("configs/demo_lor.yaml", "demo_lora"), ("xyzzy", None)]
 )
