@@ -68,9 +68,8 @@ COURSES[UNIQUE] = Course(48, (4, 10, 20, 30, 40), 384, COURSES["garments-new"].f
 COURSES[FEW] = Course(8, (6, 12, 24, 48, 96), 384, COURSES["garments-new"].flags)
 COURSES[LONG] = replace(COURSES["text-to-image"], judged=(3, 5, 6, 15))
 ARMS_OF = {
-    **dict.fromkeys(
-        UNIQUES, ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated", "guard-pull", "guard-levels")
-    ),
+    UNIQUE: ("plain", "agc", "iet", "iet-agc", "guard", "lora", "calibrated", "guard-pull"),
+    FEW: ("plain", "agc", "iet-agc", "guard", "guard-pull"),
     LONG: ("plain", "iet-agc", "search", "search-guard", "search-guard-pull", "search-guard-stop"),
 }
 FINE_TUNED = ("garments-new", "text-to-image", *UNIQUES, LONG)

@@ -65,7 +65,8 @@ not only what exceeds held-out images:
 
 MUCH_LONGER = """Plain training of this set is best, by its held-out loss, after round {best} of those that were
 judged. Are images memorized after all if training goes on from there? De-duplicated data are visited more often in the
-same number of steps. After this many rounds of 40 steps:
+same number of steps. One arm may train for as long, but ends by itself, and is judged as it is saved. After this many
+rounds of 40 steps:
 """
 
 LOOKS_AT = """## What AGC looks at
@@ -181,8 +182,8 @@ def _ceiling(measured: Measurements, there: Sequence[str]) -> str:
         return ""
     return (
         "The oracle leaves every copy out, so that each image is there once. It still draws images next to those that "
-        "were repeated: not copies of them, but what is near to one of many variants. No rule can take away more of "
-        f"the near repeats' excess than the oracle does. {'; '.join(told)}.\n"
+        "were repeated: not copies of them, but what is near to one of many variants. Of the near repeats' excess a "
+        f"rule can hardly be expected to take away more than the oracle does. {'; '.join(told)}.\n"
     )
 
 

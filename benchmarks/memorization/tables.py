@@ -123,7 +123,8 @@ def by_round(measured: Measurements, name: str) -> list[Row]:
 def _at_rounds(runs: pd.DataFrame, as_saved: bool) -> Iterator[tuple[str, pd.DataFrame]]:
     """Rounds in words, with their rows; of runs that ended by themselves, one for all, with the round each kept."""
     if as_saved:
-        yield ", ".join(f"{row['round']:.0f}, ended at {row['ended']:.0f}" for _, row in runs.iterrows()), runs
+        told = dict.fromkeys(f"{row['round']:.0f} (ended at {row['ended']:.0f})" for _, row in runs.iterrows())
+        yield ", ".join(told), runs
     else:
         yield from ((str(number), each) for number, each in runs.groupby("round"))
 
