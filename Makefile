@@ -34,7 +34,7 @@ demo-lora: $(INSTALLED) ## Fine-tune it by the paper's method, with LoRA adapter
 
 # Images from the captions of the 300 emoji, against 60 emoji that no model here has seen.
 AUDIT = $(BIN)/iet-finetune audit --holdout_data_dir demo/data/heldout --num_images 320 --num_inference_steps 25 \
-	--sampling_guidance_scale 3
+	--sampling_guidance_scale 3 --features effnet_lite0
 demo-audit: demo ## Compare copies after plain fine-tuning, IET-AGC and our recipe; takes 40 minutes.
 	$(LAUNCH) --config configs/demo_plain.yaml
 	$(LAUNCH) --config configs/demo_iet_agc.yaml

@@ -31,6 +31,11 @@ def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bf16 by itself; a CPU is not asked."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def allow_tf32() -> None:
     """Allows TF32 in matrix products on NVIDIA GPUs."""
     # By the older of torch's two flags, which sets the newer one, too. The newer one alone leaves the older behind,

@@ -13,10 +13,10 @@ import torch
 
 from ..audit.flags import EXTRA
 from ..ensemble.budget import available_memory
-from ..environment import environment
+from ..environment import environment, has_bf16
 from ..errors import UserError, one_line
 from ..files import gigabytes
-from ..training.card import check_driver, computes_in_bf16
+from ..training.card import check_driver
 
 # Package -> what it is needed for, where a run does without it otherwise.
 OPTIONAL = {
@@ -53,7 +53,7 @@ def _devices() -> Iterator[str]:
         return
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
-        half = "bf16" if computes_in_bf16() else "no bf16: use `--mixed_precision fp16`"
+        half = "bf16" if has_bf16(torch.device("cuda")) else "no bf16: use `--mixed_precision fp16`"
         free, _ = torch.cuda.mem_get_info(number)
         has = f"{gigabytes(card.total_memory, math.floor)}, {gigabytes(free, math.floor)} of them free"
         yield f"GPU {number}: {card.name}, {has}; {half}"

@@ -9,6 +9,8 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 
+from ..environment import has_bf16
+
 Dtypes = Mapping[str, torch.dtype]
 # What autocast multiplies in, by the name of the mixed precision.
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,11 +18,6 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What of a quantised layer is fp32 whatever its model computes in: a layer names such tensors in this attribute.
 ALWAYS_FP32 = "always_fp32"
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16 by itself; a CPU is not asked."""
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def encoding_dtype(encoder: nn.Module, device: torch.device, half: torch.dtype | None) -> torch.dtype:

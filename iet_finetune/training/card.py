@@ -6,6 +6,7 @@ import re
 import torch
 from accelerate.utils import parse_flag_from_env
 
+from ..environment import has_bf16
 from ..errors import UserError, one_line, warn
 from ..files import gigabytes
 
@@ -57,7 +58,7 @@ def check_card(device: torch.device, precision: str) -> None:
         if (line := refused(error)) is None:
             raise
         raise line from None
-    if precision == "bf16" and not computes_in_bf16():
+    if precision == "bf16" and not has_bf16(device):
         raise UserError(
             f"`--mixed_precision bf16`: {name} has no bf16, which torch would imitate slowly: use `--mixed_precision "
             "fp16`."
@@ -67,8 +68,3 @@ def check_card(device: torch.device, precision: str) -> None:
             f"only {gigabytes(free, math.floor)} of the {gigabytes(total, math.floor)} of {name} are free: other "
             "programs have the rest (`nvidia-smi` shows them)"
         )
-
-
-def computes_in_bf16() -> bool:
-    """Whether the present GPU does so itself."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -10,9 +10,9 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from ..config.config import Config
-from ..environment import allow_tf32
+from ..environment import allow_tf32, has_bf16
 from ..errors import UserError, one_line
-from .card import check_card, check_driver, computes_in_bf16, refused
+from .card import check_card, check_driver, refused
 
 
 def start_accelerator(config: Config) -> Accelerator:
@@ -90,4 +90,4 @@ def first_device() -> Device:
     """The device that Accelerate would choose for a single process."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return Device(None, True)
-    return Device(torch.cuda.get_device_properties(0).total_memory, computes_in_bf16())
+    return Device(torch.cuda.get_device_properties(0).total_memory, has_bf16(torch.device("cuda")))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config.config import Config
+from ...environment import has_bf16
 from ...errors import UserError, one_line, warn
 from ...families import (
     FAMILIES,
@@ -26,7 +27,7 @@ from ...families import (
     move_pipeline,
 )
 from ...families.fingerprint import pipeline_fingerprint
-from ...families.precision import HALF, has_bf16
+from ...families.precision import HALF
 from ...families.quiet import quiet_loading
 from ...families.single_file import holds_lora, is_file
 from ...files import LORA_NAME

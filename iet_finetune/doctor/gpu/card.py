@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...environment import environment
+from ...environment import environment, has_bf16
 from ..checks import Machine, expect
 from ..trials import GB
 
@@ -27,7 +27,7 @@ def card(machine: Machine, found: dict[str, Any]) -> None:
     found["memory, GB"], found["free, GB"] = total / GB, free / GB
     found["CUDA"], found["capability"] = torch.version.cuda, ".".join(map(str, torch.cuda.get_device_capability()))
     # Older cards have bf16 in software alone, which is slower than fp32.
-    found["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    found["bf16"] = has_bf16(torch.device("cuda"))
     a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     found["matrix products, TFLOP/s"] = 2 * _SIDE**3 / 1e12 / _seconds(lambda: a @ b)
     if free > 10 * _NUMBERS:
